@@ -1,0 +1,1 @@
+"""Training objectives: the losses and one readable step for each stage."""

@@ -1,0 +1,1 @@
+"""Pure Flax (Linen) networks: no losses, no files, no sharding rules."""

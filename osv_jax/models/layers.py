@@ -1,0 +1,317 @@
+"""Building blocks shared by the networks.
+
+Everything is channels-last. `Dense` and `Conv` add a low-rank path when, and only when, the variable collection `lora`
+holds `a` and `b` for them, so the same module is the teacher (without the collection) and the student (with it).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jax import lax
+from jax.sharding import PartitionSpec
+from jaxtyping import Array, Float
+
+Dtype = Any
+
+ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+
+# Above this many queries the XLA path works through them in chunks, so that the score matrix never exists whole
+# (9,216 tokens x 14 frames x 5 heads of float32 scores would be 24 GB).
+_QUERY_CHUNK = 1024
+
+
+class Dense(nn.Module):
+    """A linear layer over the last axis, with an optional LoRA path `x @ a @ b`.
+
+    Parameters: `kernel` [in, features], `bias` [features]. LoRA: `a` [in, rank], `b` [rank, features].
+    """
+
+    features: int
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch features"]:
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype
+        )
+        x = x.astype(self.dtype)
+        y = x @ kernel.astype(self.dtype)
+        if self.has_variable("lora", "a"):
+            a, b = (self.get_variable("lora", leaf).astype(self.dtype) for leaf in ("a", "b"))
+            y += x @ a @ b
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
+        return y
+
+
+class Conv(nn.Module):
+    """A 1-D, 2-D or temporal (k, 1, 1) convolution with PyTorch's explicit padding and an optional LoRA path.
+
+    `window` has one entry per convolved axis; these are the axes just before the channels, and every axis ahead of
+    them is a batch axis. Parameters: `kernel` [*window, in, features], `bias` [features]. LoRA follows PEFT: `a`
+    [*window, in, rank] is convolved like the kernel, `b` [rank, features] is pointwise.
+
+    `padding` is one number for both ends of every axis, or a (low, high) pair per axis; by default it keeps the size.
+    """
+
+    features: int
+    window: Sequence[int]
+    strides: int = 1
+    padding: int | Sequence[tuple[int, int]] | None = None
+    use_bias: bool = True
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*out features"]:
+        window = tuple(self.window)
+        if self.padding is None:
+            padding = tuple((size // 2, size // 2) for size in window)
+        elif isinstance(self.padding, int):
+            padding = ((self.padding, self.padding),) * len(window)
+        else:
+            padding = tuple(self.padding)
+        kernel = self.param(
+            "kernel", nn.initializers.lecun_normal(), (*window, x.shape[-1], self.features), self.param_dtype
+        )
+        x = x.astype(self.dtype)
+        y = _convolve(x, kernel.astype(self.dtype), self.strides, padding)
+        if self.has_variable("lora", "a"):
+            a, b = (self.get_variable("lora", leaf).astype(self.dtype) for leaf in ("a", "b"))
+            y += _convolve(x, a, self.strides, padding) @ b
+        if self.use_bias:
+            y += self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
+        return y
+
+
+def _convolve(x: Array, kernel: Array, stride: int, padding: Sequence[tuple[int, int]]) -> Array:
+    window = kernel.shape[:-2]
+    if stride == 1 and all(size == 1 for size in window) and not any(map(any, padding)):
+        return x @ kernel.reshape(kernel.shape[-2:])
+    if len(window) == 3:
+        # Only (k, 1, 1) occurs in SVD: fold the two pointwise axes into one and stay with a 2-D convolution, which
+        # every backend has a fast kernel for.
+        if window[1:] != (1, 1) or stride != 1:
+            raise ValueError(f"3-D convolutions must have window (k, 1, 1) and stride 1, got {window}, {stride}.")
+        *batch, frames, height, width, channels = x.shape
+        folded = x.reshape(-1, frames, height * width, channels)
+        y = _convolve(folded, kernel.reshape(window[0], 1, *kernel.shape[-2:]), 1, (padding[0], (0, 0)))
+        return y.reshape(*batch, y.shape[1], height, width, kernel.shape[-1])
+    rank = len(window)
+    batch, space = x.shape[: -rank - 1], x.shape[-rank - 1 :]
+    letters = "HW"[-rank:]
+    y = lax.conv_general_dilated(
+        x.reshape(-1, *space),
+        kernel,
+        (stride,) * rank,
+        padding,
+        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+    )
+    return y.reshape(*batch, *y.shape[1:])
+
+
+class GroupNorm(nn.Module):
+    """Group normalisation in float32 over every axis but the first and the groups of the last."""
+
+    epsilon: float
+    num_groups: int = 32
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
+        norm = nn.GroupNorm(
+            num_groups=self.num_groups,
+            epsilon=self.epsilon,
+            dtype=self.dtype,
+            param_dtype=self.param_dtype,
+            # E[x^2] - E[x]^2 cancels on SVD's activations, whose means are far from zero.
+            use_fast_variance=False,
+            parent=None,
+        )
+        shape = (x.shape[-1],)
+        scale = self.param("scale", nn.initializers.ones, shape, self.param_dtype)
+        bias = self.param("bias", nn.initializers.zeros, shape, self.param_dtype)
+        return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+
+
+def layer_norm(name: str, epsilon: float, dtype: Dtype, param_dtype: Dtype) -> nn.LayerNorm:
+    """A layer norm with float32 statistics and PyTorch's two-pass variance."""
+    return nn.LayerNorm(
+        epsilon=epsilon, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, name=name
+    )
+
+
+def timestep_embedding(timesteps: Float[Array, " n"], dim: int) -> Float[Array, "n dim"]:
+    """Sinusoidal embedding, cosines first, of (fractional) timesteps; float32, maximum period 10,000."""
+    frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
+    angles = timesteps.astype(jnp.float32)[:, None] * frequencies
+    return jnp.concatenate([jnp.cos(angles), jnp.sin(angles)], axis=-1)
+
+
+class TimestepEmbedding(nn.Module):
+    """Two linear layers with a SiLU between them: `linear_1`, `linear_2`."""
+
+    hidden_dim: int
+    out_dim: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n c"]) -> Float[Array, "n out"]:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = nn.silu(Dense(self.hidden_dim, name="linear_1", **dtypes)(x))
+        return Dense(self.out_dim, name="linear_2", **dtypes)(x)
+
+
+class _GEGLU(nn.Module):
+    features: int
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array) -> Array:
+        x = Dense(2 * self.features, name="proj", dtype=self.dtype, param_dtype=self.param_dtype)(x)
+        x, gate = jnp.split(x, 2, axis=-1)
+        return x * nn.gelu(gate, approximate=False)
+
+
+class FeedForward(nn.Module):
+    """GEGLU feed-forward of the SVD transformers: `net_0/proj` to 2 x 4 c, gate, `net_2` back to c."""
+
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        channels = x.shape[-1]
+        x = _GEGLU(4 * channels, name="net_0", dtype=self.dtype, param_dtype=self.param_dtype)(x)
+        return Dense(channels, name="net_2", dtype=self.dtype, param_dtype=self.param_dtype)(x)
+
+
+class SelfAttention(nn.Module):
+    """Multi-head self-attention over the second to last axis; names follow diffusers or transformers.
+
+    Args (attributes):
+        num_heads: number of heads; the head dimension is channels // num_heads.
+        names: the four projections' names, query, key, value and output.
+        qkv_bias: whether query, key and value have a bias (the output always has one).
+        implementation: see `dot_product_attention`.
+    """
+
+    num_heads: int
+    names: Sequence[str] = ("to_q", "to_k", "to_v", "to_out_0")
+    qkv_bias: bool = False
+    implementation: str = "auto"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch t c"]) -> Float[Array, "*batch t c"]:
+        *batch, length, channels = x.shape
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        q, k, v = (
+            Dense(channels, use_bias=self.qkv_bias, name=name, **dtypes)(x).reshape(
+                -1, length, self.num_heads, channels // self.num_heads
+            )
+            for name in self.names[:3]
+        )
+        y = dot_product_attention(q, k, v, self.implementation)
+        return Dense(channels, name=self.names[3], **dtypes)(y.reshape(*batch, length, channels))
+
+
+class SingleKeyAttention(nn.Module):
+    """Cross-attention to ONE context token: exactly `to_out(to_v(context))`, the same for every query.
+
+    Softmax over one key is 1, so queries, keys and the per-token output projection need not be computed. `to_q` and
+    `to_k` still exist as parameters, because checkpoints carry them and exports must.
+    """
+
+    features: int
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, context: Float[Array, "b k"]) -> Float[Array, "b features"]:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        _KernelOnly((self.features, self.features), name="to_q", param_dtype=self.param_dtype)()
+        _KernelOnly((context.shape[-1], self.features), name="to_k", param_dtype=self.param_dtype)()
+        value = Dense(self.features, use_bias=False, name="to_v", **dtypes)(context)
+        return Dense(self.features, name="to_out_0", **dtypes)(value)
+
+
+class _KernelOnly(nn.Module):
+    shape: tuple[int, int]
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self) -> None:
+        self.param("kernel", nn.initializers.lecun_normal(), self.shape, self.param_dtype)
+
+
+def dot_product_attention(
+    q: Float[Array, "b t n d"],
+    k: Float[Array, "b s n d"],
+    v: Float[Array, "b s n d"],
+    implementation: str = "auto",
+) -> Float[Array, "b t n d"]:
+    """Softmax attention with float32 softmax.
+
+    Args:
+        q, k, v: queries, keys, values; `n` heads of dimension `d`.
+        implementation: `xla` anywhere, `cudnn` (NVIDIA, half precision), `splash` (TPU, lengths divisible by 128), or
+            `auto`: the platform's fused kernel where its conditions hold and it pays (128 keys or more), else `xla`.
+
+    Raises:
+        ValueError: on an unknown implementation.
+    """
+    if implementation not in ATTENTION_IMPLEMENTATIONS:
+        raise ValueError(f"attention must be one of {ATTENTION_IMPLEMENTATIONS}, got {implementation!r}.")
+    length, keys = q.shape[1], k.shape[1]
+    half = q.dtype in (jnp.bfloat16, jnp.float16)
+    platform = jax.default_backend()
+    wants_cudnn = implementation == "cudnn" or (implementation == "auto" and platform == "gpu" and half)
+    wants_splash = implementation == "splash" or (implementation == "auto" and platform == "tpu")
+    if wants_cudnn and keys >= 128:
+        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+    if wants_splash and keys >= 128 and length % 128 == 0 and keys % 128 == 0:
+        return _splash_attention(q, k, v, interpret=platform == "cpu")
+    if length <= _QUERY_CHUNK:
+        return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+    return _chunked_attention(q, k, v)
+
+
+def _chunked_attention(q: Array, k: Array, v: Array) -> Array:
+    batch, length, heads, dim = q.shape
+    chunks = -(-length // _QUERY_CHUNK)
+    padded = jnp.pad(q, ((0, 0), (0, chunks * _QUERY_CHUNK - length), (0, 0), (0, 0)))
+    padded = padded.reshape(batch, chunks, _QUERY_CHUNK, heads, dim).swapaxes(0, 1)
+    # Recomputing a chunk's scores in the backward pass is what keeps them from being stored.
+    attend = jax.checkpoint(lambda chunk: jax.nn.dot_product_attention(chunk, k, v, implementation="xla"))
+    y = lax.map(attend, padded)
+    return y.swapaxes(0, 1).reshape(batch, -1, heads, dim)[:, :length]
+
+
+def _splash_attention(q: Array, k: Array, v: Array, interpret: bool) -> Array:
+    from jax.experimental.pallas.ops.tpu import splash_attention as splash
+
+    mask = splash.MultiHeadMask([splash.FullMask((q.shape[1], k.shape[1]))] * q.shape[2])
+    kernel = splash.make_splash_mha_single_device(mask, interpret=interpret)
+
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        heads_first = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+        return jax.vmap(kernel)(*heads_first).swapaxes(1, 2)
+
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty:
+        return attend(q, k, v)
+    # GSPMD cannot see into a Pallas kernel: each device runs it on its own part of the batch.
+    spec = PartitionSpec(("data", "fsdp"))
+    return jax.shard_map(attend, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q, k, v)

@@ -1,0 +1,1 @@
+"""What the programs need around a step: devices, checkpoints, metrics."""
