@@ -1,0 +1,150 @@
+"""The CLIP vision tower with projection, SVD's image encoder (transformers' `CLIPVisionModelWithProjection`)."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from osv_jax.models.layers import Conv, Dense, Dtype, SelfAttention, layer_norm
+
+_ACTIVATIONS = {
+    "gelu": functools.partial(nn.gelu, approximate=False),
+    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class CLIPVisionConfig:
+    """Sizes, under the names of transformers' config.json; the defaults are SVD's ViT-H/14.
+
+    Raises:
+        ValueError: on an activation other than "gelu" and "quick_gelu".
+    """
+
+    hidden_size: int = 1280
+    intermediate_size: int = 5120
+    projection_dim: int = 1024
+    num_hidden_layers: int = 32
+    num_attention_heads: int = 16
+    image_size: int = 224
+    patch_size: int = 14
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-5
+
+    def __post_init__(self) -> None:
+        if self.hidden_act not in _ACTIVATIONS:
+            raise ValueError(f"hidden_act must be one of {tuple(_ACTIVATIONS)}, got {self.hidden_act!r}.")
+
+
+class CLIPVision(nn.Module):
+    """CLIP-normalised pixels to projected image embeddings.
+
+    Attributes:
+        config: sizes.
+        dtype, param_dtype: of the computation and of the parameters.
+        attention: see `layers.dot_product_attention`.
+    """
+
+    config: CLIPVisionConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    attention: str = "auto"
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b projection_dim"]:
+        """Encodes images of exactly `config.image_size` squared.
+
+        Raises:
+            ValueError: on any other image size.
+        """
+        size = self.config.image_size
+        if pixels.shape[1:] != (size, size, 3):
+            raise ValueError(f"CLIP takes [b, {size}, {size}, 3] pixels, got {list(pixels.shape)}.")
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        pooled = _VisionModel(self.config, attention=self.attention, name="vision_model", **dtypes)(pixels)
+        return Dense(self.config.projection_dim, use_bias=False, name="visual_projection", **dtypes)(pooled)
+
+
+class _VisionModel(nn.Module):
+    config: CLIPVisionConfig
+    attention: str
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b c"]:
+        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = _Embeddings(config, name="embeddings", **dtypes)(pixels)
+        # The misspelt name is the checkpoints'.
+        x = layer_norm("pre_layrnorm", config.layer_norm_eps, **dtypes)(x)
+        x = _Encoder(config, self.attention, name="encoder", **dtypes)(x)
+        return layer_norm("post_layernorm", config.layer_norm_eps, **dtypes)(x[:, 0])
+
+
+class _Embeddings(nn.Module):
+    config: CLIPVisionConfig
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, pixels: Float[Array, "b h w 3"]) -> Float[Array, "b t c"]:
+        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        width, patch = config.hidden_size, config.patch_size
+        patches = Conv(width, (patch, patch), patch, 0, use_bias=False, name="patch_embedding", **dtypes)(pixels)
+        patches = patches.reshape(len(pixels), -1, width)
+        token = self.param("class_embedding", nn.initializers.normal(0.02), (width,), self.param_dtype)
+        tokens = jnp.broadcast_to(token.astype(self.dtype), (len(pixels), 1, width))
+        x = jnp.concatenate([tokens, patches], axis=1)
+        length = x.shape[1]
+        return x + nn.Embed(length, width, name="position_embedding", **dtypes)(jnp.arange(length))
+
+
+class _Encoder(nn.Module):
+    config: CLIPVisionConfig
+    attention: str
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
+        for i in range(self.config.num_hidden_layers):
+            x = _Layer(self.config, self.attention, self.dtype, self.param_dtype, name=f"layers_{i}")(x)
+        return x
+
+
+class _Layer(nn.Module):
+    config: CLIPVisionConfig
+    attention: str
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
+        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        attention = SelfAttention(
+            config.num_attention_heads,
+            names=("q_proj", "k_proj", "v_proj", "out_proj"),
+            qkv_bias=True,
+            implementation=self.attention,
+            name="self_attn",
+            **dtypes,
+        )
+        x += attention(layer_norm("layer_norm1", config.layer_norm_eps, **dtypes)(x))
+        return x + _MLP(config, name="mlp", **dtypes)(layer_norm("layer_norm2", config.layer_norm_eps, **dtypes)(x))
+
+
+class _MLP(nn.Module):
+    config: CLIPVisionConfig
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = _ACTIVATIONS[self.config.hidden_act](Dense(self.config.intermediate_size, name="fc1", **dtypes)(x))
+        return Dense(self.config.hidden_size, name="fc2", **dtypes)(x)
