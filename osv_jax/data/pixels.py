@@ -1,0 +1,268 @@
+"""Pixel mode: training clips read straight from a small folder of videos, in an order that is a function of the seed.
+
+Record `i` of the endless sequence of records depends on (seed, i) only. Step s holds records s B .. s B + B - 1, and
+process p of P reads its contiguous B / P of them, so the position alone resumes a run on any number of processes.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import os
+import pathlib
+import sys
+import uuid
+
+import grain
+import numpy as np
+from tqdm import tqdm
+
+from osv_jax.data import video
+from osv_jax.errors import UserError
+
+EXTENSIONS = (
+    *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
+    *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"),
+)
+_NAMED_REASONS = 10
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A stretch of a video: the file, relative to the index's folder, and where it begins [s]."""
+
+    path: str
+    start_seconds: float
+
+
+@dataclasses.dataclass(frozen=True)
+class ClipIndex:
+    """The clips of a folder, the files left out as (path, reason), and how clips are read.
+
+    `content_hash` covers what decides which clip a position means: file names and sizes, clip length and rate.
+    """
+
+    folder: pathlib.Path
+    clips: tuple[Clip, ...]
+    skipped: tuple[tuple[str, str], ...]
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    content_hash: str
+
+    def read(self, clip_id: int) -> dict[str, np.ndarray]:
+        """Decodes one clip: `video` uint8 [f h w 3], `fps` float32, `clip_id` int32.
+
+        Raises:
+            video.VideoError: naming the file, if it has changed or vanished since it was indexed.
+        """
+        clip = self.clips[clip_id]
+        frames = video.read_clip(
+            self.folder / clip.path, clip.start_seconds, self.num_frames, self.fps, self.height, self.width
+        )
+        return {"video": frames, "fps": np.float32(self.fps), "clip_id": np.int32(clip_id)}
+
+
+def index_clips(
+    folder: str | pathlib.Path,
+    num_frames: int,
+    fps: float,
+    height: int,
+    width: int,
+    cache_file: str | pathlib.Path | None = None,
+) -> ClipIndex:
+    """Finds the videos below a folder, decodes each once, and cuts those that can be used into clips.
+
+    Clips do not overlap and follow each other from the first frame on. Files that do not decode, are shorter than one
+    clip, or have fewer than `fps` frames a second (they would repeat frames) are left out with the reason.
+
+    Args:
+        folder: searched recursively; links to files are followed, links to folders are not.
+        num_frames, fps: length [frames] and frame rate [1/s] of a clip.
+        height, width: size [px] to which frames are scaled and cropped when they are read.
+        cache_file: JSON file that remembers what decoding told, by path, size and modification time.
+
+    Raises:
+        UserError: if the folder is missing or no folder, or holds no video, or none that can be used.
+    """
+    folder = pathlib.Path(folder)
+    if not folder.exists():
+        raise UserError(f"The video folder {folder} does not exist; give the path of a folder with videos.")
+    if not folder.is_dir():
+        raise UserError(f"{folder} is a file, but a folder with videos is needed; give the folder it is in.")
+    paths = sorted(
+        pathlib.Path(root, name).relative_to(folder).as_posix()
+        for root, _, names in os.walk(folder)
+        for name in names
+        if pathlib.PurePath(name).suffix.lower() in EXTENSIONS
+    )
+    if not paths:
+        known = " ".join(EXTENSIONS)
+        raise UserError(f"The folder {folder} holds no videos; put files in it that end in one of {known}.")
+
+    clips, skipped, contents = [], [], []
+    for path, (size, result) in zip(paths, _probe_all(folder, paths, cache_file), strict=True):
+        reason = result if isinstance(result, str) else _unfit(result, num_frames, fps)
+        if reason:
+            skipped.append((path, reason))
+            continue
+        contents.append((path, size))
+        # A clip fits when its last frame is on screen before the video ends.
+        room = result.end - result.start - (num_frames - 1) / fps - 1e-6
+        count = 1 + int(room * fps / num_frames)
+        clips += [Clip(path, result.start + i * num_frames / fps) for i in range(count)]
+    if not clips:
+        reasons = "".join(f"\n  {path} {reason}" for path, reason in skipped[:_NAMED_REASONS])
+        more = f"\n  and {len(skipped) - _NAMED_REASONS} more" if len(skipped) > _NAMED_REASONS else ""
+        raise UserError(
+            f"None of the {len(skipped)} videos in {folder} can be used; add longer or intact ones:{reasons}{more}"
+        )
+    description = json.dumps([contents, num_frames, float(fps)])
+    content_hash = hashlib.sha256(description.encode()).hexdigest()[:16]
+    return ClipIndex(folder, tuple(clips), tuple(skipped), num_frames, fps, height, width, content_hash)
+
+
+def _unfit(info: video.VideoInfo, num_frames: int, fps: float) -> str | None:
+    seconds = info.end - info.start
+    if seconds <= (num_frames - 1) / fps + 1e-6:
+        return f"is {seconds:.2f} s long, and a clip takes {num_frames / fps:.2f} s"
+    # A margin for rates such as 30000 / 1001, and for the odd dropped frame.
+    if info.fps < 0.98 * fps:
+        return f"has {info.fps:.2f} frames a second, and clips have {fps:g}"
+    return None
+
+
+def _probe_all(
+    folder: pathlib.Path, paths: list[str], cache_file: str | pathlib.Path | None
+) -> list[tuple[int, video.VideoInfo | str]]:
+    """For each path its size [bytes] and its timeline, or else the reason why it has none."""
+    cache = _read_cache(cache_file)
+    known: dict[str, dict] = {}
+    stats = {path: _size_and_time(folder / path) for path in paths}
+    for path in paths:
+        entry = cache.get(str(folder.absolute() / path))
+        if entry and entry["stat"] == stats[path]:
+            known[path] = entry
+    new = [path for path in paths if path not in known]
+    try:
+        for path in tqdm(new, desc="Checking videos", unit="video", file=sys.stderr, disable=not new):
+            try:
+                known[path] = {"stat": stats[path], "info": dataclasses.asdict(video.probe(folder / path))}
+            except video.VideoError as error:
+                known[path] = {"stat": stats[path], "reason": error.reason}
+    finally:
+        # Also when interrupted: what has been decoded need not be decoded again.
+        if cache_file is not None and new:
+            cache.update({str(folder.absolute() / path): entry for path, entry in known.items()})
+            _write_cache(pathlib.Path(cache_file), cache)
+    results = (known[path] for path in paths)
+    return [
+        (entry["stat"][0], entry["reason"] if "reason" in entry else video.VideoInfo(**entry["info"]))
+        for entry in results
+    ]
+
+
+def _size_and_time(path: pathlib.Path) -> list[int]:
+    """Size [bytes] and modification time [ns]; zeros for a dangling link, which decoding then reports."""
+    if not path.exists():
+        return [0, 0]
+    stat = path.stat()
+    return [stat.st_size, stat.st_mtime_ns]
+
+
+def _read_cache(cache_file: str | pathlib.Path | None) -> dict[str, dict]:
+    if cache_file is None:
+        return {}
+    try:
+        return json.loads(pathlib.Path(cache_file).read_text())
+    except (FileNotFoundError, json.JSONDecodeError):
+        return {}
+
+
+def _write_cache(cache_file: pathlib.Path, cache: dict[str, dict]) -> None:
+    cache_file.parent.mkdir(parents=True, exist_ok=True)
+    # Processes that share the disk may write at once: each writes its own file and renames it.
+    temporary = cache_file.with_name(f"{cache_file.name}.{uuid.uuid4().hex}")
+    temporary.write_text(json.dumps(cache))
+    temporary.replace(cache_file)
+
+
+def pixel_dataset(
+    index: ClipIndex,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    num_epochs: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_threads: int = 8,
+) -> grain.IterDataset:
+    """This process's part of the batches from `start_step` on; every epoch is a new permutation of the clips.
+
+    Batches run across the ends of epochs. With `num_epochs`, records that do not fill a last batch are left out.
+
+    Args:
+        index: the clips.
+        batch_size: B, of all processes together.
+        seed: of the order, 0 .. 2**32 - 1.
+        start_step: the first step to read.
+        num_epochs: after how many passes to stop; endless by default.
+        process_index, process_count: which of how many equal parts of each batch to read.
+        num_threads: clips decoded at the same time. It does not change the order.
+
+    Returns:
+        An iterable of {`video`: uint8 [b f h w 3], `fps`: float32 [b], `clip_id`: int32 [b]}, b = B / process_count.
+
+    Raises:
+        UserError: if the batch does not split over the processes, or exceeds `num_epochs` passes.
+        video.VideoError: while iterating, naming the file, if one has become unreadable.
+    """
+    if batch_size % process_count:
+        raise UserError(
+            f"A batch of {batch_size} clips does not split over {process_count} processes; use a multiple of that."
+        )
+    part = batch_size // process_count
+    num_steps = sys.maxsize // batch_size if num_epochs is None else num_epochs * len(index.clips) // batch_size
+    if num_steps == 0:
+        raise UserError(
+            f"{num_epochs} epochs of {len(index.clips)} clips do not fill one batch of {batch_size};"
+            " use a smaller batch or more epochs."
+        )
+    order = grain.MapDataset.source(range(len(index.clips))).seed(seed).shuffle().repeat()
+
+    def read(local: int) -> dict[str, np.ndarray]:
+        step, offset = divmod(local, part)
+        return index.read(order[step * batch_size + process_index * part + offset])
+
+    records = grain.MapDataset.range(start_step * part, num_steps * part).map(read)
+    prefetch = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * part, num_threads))
+    return records.to_iter_dataset(prefetch).batch(part)
+
+
+def save_position(index: ClipIndex, batch_size: int, seed: int, step: int) -> dict[str, int | str]:
+    """What a checkpoint keeps of the data after `step` steps: a dict that JSON can hold."""
+    return {"position": step * batch_size, "seed": seed, "index_hash": index.content_hash}
+
+
+def restore_step(state: dict[str, int | str], index: ClipIndex, batch_size: int, seed: int) -> int:
+    """The `start_step` at which `pixel_dataset` continues from what `save_position` returned.
+
+    Raises:
+        UserError: if the videos, the seed or the batch size are not those of the saved run, because the remaining
+            records would be others.
+    """
+    if state["index_hash"] != index.content_hash:
+        raise UserError(
+            f"The videos in {index.folder}, or the clip length or frame rate, are not those that the checkpoint was"
+            " trained on; restore them, or start a new run in an empty workdir."
+        )
+    if state["seed"] != seed:
+        raise UserError(f"The checkpoint was trained with data seed {state['seed']}, not {seed}; use the same seed.")
+    if state["position"] % batch_size:
+        raise UserError(
+            f"The checkpoint stands at record {state['position']}, which is not a whole number of batches of"
+            f" {batch_size}; use the batch size it was trained with."
+        )
+    return state["position"] // batch_size

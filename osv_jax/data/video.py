@@ -1,0 +1,195 @@
+"""Decoding video files: what a file holds, and clips of frames chosen by their timestamps.
+
+Seconds are counted from the first timestamp of the video stream, so that 0 is the beginning in every container.
+"""
+
+from __future__ import annotations
+
+import collections
+import contextlib
+import dataclasses
+import itertools
+import pathlib
+from collections.abc import Iterable, Iterator, Sequence
+
+import av
+import numpy as np
+from av.video.reformatter import VideoReformatter
+from jaxtyping import UInt8
+from PIL import Image
+
+from osv_jax.errors import UserError
+
+
+class VideoError(UserError):
+    """A video file that cannot be used; `reason` is the sentence without the file's name and without advice."""
+
+    def __init__(self, path: str | pathlib.Path, reason: str):
+        super().__init__(f"{path} {reason}; replace it by a video that ffmpeg can play, or remove it.")
+        self.reason = reason
+
+
+@dataclasses.dataclass(frozen=True)
+class VideoInfo:
+    """What decoding a whole file tells: first and end time [s], frames, and the size [px] of a frame as it is shown."""
+
+    start: float
+    end: float
+    num_frames: int
+    height: int
+    width: int
+
+    @property
+    def fps(self) -> float:
+        """Mean frame rate [1/s]."""
+        return self.num_frames / (self.end - self.start)
+
+
+def probe(path: str | pathlib.Path) -> VideoInfo:
+    """Decodes every frame of a video and reports its timeline.
+
+    Headers lie (durations, frame counts, indices of truncated files); only decoding shows that a file can be read.
+
+    Raises:
+        VideoError: if the file does not open, has no video stream, or does not decode cleanly to its end.
+    """
+    with _opened(path) as (container, stream):
+        stream.thread_type = "AUTO"
+        first = last = None
+        num_frames = 0
+        for time, frame in _timed_frames(container, stream):
+            if frame.is_corrupt:
+                raise VideoError(path, f"has a damaged frame at {time:.2f} s")
+            if last is not None and time < last:
+                raise VideoError(path, f"has timestamps that go back at {time:.2f} s")
+            first, last = time if first is None else first, time
+            num_frames += 1
+        if num_frames == 0:
+            raise VideoError(path, "has a video stream without a frame")
+        end = last + _duration(frame, stream)
+        height, width = frame.height, frame.width * float(stream.sample_aspect_ratio or 1)
+        if frame.rotation % 180:
+            height, width = width, height
+    return VideoInfo(first, end, num_frames, round(height), round(width))
+
+
+def read_clip(
+    path: str | pathlib.Path, start_seconds: float, num_frames: int, fps: float, height: int, width: int
+) -> UInt8[np.ndarray, "f h w 3"]:
+    """Reads `num_frames` RGB frames that are 1 / fps [s] apart.
+
+    Frame i is the one on screen at `start_seconds` + i / fps: the last whose timestamp is not later. This holds for
+    variable frame rates too, and repeats frames where the file has fewer than `fps`. A time before the first frame
+    takes the first. Rotation metadata and pixel aspect ratio are applied; then the picture is scaled (bicubic,
+    antialiased) to cover `height` x `width` [px] and cropped at the centre.
+
+    Raises:
+        VideoError: if the file does not decode, or ends before the last frame.
+    """
+    # Seeking is only a short cut: an index can be missing, or lead past the wanted frame.
+    for seek in (True, False) if start_seconds > 0 else (False,):
+        with _opened(path) as (container, stream):
+            # Containers round timestamps to their ticks (Matroska: 1 ms); a frame meant for this instant must count.
+            slack = min(float(stream.time_base) / 2, 5e-4) + 1e-6
+            times = start_seconds + slack + np.arange(num_frames) / fps
+            if seek:
+                with contextlib.suppress(av.FFmpegError):
+                    container.seek(int(times[0] / stream.time_base) + (stream.start_time or 0), stream=stream)
+            frames = _timed_frames(container, stream)
+            first = next(frames, None)
+            if seek and (first is None or first[0] > times[0]):
+                continue
+            shown = _on_screen(itertools.chain([first] if first else [], frames), times, stream)
+            clip = _pictures(path, shown, stream, height, width)
+        if len(clip) < num_frames:
+            seconds = num_frames / fps
+            raise VideoError(path, f"ends before the {seconds:.2f} s from {start_seconds:.2f} s that are wanted")
+        return np.stack(clip)
+    raise AssertionError("the pass without seeking always returns or raises")
+
+
+@contextlib.contextmanager
+def _opened(path: str | pathlib.Path) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
+    """The open file and its main video stream; ffmpeg's errors inside the block become `VideoError`."""
+    try:
+        with av.open(str(path), metadata_errors="replace") as container:
+            stream = container.streams.best("video")
+            if stream is None:
+                raise VideoError(path, "has no video stream")
+            yield container, stream
+    except (av.FFmpegError, OSError) as error:
+        raise VideoError(path, f"cannot be decoded ({error.strerror})") from error
+
+
+def _timed_frames(
+    container: av.container.InputContainer, stream: av.VideoStream
+) -> Iterator[tuple[float, av.VideoFrame]]:
+    """Frames in the order they are shown, with their times [s] from the first timestamp of the stream."""
+    first_tick = stream.start_time or 0
+    for frame in container.decode(stream):
+        tick = frame.dts if frame.pts is None else frame.pts
+        if tick is not None:
+            yield float((tick - first_tick) * stream.time_base), frame
+
+
+def _on_screen(
+    timed_frames: Iterable[tuple[float, av.VideoFrame]], times: Sequence[float], stream: av.VideoStream
+) -> Iterator[av.VideoFrame]:
+    """The frame that is shown at each of the ascending `times`, as long as the video lasts."""
+    waiting = collections.deque(times)
+    shown = end = None
+    for time, frame in timed_frames:
+        while shown is not None and waiting and waiting[0] < time:
+            waiting.popleft()
+            yield shown
+        if not waiting:
+            return
+        shown, end = frame, time + _duration(frame, stream)
+    while shown is not None and waiting and waiting[0] < end:
+        waiting.popleft()
+        yield shown
+
+
+def _duration(frame: av.VideoFrame, stream: av.VideoStream) -> float:
+    """How long a frame is shown [s]: as the file says, or else by its average rate."""
+    if frame.duration:
+        return float(frame.duration * stream.time_base)
+    return float(1 / (stream.average_rate or 1))
+
+
+def _pictures(
+    path: str | pathlib.Path, frames: Iterable[av.VideoFrame], stream: av.VideoStream, height: int, width: int
+) -> list[UInt8[np.ndarray, "h w 3"]]:
+    reformatter = VideoReformatter()
+    pictures: list[np.ndarray] = []
+    previous = None
+    for frame in frames:
+        if frame.is_corrupt:
+            raise VideoError(path, "has a damaged frame")
+        if frame is not previous:
+            rgb = reformatter.reformat(frame, format="rgb24").to_ndarray()
+            # The rotation is counter-clockwise, in degrees; cameras write multiples of 90.
+            turns = round(frame.rotation / 90)
+            aspect = float(stream.sample_aspect_ratio or 1)
+            picture = cover(np.rot90(rgb, turns), height, width, 1 / aspect if turns % 2 else aspect)
+        pictures.append(picture)
+        previous = frame
+    return pictures
+
+
+def cover(
+    image: UInt8[np.ndarray, "h0 w0 3"], height: int, width: int, pixel_aspect: float = 1.0
+) -> UInt8[np.ndarray, "h w 3"]:
+    """Scales an image (bicubic, antialiased) until it covers `height` x `width` [px] and crops it at the centre.
+
+    Args:
+        image: an RGB image of any size.
+        height, width: the size wanted.
+        pixel_aspect: width / height of one pixel of `image`.
+    """
+    rows, columns = image.shape[:2]
+    scale = max(height / rows, width / (columns * pixel_aspect))
+    box_height, box_width = min(rows, height / scale), min(columns, width / (scale * pixel_aspect))
+    left, top = (columns - box_width) / 2, (rows - box_height) / 2
+    box = (left, top, left + box_width, top + box_height)
+    return np.asarray(Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box=box))

@@ -1,0 +1,105 @@
+"""Pictures and videos for people: labelled grids of frames, and files that any player opens."""
+
+from __future__ import annotations
+
+import fractions
+import pathlib
+from collections.abc import Mapping
+
+import av
+import numpy as np
+from av.video.reformatter import Colorspace
+from jaxtyping import UInt8
+from PIL import Image, ImageDraw, ImageFont
+
+from osv_jax.errors import UserError
+
+_MIN_FRAME_WIDTH = 96
+_FONT_SIZE = 13
+_LINE = 18
+_GAP = 4
+_BT709 = 1
+
+
+def sample_grid(
+    rows: Mapping[str, UInt8[np.ndarray, "f h w 3"] | UInt8[np.ndarray, "h w 3"]], max_frames: int = 7
+) -> UInt8[np.ndarray, "height width 3"]:
+    """One row per entry: its label, and below it up to `max_frames` frames from first to last with their numbers.
+
+    Frames narrower than 96 px are enlarged by a whole factor, pixel by pixel, so that they stay exact and legible.
+
+    Args:
+        rows: label -> frames, or one image.
+        max_frames: of a longer video this many, evenly spaced, first and last among them.
+    """
+    font = ImageFont.load_default(_FONT_SIZE)
+    strips = [_strip(label, np.asarray(frames), max_frames, font) for label, frames in rows.items()]
+    grid = Image.new("RGB", (max(strip.width for strip in strips), sum(strip.height for strip in strips)), "white")
+    top = 0
+    for strip in strips:
+        grid.paste(strip, (0, top))
+        top += strip.height
+    return np.asarray(grid)
+
+
+def _strip(label: str, frames: np.ndarray, max_frames: int, font: ImageFont.FreeTypeFont) -> Image.Image:
+    is_video = frames.ndim == 4
+    frames = frames if is_video else frames[None]
+    count, height, width, _ = frames.shape
+    chosen = np.unique(np.linspace(0, count - 1, min(count, max_frames)).round().astype(int))
+    factor = -(-_MIN_FRAME_WIDTH // width)
+    frame_top = 2 * _LINE if is_video else _LINE
+    size = (
+        max(len(chosen) * (width * factor + _GAP) + _GAP, int(font.getlength(label)) + 2 * _GAP),
+        frame_top + height * factor + _GAP,
+    )
+    strip = Image.new("RGB", size, "white")
+    draw = ImageDraw.Draw(strip)
+    draw.text((_GAP, 1), label, fill="black", font=font)
+    for column, number in enumerate(chosen):
+        left = _GAP + column * (width * factor + _GAP)
+        if is_video:
+            draw.text((left, _LINE), str(number), fill="gray", font=font)
+        enlarged = frames[number].repeat(factor, axis=0).repeat(factor, axis=1)
+        strip.paste(Image.fromarray(enlarged), (left, frame_top))
+    return strip
+
+
+def write_video(path: str | pathlib.Path, frames: UInt8[np.ndarray, "f h w 3"], fps: float) -> None:
+    """Writes frames as .mp4 (H.264, yuv420p, BT.709) or .gif.
+
+    yuv420p needs even sizes: an odd last row or column is doubled.
+
+    Raises:
+        UserError: if the name ends in something else.
+    """
+    path = pathlib.Path(path)
+    if path.suffix.lower() == ".mp4":
+        _write_mp4(path, frames, fps)
+    elif path.suffix.lower() == ".gif":
+        _write_gif(path, frames, fps)
+    else:
+        raise UserError(f"Videos are written as .mp4 or .gif, not as {path.name!r}; choose one of these endings.")
+
+
+def _write_mp4(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
+    frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=fractions.Fraction(fps).limit_denominator(1001))
+        stream.height, stream.width = frames.shape[1:3]
+        stream.pix_fmt = "yuv420p"
+        stream.options = {"crf": "16"}
+        # Untagged, players guess the matrix from the size, and half of them guess wrong.
+        stream.codec_context.colorspace = _BT709
+        for picture in frames:
+            rgb = av.VideoFrame.from_ndarray(np.ascontiguousarray(picture), format="rgb24")
+            container.mux(stream.encode(rgb.reformat(format="yuv420p", dst_colorspace=Colorspace.ITU709)))
+        container.mux(stream.encode())
+
+
+def _write_gif(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
+    # GIF counts in 1/100 s: rounding the times, not the durations, keeps the length of the whole.
+    ends = np.round(np.arange(len(frames) + 1) * 100 / fps)
+    durations = (10 * np.diff(ends)).astype(int).tolist()
+    first, *rest = (Image.fromarray(picture) for picture in frames)
+    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
