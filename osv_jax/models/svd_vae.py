@@ -1,0 +1,194 @@
+"""The autoencoder of Stable Video Diffusion: an image encoder and a decoder that also looks along the frames.
+
+Reference: diffusers `AutoencoderKLTemporalDecoder`. Both directions work on unscaled latents: what diffusion sees is
+`latent * scaling_factor`, and multiplying or dividing is the caller's business.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+
+import flax.linen as nn
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from osv_jax.errors import UserError
+from osv_jax.models.layers import Conv, Dense, Dtype, GroupNorm, dot_product_attention
+from osv_jax.models.resnet import Downsample, SpatialResBlock, SpatioTemporalResBlock, Upsample
+
+_EPSILON = 1e-6
+_TEMPORAL_EPSILON = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEConfig:
+    """Sizes of the autoencoder, named as in a checkpoint's `vae/config.json`.
+
+    Raises:
+        UserError: on sizes that the SVD decoder is not defined for.
+    """
+
+    block_out_channels: tuple[int, ...] = (128, 256, 512, 512)
+    layers_per_block: int = 2
+    latent_channels: int = 4
+    in_channels: int = 3
+    out_channels: int = 3
+    scaling_factor: float = 0.18215
+
+    def __post_init__(self) -> None:
+        if self.layers_per_block != 2:
+            # The reference's middle block drops its attention with one layer and ignores all layers after the second.
+            raise UserError(
+                f"The VAE's layers_per_block is {self.layers_per_block}, but SVD's decoder is only defined for 2: "
+                "check that vae/config.json belongs to a Stable Video Diffusion checkpoint."
+            )
+        if any(channels % 32 for channels in self.block_out_channels):
+            raise UserError(
+                f"The VAE's block_out_channels are {self.block_out_channels}, but its norms have 32 groups: "
+                "choose multiples of 32."
+            )
+
+    @property
+    def downscale(self) -> int:
+        """Pixels per latent along each side (8 for SVD)."""
+        return 2 ** (len(self.block_out_channels) - 1)
+
+
+class SVDVAE(nn.Module):
+    """The autoencoder. Parameters: `encoder`, `quant_conv`, `decoder`.
+
+    Args (attributes):
+        config: sizes.
+        attention: implementation for the middle blocks, see `layers.dot_product_attention`. There, `auto` means `xla`:
+            one head as wide as the block (512) is beyond what the fused kernels take.
+        remat: recompute the residual blocks in the backward pass (for losses on decoded frames).
+    """
+
+    config: VAEConfig
+    attention: str = "auto"
+    remat: bool = False
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        attention = "xla" if self.attention == "auto" else self.attention
+        self.encoder = _Encoder(self.config, attention, self.remat, **dtypes)
+        self.quant_conv = Conv(2 * self.config.latent_channels, (1, 1), **dtypes)
+        self.decoder = _TemporalDecoder(self.config, attention, self.remat, **dtypes)
+
+    def __call__(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b f h2 w2 3"]:
+        """Reconstructs a video in [-1, 1] through the mode of its latents."""
+        mean, _ = self.encode(video.reshape(-1, *video.shape[2:]))
+        return self.decode(mean.reshape(*video.shape[:2], *mean.shape[1:]))
+
+    def encode(self, images: Float[Array, "n h w 3"]) -> tuple[Float[Array, "n lh lw 4"], Float[Array, "n lh lw 4"]]:
+        """Mean (which is the mode) and log-variance of the unscaled latents of images in [-1, 1].
+
+        A side that the factor 8 does not divide loses its remainder: the latent's side is `side // 8`.
+        """
+        moments = self.quant_conv(self.encoder(images)).astype(jnp.float32)
+        mean, logvar = jnp.split(moments, 2, axis=-1)
+        return mean, logvar.clip(-30.0, 20.0)
+
+    def decode(self, latents: Float[Array, "b f lh lw 4"]) -> Float[Array, "b f h w 3"]:
+        """Frames, about in [-1, 1] (not clipped), of latents already divided by `config.scaling_factor`."""
+        return self.decoder(latents)
+
+
+class _MidAttention(nn.Module):
+    """Single-head self-attention over the pixels of each image, with a GroupNorm before it and a residual around it."""
+
+    implementation: str
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        n, height, width, channels = x.shape
+        tokens = GroupNorm(_EPSILON, name="group_norm", **dtypes)(x).reshape(n, height * width, channels)
+        q, k, v = (Dense(channels, name=name, **dtypes)(tokens)[:, :, None] for name in ("to_q", "to_k", "to_v"))
+        y = dot_product_attention(q, k, v, self.implementation)
+        return x + Dense(channels, name="to_out_0", **dtypes)(y.reshape(x.shape))
+
+
+class _Stage(nn.Module):
+    """The residual blocks of one resolution, `resnets_0` ..., and the change to the next one.
+
+    Args (attributes):
+        temporal: blocks of the decoder, which also look along the frames, and upsampling instead of downsampling.
+        attention: attention implementation of a middle stage (`attentions_0`, after the first block), else None.
+        resample: whether to change the resolution at the end.
+    """
+
+    channels: int
+    num_layers: int
+    temporal: bool
+    remat: bool
+    dtype: Dtype
+    param_dtype: Dtype
+    attention: str | None = None
+    resample: bool = False
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch h w c"]) -> Float[Array, "*batch h2 w2 channels"]:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        if self.temporal:
+            block, options = SpatioTemporalResBlock, {"temporal_epsilon": _TEMPORAL_EPSILON, "switch_mix": True}
+        else:
+            block, options = SpatialResBlock, {}
+        if self.remat:
+            block = nn.remat(block)
+        for i in range(self.num_layers):
+            x = block(self.channels, _EPSILON, name=f"resnets_{i}", **options, **dtypes)(x)
+            if i == 0 and self.attention is not None:
+                attend = _MidAttention(self.attention, name="attentions_0", **dtypes)
+                x = attend(x.reshape(-1, *x.shape[-3:])).reshape(x.shape)
+        if not self.resample:
+            return x
+        if self.temporal:
+            return Upsample(name="upsamplers_0", **dtypes)(x)
+        return Downsample(padding=(0, 1), name="downsamplers_0", **dtypes)(x)
+
+
+class _Encoder(nn.Module):
+    config: VAEConfig
+    attention: str
+    remat: bool
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, images: Float[Array, "n h w 3"]) -> Float[Array, "n lh lw moments"]:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        stage = {"temporal": False, "remat": self.remat, **dtypes}
+        widths, layers = self.config.block_out_channels, self.config.layers_per_block
+        x = Conv(widths[0], (3, 3), name="conv_in", **dtypes)(images)
+        for i, width in enumerate(widths):
+            x = _Stage(width, layers, resample=i < len(widths) - 1, name=f"down_blocks_{i}", **stage)(x)
+        x = _Stage(widths[-1], 2, attention=self.attention, name="mid_block", **stage)(x)
+        x = nn.silu(GroupNorm(_EPSILON, name="conv_norm_out", **dtypes)(x))
+        return Conv(2 * self.config.latent_channels, (3, 3), name="conv_out", **dtypes)(x)
+
+
+class _TemporalDecoder(nn.Module):
+    config: VAEConfig
+    attention: str
+    remat: bool
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, latents: Float[Array, "b f lh lw 4"]) -> Float[Array, "b f h w 3"]:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        stage = {"temporal": True, "remat": self.remat, **dtypes}
+        widths, layers = self.config.block_out_channels[::-1], self.config.layers_per_block
+        x = Conv(widths[0], (3, 3), name="conv_in", **dtypes)(latents)
+        x = _Stage(widths[0], layers, attention=self.attention, name="mid_block", **stage)(x)
+        for i, width in enumerate(widths):
+            x = _Stage(width, layers + 1, resample=i < len(widths) - 1, name=f"up_blocks_{i}", **stage)(x)
+        # One more norm of the spatial kind: statistics per frame.
+        y = GroupNorm(_EPSILON, name="conv_norm_out", **dtypes)(x.reshape(-1, *x.shape[2:])).reshape(x.shape)
+        y = Conv(self.config.out_channels, (3, 3), name="conv_out", **dtypes)(nn.silu(y))
+        return Conv(self.config.out_channels, (3, 1, 1), name="time_conv_out", **dtypes)(y)

@@ -1,0 +1,200 @@
+"""The SVD autoencoder and its residual blocks against diffusers, with random weights everywhere."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import torch
+from conftest import relative_error
+from diffusers import AutoencoderKLTemporalDecoder
+from diffusers.models.resnet import Downsample2D, Upsample2D
+from diffusers.models.resnet import SpatioTemporalResBlock as TorchSpatioTemporalResBlock
+
+from osv_jax.errors import UserError
+from osv_jax.models.resnet import Downsample, SpatioTemporalResBlock, Upsample
+from osv_jax.models.svd_vae import SVDVAE, VAEConfig
+
+TOLERANCE = 2e-5
+# The second one has the real depth of four stages, so that an image is eight times its latent.
+CONFIGS = (VAEConfig(block_out_channels=(32, 64)), VAEConfig(block_out_channels=(32, 32, 64, 64)))
+
+
+def random_params(module, *inputs, seed=0):
+    """The module's parameters with normal values; norm scales and kernels keep a sensible magnitude."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        values = rng.standard_normal(leaf.shape).astype(np.float32)
+        if path[-1].key == "kernel":
+            return values / np.sqrt(np.prod(leaf.shape[:-1]))
+        return 1 + 0.3 * values if path[-1].key == "scale" else 0.5 * values
+
+    return jax.tree.map_with_path(draw, shapes)
+
+
+def torch_state(params, copy=True):
+    """PyTorch's state dict of a parameter tree: the naming rule of the package, written out a second time."""
+    state = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        *modules, name = (key.key for key in path)
+        modules = [
+            f"{module.rpartition('_')[0]}.{module.rpartition('_')[2]}"
+            if module.rpartition("_")[2].isdigit() and module not in ("linear_1", "linear_2")
+            else module
+            for module in modules
+        ]
+        name = {"kernel": "weight", "scale": "weight"}.get(name, name)
+        leaf = np.moveaxis(leaf, (-1, -2), (0, 1)) if leaf.ndim > 1 else leaf
+        state[".".join([*modules, name])] = torch.tensor(np.ascontiguousarray(leaf)) if copy else leaf
+    return state
+
+
+def to_torch(x):
+    """[*batch h w c] -> [n c h w]"""
+    return torch.tensor(np.moveaxis(x.reshape(-1, *x.shape[-3:]), -1, 1))
+
+
+def from_torch(x, batch):
+    """[n c h w] -> [*batch h w c]"""
+    return np.moveaxis(x.detach().numpy(), 1, -1).reshape(*batch, *x.shape[2:], x.shape[1])
+
+
+@pytest.fixture(scope="module", params=CONFIGS, ids=lambda config: f"{len(config.block_out_channels)}stages")
+def pair(request):
+    config = request.param
+    vae = SVDVAE(config)
+    params = random_params(vae, jnp.zeros((1, 2, 16, 16, 3)))
+    stages = len(config.block_out_channels)
+    reference = AutoencoderKLTemporalDecoder(
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        down_block_types=("DownEncoderBlock2D",) * stages,
+    ).eval()
+    reference.load_state_dict(torch_state(params), strict=True)
+    encode = jax.jit(lambda images: vae.apply({"params": params}, images, method="encode"))
+    decode = jax.jit(lambda latents: vae.apply({"params": params}, latents, method="decode"))
+    return config, vae, params, reference, encode, decode
+
+
+def pixels(config, height, width, extra=0):
+    return height * config.downscale + extra, width * config.downscale + extra
+
+
+@pytest.mark.parametrize("extra", [0, 1], ids=["multiple", "remainder"])
+def test_encoder_matches_diffusers(pair, rng, extra):
+    config, _, _, reference, encode, _ = pair
+    images = rng.uniform(-1, 1, (2, *pixels(config, 9, 15, extra), 3)).astype(np.float32)
+    mean, logvar = encode(images)
+    assert mean.shape == logvar.shape == (2, 9, 15, 4)
+    with torch.no_grad():
+        expected = reference.encode(to_torch(images)).latent_dist
+    assert relative_error(mean, from_torch(expected.mean, (2,))) < TOLERANCE
+    assert relative_error(logvar, from_torch(expected.logvar, (2,))) < TOLERANCE
+
+
+def test_logvar_is_clipped_like_diffusers(pair, rng):
+    config, vae, params, reference, _, _ = pair
+    images = rng.uniform(-1, 1, (2, *pixels(config, 3, 5), 3)).astype(np.float32)
+    wild = jax.tree.map(np.copy, params)
+    wild["quant_conv"]["kernel"] *= 100
+    with torch.no_grad():
+        kernel = reference.quant_conv.weight.clone()
+        reference.quant_conv.weight *= 100
+        expected = reference.encode(to_torch(images)).latent_dist.logvar
+        reference.quant_conv.weight.copy_(kernel)
+    _, logvar = vae.apply({"params": wild}, images, method="encode")
+    assert logvar.min() == -30
+    assert logvar.max() == 20
+    assert relative_error(logvar, from_torch(expected, (2,))) < TOLERANCE
+
+
+@pytest.mark.parametrize(("frames", "size"), [(3, (9, 15)), (14, (3, 5))])
+def test_decoder_matches_diffusers(pair, rng, frames, size):
+    config, _, _, reference, _, decode = pair
+    latents = rng.standard_normal((2, frames, *size, 4)).astype(np.float32)
+    video = decode(latents)
+    assert video.shape == (2, frames, *pixels(config, *size), 3)
+    with torch.no_grad():
+        expected = reference.decode(to_torch(latents), num_frames=frames).sample
+    assert relative_error(video, from_torch(expected, (2, frames))) < TOLERANCE
+
+
+def test_whole_matches_diffusers(pair, rng):
+    config, vae, params, reference, _, _ = pair
+    video = rng.uniform(-1, 1, (2, 3, *pixels(config, 3, 5), 3)).astype(np.float32)
+    with torch.no_grad():
+        expected = from_torch(reference(to_torch(video), num_frames=3).sample, (2, 3))
+    assert relative_error(jax.jit(vae.apply)({"params": params}, video), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("pair", CONFIGS[:1], ids=["2stages"], indirect=True)
+def test_gradient_through_the_rematerialised_decoder_matches_torch(pair, rng):
+    config, vae, params, reference, _, _ = pair
+    latents = rng.standard_normal((2, 3, 3, 5, 4)).astype(np.float32)
+    weights = rng.standard_normal((2, 3, *pixels(config, 3, 5), 3)).astype(np.float32)
+    remat = vae.clone(remat=True)
+    gradient = jax.jit(jax.grad(lambda z: jnp.sum(remat.apply({"params": params}, z, method="decode") * weights)))
+    torch_latents = to_torch(latents).requires_grad_()
+    (reference.decode(torch_latents, num_frames=3).sample * to_torch(weights)).sum().backward()
+    assert relative_error(gradient(latents), from_torch(torch_latents.grad, (2, 3))) < TOLERANCE
+
+
+@pytest.mark.parametrize("pair", CONFIGS[:1], ids=["2stages"], indirect=True)
+def test_bfloat16_stays_close(pair, rng):
+    _, vae, params, _, _, decode = pair
+    latents = rng.standard_normal((2, 3, 9, 15, 4)).astype(np.float32)
+    half = vae.clone(dtype=jnp.bfloat16)
+    rough = jax.jit(lambda z: half.apply({"params": params}, z, method="decode"))(latents)
+    assert rough.dtype == jnp.bfloat16
+    assert relative_error(rough, decode(latents)) < 0.05
+
+
+def test_real_size_has_the_names_and_shapes_of_diffusers():
+    shapes = jax.eval_shape(SVDVAE(VAEConfig()).init, jax.random.key(0), jnp.zeros((1, 1, 8, 8, 3)))["params"]
+    with torch.device("meta"):
+        reference = AutoencoderKLTemporalDecoder(
+            block_out_channels=(128, 256, 512, 512),
+            layers_per_block=2,
+            down_block_types=("DownEncoderBlock2D",) * 4,
+        ).state_dict()
+    ours = torch_state(jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes), copy=False)
+    assert {name: tuple(tensor.shape) for name, tensor in reference.items()} == {
+        name: tensor.shape for name, tensor in ours.items()
+    }
+
+
+@pytest.mark.parametrize("switch_mix", [False, True], ids=["unet", "vae"])
+def test_residual_block_with_time_embedding_matches_diffusers(rng, switch_mix):
+    block = SpatioTemporalResBlock(64, 1e-6, 1e-3, switch_mix=switch_mix)
+    x = rng.standard_normal((2, 3, 5, 7, 32)).astype(np.float32)
+    temb = rng.standard_normal((2, 16)).astype(np.float32)
+    params = random_params(block, x, temb)
+    reference = TorchSpatioTemporalResBlock(
+        32, 64, temb_channels=16, eps=1e-6, temporal_eps=1e-3, switch_spatial_to_temporal_mix=switch_mix
+    )
+    reference.load_state_dict(torch_state(params), strict=True)
+    per_frame = torch.tensor(temb).repeat_interleave(3, dim=0)
+    expected = from_torch(reference(to_torch(x), per_frame, torch.zeros(2, 3)), (2, 3))
+    assert relative_error(block.apply({"params": params}, x, temb), expected) < TOLERANCE
+
+
+@pytest.mark.parametrize("size", [(10, 14), (9, 13)], ids=["even", "odd"])
+def test_resamplers_undo_each_other_like_diffusers(rng, size):
+    x = rng.standard_normal((2, 3, *size, 32)).astype(np.float32)
+    params = random_params(Downsample(), x)
+    down, up = Downsample2D(32, use_conv=True, name="op"), Upsample2D(32, use_conv=True)
+    down.load_state_dict(torch_state(params), strict=True)
+    up.load_state_dict(torch_state(params), strict=True)
+    small = Downsample().apply({"params": params}, x)
+    expected = down(to_torch(x))
+    assert relative_error(small, from_torch(expected, (2, 3))) < TOLERANCE
+    large = Upsample().apply({"params": params}, small, size)
+    assert relative_error(large, from_torch(up(expected, output_size=size), (2, 3))) < TOLERANCE
+
+
+def test_foreign_configs_are_refused():
+    with pytest.raises(UserError, match="layers_per_block is 1"):
+        VAEConfig(layers_per_block=1)
+    with pytest.raises(UserError, match="multiples of 32"):
+        VAEConfig(block_out_channels=(16, 32))
