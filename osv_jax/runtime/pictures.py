@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import fractions
+import math
 import pathlib
 from collections.abc import Mapping
 
@@ -50,7 +51,7 @@ def _strip(label: str, frames: np.ndarray, max_frames: int, font: ImageFont.Free
     factor = -(-_MIN_FRAME_WIDTH // width)
     frame_top = 2 * _LINE if is_video else _LINE
     size = (
-        max(len(chosen) * (width * factor + _GAP) + _GAP, int(font.getlength(label)) + 2 * _GAP),
+        max(len(chosen) * (width * factor + _GAP) + _GAP, math.ceil(font.getbbox(label)[2]) + 2 * _GAP),
         frame_top + height * factor + _GAP,
     )
     strip = Image.new("RGB", size, "white")

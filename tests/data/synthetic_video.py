@@ -1,0 +1,70 @@
+"""Test videos whose frames carry their number as brightness."""
+
+import fractions
+
+import av
+import numpy as np
+
+_DARKEST, _STEP = 20, 5
+MAX_FRAMES = 46
+
+
+def write(
+    path, times, *, width=32, height=24, codec="libx264", pix_fmt="yuv420p", rate=30, rotation=None, red_corner=False
+):
+    """A video whose frame i is uniformly grey, brighter with i, and shown from `times[i]` [s] on.
+
+    `rate` [1/s] decides how long the last one is shown, and no more.
+    """
+    assert len(times) <= MAX_FRAMES
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream(codec, rate=rate)
+        stream.width, stream.height, stream.pix_fmt = width, height, pix_fmt
+        stream.codec_context.time_base = fractions.Fraction(1, 3000)
+        # Several key frames, and predictions from later frames: what makes seeking and ordering hard.
+        stream.codec_context.gop_size = 10
+        if codec == "libx264":
+            stream.codec_context.max_b_frames = 2
+        if rotation is not None:
+            stream.set_display_rotation(rotation)
+        for number, time in enumerate(times):
+            picture = np.full((height, width, 3), _DARKEST + _STEP * number, np.uint8)
+            if red_corner:
+                picture[: height // 2, : width // 2] = (250, 0, 0)
+            frame = av.VideoFrame.from_ndarray(picture, format="rgb24")
+            frame.pts, frame.time_base = round(time * 3000), stream.codec_context.time_base
+            container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def write_constant(path, num_frames, fps, **options):
+    """The same at a constant frame rate [1/s]."""
+    return write(path, [i / fps for i in range(num_frames)], rate=fps, **options)
+
+
+def numbers(clip):
+    """The frame numbers that the brightness of a clip [f h w 3] tells."""
+    return np.round((clip[:, 4:-4, 4:-4].mean((1, 2, 3)) - _DARKEST) / _STEP).astype(int).tolist()
+
+
+def write_sound(path):
+    """A file with one audio stream and no video."""
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("aac", rate=8000)
+        frame = av.AudioFrame.from_ndarray(np.zeros((1, 1024), np.float32), format="fltp", layout="mono")
+        frame.sample_rate, frame.pts = 8000, 0
+        container.mux(stream.encode(frame))
+        container.mux(stream.encode())
+    return path
+
+
+def write_damaged(path, **options):
+    """A video with one stretch of compressed data overwritten: it opens, and fails half way."""
+    write_constant(path, 40, 10, width=64, height=48, **options)
+    data = bytearray(path.read_bytes())
+    begin, end = data.index(b"mdat"), data.index(b"moov")
+    middle = begin + (end - begin) // 3
+    data[middle : middle + 200] = np.random.default_rng(0).integers(0, 256, 200, np.uint8).tobytes()
+    path.write_bytes(data)
+    return path

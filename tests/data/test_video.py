@@ -1,0 +1,142 @@
+"""Frames are chosen by time, in every container, and shown upright, uncropped where possible, and unstretched."""
+
+import av
+import numpy as np
+import pytest
+import synthetic_video
+
+from osv_jax.data import video
+
+SIZE = {"height": 24, "width": 32}
+
+
+@pytest.mark.parametrize(
+    ("name", "codec"),
+    [("a.mp4", "libx264"), ("a.mkv", "libx264"), ("a.ts", "libx264"), ("a.avi", "mjpeg"), ("a.webm", "libvpx")],
+)
+def test_frames_are_chosen_by_time_in_every_container(tmp_path, name, codec):
+    options = {"pix_fmt": "yuvj420p"} if codec == "mjpeg" else {}
+    path = synthetic_video.write_constant(tmp_path / name, 45, 30, codec=codec, **options)
+    for start in (0, 7 / 30, 0.5, 0.7):
+        clip = video.read_clip(path, start, 5, 7.0, **SIZE)
+        assert clip.shape == (5, 24, 32, 3)
+        assert clip.dtype == np.uint8
+        assert synthetic_video.numbers(clip) == [int((start + i / 7) * 30 + 1e-3) for i in range(5)]
+    # At the video's own rate every frame comes once, however the container rounds its timestamps.
+    assert synthetic_video.numbers(video.read_clip(path, 0.0, 45, 30.0, **SIZE)) == list(range(45))
+
+
+def test_variable_frame_rate(tmp_path):
+    times = [0.0, 0.1, 0.15, 0.5, 0.52, 1.0, 1.01, 1.9]
+    path = synthetic_video.write(tmp_path / "variable.mp4", times)
+    clip = video.read_clip(path, 0.0, 10, 5.0, **SIZE)
+    assert synthetic_video.numbers(clip) == [0, 2, 2, 4, 4, 5, 6, 6, 6, 6]
+    assert synthetic_video.numbers(video.read_clip(path, 0.3, 3, 5.0, **SIZE)) == [2, 3, 4]
+    info = video.probe(path)
+    assert (info.start, info.num_frames) == (0.0, 8)
+    assert info.end > 1.9
+
+
+def test_seconds_count_from_the_first_timestamp(tmp_path):
+    path = synthetic_video.write(tmp_path / "late.mkv", [5 + i / 10 for i in range(20)])
+    info = video.probe(path)
+    assert (info.start, info.end) == pytest.approx((0.0, 2.0), abs=0.11)
+    assert synthetic_video.numbers(video.read_clip(path, 0.0, 4, 5.0, **SIZE)) == [0, 2, 4, 6]
+    assert synthetic_video.numbers(video.read_clip(path, 1.0, 4, 5.0, **SIZE)) == [10, 12, 14, 16]
+
+
+@pytest.mark.parametrize(("rotation", "corner"), [(-90, (0, 1)), (90, (1, 0)), (180, (1, 1))])
+def test_rotation_metadata_is_honoured(tmp_path, rotation, corner):
+    path = synthetic_video.write_constant(tmp_path / "phone.mp4", 3, 10, rotation=rotation, red_corner=True)
+    info = video.probe(path)
+    upright = (24, 32) if rotation == 180 else (32, 24)
+    assert (info.height, info.width) == upright
+    (picture,) = video.read_clip(path, 0.0, 1, 10.0, *upright)
+    quarters = picture.reshape(2, upright[0] // 2, 2, upright[1] // 2, 3).mean((1, 3))
+    redness = quarters[..., 0] - quarters[..., 1]
+    assert np.unravel_index(redness.argmax(), (2, 2)) == corner
+    assert redness.max() > 200
+
+
+@pytest.mark.parametrize(
+    ("pix_fmt", "width", "height"), [("yuv420p10le", 32, 24), ("yuv444p", 33, 23), ("yuv422p10le", 34, 22)]
+)
+def test_ten_bits_and_odd_sizes(tmp_path, pix_fmt, width, height):
+    path = synthetic_video.write_constant(tmp_path / "a.mkv", 12, 10, pix_fmt=pix_fmt, width=width, height=height)
+    info = video.probe(path)
+    assert (info.height, info.width, info.num_frames) == (height, width, 12)
+    assert synthetic_video.numbers(video.read_clip(path, 0.2, 3, 5.0, height=23, width=31)) == [2, 4, 6]
+
+
+def test_cover_scales_then_crops_at_the_centre():
+    columns = np.tile(np.arange(0, 240, 2, dtype=np.uint8)[None, :, None], (60, 1, 3))
+    # Half size, then 15 of the 60 columns left over at each side.
+    crop = video.cover(columns, 30, 30)
+    np.testing.assert_allclose(crop[3, 2:-2, 0], columns[0, 30:90:2, 0][2:-2] + 1, atol=1)
+    # Pixels twice as wide as high: the same array shows a picture of 240 x 60.
+    wide = video.cover(columns, 30, 120, pixel_aspect=2.0)
+    np.testing.assert_allclose(wide[3, 2:-2, 0], columns[0, 2:-2, 0], atol=1)
+
+
+def test_cover_is_antialiased(rng):
+    noise = rng.integers(0, 256, (160, 160, 3)).astype(np.uint8)
+    # Averaging 64 pixels leaves about 1/8 of their spread; picking one would leave all of it.
+    assert video.cover(noise, 20, 20).std() < 0.25 * noise.std()
+
+
+def test_pixel_aspect_ratio_of_the_file(tmp_path):
+    path = tmp_path / "anamorphic.mp4"
+    with av.open(str(path), "w") as container:
+        stream = container.add_stream("libx264", rate=10)
+        stream.width, stream.height, stream.pix_fmt = 32, 24, "yuv420p"
+        stream.codec_context.sample_aspect_ratio = 2
+        picture = np.zeros((24, 32, 3), np.uint8)
+        picture[:, :16] = 240
+        for _ in range(3):
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(picture, format="rgb24")))
+        container.mux(stream.encode())
+    assert video.probe(path).width == 64
+    (shown,) = video.read_clip(path, 0.0, 1, 10.0, height=24, width=64)
+    # Without the aspect ratio the picture would be cropped at the top, not stretched; both halves are whole here.
+    assert (shown[:, :28] > 200).all()
+    assert (shown[:, 36:] < 40).all()
+
+
+def test_a_clip_beyond_the_end_is_refused(tmp_path):
+    path = synthetic_video.write_constant(tmp_path / "a.mp4", 20, 10)
+    assert synthetic_video.numbers(video.read_clip(path, 1.5, 5, 10.0, **SIZE)) == [15, 16, 17, 18, 19]
+    with pytest.raises(video.VideoError, match=r"a\.mp4 ends before the 0\.60 s from 1\.50 s"):
+        video.read_clip(path, 1.5, 6, 10.0, **SIZE)
+
+
+def test_unreadable_files_say_why(tmp_path):
+    whole = synthetic_video.write_constant(tmp_path / "whole.mp4", 20, 10).read_bytes()
+    (tmp_path / "half.mp4").write_bytes(whole[: len(whole) // 2])
+    (tmp_path / "empty.mp4").touch()
+    (tmp_path / "text.mp4").write_text("These are words. " * 50)
+    synthetic_video.write_sound(tmp_path / "sound.mp4")
+    synthetic_video.write_damaged(tmp_path / "damaged.mp4")
+    reasons = {
+        "half": "cannot be decoded",
+        "empty": "cannot be decoded",
+        "text": "cannot be decoded",
+        "missing": "cannot be decoded .No such file",
+        "sound": "has no video stream",
+        "damaged": "cannot be decoded|damaged frame",
+    }
+    for name, reason in reasons.items():
+        with pytest.raises(video.VideoError, match=rf"{name}\.mp4 ({reason}).*; replace it"):
+            video.probe(tmp_path / f"{name}.mp4")
+
+
+def test_a_truncated_stream_ends_where_its_data_end(tmp_path):
+    whole = synthetic_video.write_constant(tmp_path / "whole.mkv", 40, 10).read_bytes()
+    (tmp_path / "part.mkv").write_bytes(whole[: len(whole) * 3 // 4])
+    info = video.probe(tmp_path / "part.mkv")
+    assert 5 < info.num_frames < 35
+    assert info.end == pytest.approx(info.num_frames / 10, abs=0.11)
+
+
+def test_names_with_spaces_and_other_scripts(tmp_path):
+    path = synthetic_video.write_constant(tmp_path / "été à l'eau 日本 %d #1.mp4", 10, 10)
+    assert video.probe(path).num_frames == 10
