@@ -1,0 +1,152 @@
+"""The four networks that can be imported: their config.json, ours, and the parameter trees that follow."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Callable
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict
+
+from osv_jax.convert.naming import Path
+from osv_jax.errors import UserError
+from osv_jax.models.clip_vision import CLIPVision, CLIPVisionConfig
+from osv_jax.models.dinov2 import Dinov2, Dinov2Config
+from osv_jax.models.svd_unet import SVDUNet, UNetConfig
+from osv_jax.models.svd_vae import SVDVAE, VAEConfig
+
+Config = UNetConfig | VAEConfig | CLIPVisionConfig | Dinov2Config
+
+
+@dataclasses.dataclass(frozen=True)
+class Architecture:
+    """What conversion has to know about a network.
+
+    Attributes:
+        config, network: our classes.
+        from_json: a checkpoint's config.json -> our config; raises UserError on an option we have no code for.
+        inputs: config -> the smallest inputs that make the network create all its parameters.
+        options: further keyword arguments of the network's call.
+        command: the sub-command of tools/convert_weights.py that imports it.
+    """
+
+    config: type
+    network: type[nn.Module]
+    from_json: Callable[[dict[str, Any]], Config]
+    inputs: Callable[[Any], tuple[tuple[int, ...], ...]]
+    options: dict[str, Any]
+    command: str
+
+
+def expected_params(component: str, config: Config) -> dict[Path, jax.ShapeDtypeStruct]:
+    """The parameters that `component` has under `config`, by path; nothing is computed."""
+    architecture = ARCHITECTURES[component]
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in architecture.inputs(config)]
+    network = architecture.network(config)
+    init = lambda *args: network.init(jax.random.key(0), *args, **architecture.options)  # noqa: E731
+    return flatten_dict(jax.eval_shape(init, *inputs)["params"])
+
+
+def _fields(json: dict[str, Any], names: list[str], where: str) -> dict[str, Any]:
+    """Options by name, lists as tuples; all must be there, for a default of ours need not be the checkpoint's."""
+    missing = [name for name in names if name not in json]
+    if missing:
+        raise UserError(
+            f"{where} does not say {', '.join(missing)}: expected the config.json that was saved with the weights."
+        )
+    return {name: tuple(json[name]) if isinstance(json[name], list) else json[name] for name in names}
+
+
+def _require(json: dict[str, Any], where: str, **expected: Any) -> None:
+    for name, value in expected.items():
+        actual = json.get(name, value)
+        if actual != value:
+            raise UserError(f"{where} says {name} = {actual!r}, but only {value!r} is supported.")
+
+
+def _unet_config(json: dict[str, Any]) -> UNetConfig:
+    where = "unet/config.json"
+    _require(json, where, _class_name="UNetSpatioTemporalConditionModel")
+    names = [field.name for field in dataclasses.fields(UNetConfig)]
+    names = [name for name in names if name not in ("has_attention", "num_added_time_ids")]
+    fields = _fields(
+        json, [*names, "down_block_types", "up_block_types", "projection_class_embeddings_input_dim"], where
+    )
+    kinds = {"CrossAttnDownBlockSpatioTemporal": True, "DownBlockSpatioTemporal": False}
+    down = fields.pop("down_block_types")
+    unknown = [kind for kind in down if kind not in kinds]
+    if unknown:
+        raise UserError(f"{where} says down_block_types with {unknown[0]!r}, but only {list(kinds)} are supported.")
+    up = tuple(kind.replace("Down", "Up") for kind in reversed(down))
+    _require(fields, where, up_block_types=up)
+    del fields["up_block_types"]
+    for name in ("num_attention_heads", "layers_per_block", "transformer_layers_per_block", "cross_attention_dim"):
+        fields[name] = _per_level(fields[name], len(down), name, isinstance(getattr(UNetConfig, name), tuple), where)
+    ids = fields.pop("projection_class_embeddings_input_dim") // fields["addition_time_embed_dim"]
+    return UNetConfig(**fields, has_attention=tuple(kinds[kind] for kind in down), num_added_time_ids=ids)
+
+
+def _per_level(value: Any, levels: int, name: str, wants_tuple: bool, where: str) -> Any:
+    """diffusers lets some options be one number or one number a level; ours are one or the other."""
+    if wants_tuple:
+        return value if isinstance(value, tuple) else (value,) * levels
+    if isinstance(value, tuple) and len(set(value)) != 1:
+        raise UserError(f"{where} says {name} = {value}, but only one value for all levels is supported.")
+    return value[0] if isinstance(value, tuple) else value
+
+
+def _vae_config(json: dict[str, Any]) -> VAEConfig:
+    where = "vae/config.json"
+    _require(json, where, _class_name="AutoencoderKLTemporalDecoder")
+    fields = _fields(json, [field.name for field in dataclasses.fields(VAEConfig)], where)
+    _require(json, where, down_block_types=["DownEncoderBlock2D"] * len(fields["block_out_channels"]))
+    return VAEConfig(**fields)
+
+
+def _clip_config(json: dict[str, Any]) -> CLIPVisionConfig:
+    where = "image_encoder/config.json"
+    _require(json, where, model_type="clip_vision_model", num_channels=3)
+    fields = _fields(json, [field.name for field in dataclasses.fields(CLIPVisionConfig)], where)
+    try:
+        return CLIPVisionConfig(**fields)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _dinov2_config(json: dict[str, Any]) -> Dinov2Config:
+    where = "DINOv2's config.json"
+    registers = json.get("model_type") == "dinov2_with_registers"
+    if not registers:
+        _require(json, where, model_type="dinov2")
+    _require(json, where, hidden_act="gelu", qkv_bias=True, num_channels=3)
+    names = [field.name for field in dataclasses.fields(Dinov2Config)]
+    if not registers:
+        names.remove("num_register_tokens")
+    return Dinov2Config(**_fields(json, names, where))
+
+
+def _unet_inputs(config: UNetConfig) -> tuple[tuple[int, ...], ...]:
+    side = 2 ** len(config.block_out_channels)
+    return (1, 1, side, side, config.in_channels), (1,), (1, config.cross_attention_dim), (1, config.num_added_time_ids)
+
+
+ARCHITECTURES = {
+    "unet": Architecture(UNetConfig, SVDUNet, _unet_config, _unet_inputs, {}, "svd"),
+    "vae": Architecture(
+        VAEConfig, SVDVAE, _vae_config, lambda c: ((1, 1, 2 * c.downscale, 2 * c.downscale, c.in_channels),), {}, "svd"
+    ),
+    "image_encoder": Architecture(
+        CLIPVisionConfig, CLIPVision, _clip_config, lambda c: ((1, c.image_size, c.image_size, 3),), {}, "svd"
+    ),
+    "dinov2": Architecture(
+        Dinov2Config,
+        Dinov2,
+        _dinov2_config,
+        lambda c: ((1, c.patch_size, c.patch_size, 3),),
+        {"blocks": (0,)},
+        "dinov2",
+    ),
+}
