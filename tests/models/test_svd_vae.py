@@ -27,7 +27,7 @@ def random_params(module, *inputs, seed=0):
     def draw(path, leaf):
         values = rng.standard_normal(leaf.shape).astype(np.float32)
         if path[-1].key == "kernel":
-            return values / np.sqrt(np.prod(leaf.shape[:-1]))
+            return values / np.float32(np.prod(leaf.shape[:-1]) ** 0.5)
         return 1 + 0.3 * values if path[-1].key == "scale" else 0.5 * values
 
     return jax.tree.map_with_path(draw, shapes)

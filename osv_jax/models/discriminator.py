@@ -1,0 +1,256 @@
+"""The video discriminator of OSV: latents -> learned upsampling -> frozen image backbone -> small trainable heads.
+
+Only the upsampling and the heads are here and learn (psi). The backbone (DINOv2) is passed in and stays frozen.
+References: OSV Fig. 3, 4, 9 and appendix D; SF-V Table 2 for why heads look along space and along time.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax import lax
+from jaxtyping import Array, Float, PRNGKeyArray
+
+from osv_jax.errors import UserError
+from osv_jax.models.layers import Conv, Dtype, GroupNorm
+
+# What each latent channel (rows) of Stable Diffusion contributes to red, green and blue in [-1, 1].
+_LATENT_TO_RGB = np.array(
+    [
+        [0.3512, 0.2297, 0.3227],
+        [0.3250, 0.4974, 0.2350],
+        [-0.2829, 0.1762, 0.2721],
+        [-0.2120, -0.2616, -0.7177],
+    ],
+    np.float32,
+)
+_IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
+_IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
+_INITIAL_POWER_ITERATIONS = 15
+
+Logits = dict[str, Float[Array, "b n"]]
+
+
+class Discriminator(nn.Module):
+    """The trainable part: `upsampler`, `spatial_<level>`, `temporal_<level>`.
+
+    Variables: `params`, and `spectral`, which holds the estimated first singular vector of every head convolution.
+
+    Args (attributes):
+        blocks: the backbone's blocks whose features are judged, counted from 0; a level each.
+        upscale: side of the sub-pixel upsampling (r of Fig. 9).
+        dtype: of the computation; logits are float32 always.
+    """
+
+    blocks: tuple[int, ...] = (2, 5, 8, 11)
+    upscale: int = 4
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    def setup(self) -> None:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.upsampler = _Upsampler(self.upscale, **dtypes)
+        self.spatial = [_Head((3, 3), **dtypes) for _ in self.blocks]
+        self.temporal = [_Head((3,), **dtypes) for _ in self.blocks]
+
+    def __call__(
+        self, latents: Float[Array, "b f h w 4"], features: tuple[Float[Array, "b f gh gw c"], ...]
+    ) -> tuple[Float[Array, "b f H W 3"], Logits]:
+        """Both halves one after the other; only `init` needs it."""
+        return self.pixels(latents), self.score(features, update_stats=False)
+
+    def pixels(self, latents: Float[Array, "b f h w 4"]) -> Float[Array, "b f H W 3"]:
+        """Frames, about in [0, 1] and `upscale` times as large, of scaled latents."""
+        return (self.upsampler(latents).astype(jnp.float32) + 1) / 2
+
+    def score(self, features: tuple[Float[Array, "b f gh gw c"], ...], update_stats: bool) -> Logits:
+        """The heads' logits, all levels one after the other along n.
+
+        Args:
+            features: one array a level.
+            update_stats: improve the singular vectors by one power iteration first; `spectral` must be mutable then.
+
+        Raises:
+            UserError: on features whose width is not a multiple of 32 (the norms' groups).
+            ValueError: on another number of levels than `blocks` has.
+        """
+        if any(x.shape[-1] % 32 for x in features):
+            raise UserError(
+                f"The discriminator's backbone has features of width {[x.shape[-1] for x in features]}, but its heads "
+                "need multiples of 32: choose another backbone."
+            )
+        spatial, temporal = [], []
+        for x, spatial_head, temporal_head in zip(features, self.spatial, self.temporal, strict=True):
+            batch, frames, height, width, channels = x.shape
+            images = x.reshape(batch * frames, height, width, channels)
+            tracks = x.transpose(0, 2, 3, 1, 4).reshape(batch * height * width, frames, channels)
+            spatial.append(spatial_head(images, update_stats).reshape(batch, -1))
+            temporal.append(temporal_head(tracks, update_stats).reshape(batch, -1))
+        return {"spatial": jnp.concatenate(spatial, axis=1), "temporal": jnp.concatenate(temporal, axis=1)}
+
+
+class _Upsampler(nn.Module):
+    """Sub-pixel convolution to RGB; starts as the linear latent-to-RGB map, every latent pixel repeated."""
+
+    upscale: int
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, latents: Float[Array, "b f h w 4"]) -> Float[Array, "b f H W 3"]:
+        features = 3 * self.upscale**2
+
+        def start(_key: PRNGKeyArray) -> Float[Array, "3 3 4 features"]:
+            kernel = np.zeros((3, 3, len(_LATENT_TO_RGB), features), np.float32)
+            kernel[1, 1] = np.repeat(_LATENT_TO_RGB, self.upscale**2, axis=1)
+            return jnp.asarray(kernel, self.param_dtype)
+
+        params = {"kernel": self.param("kernel", start)}
+        params["bias"] = self.param("bias", nn.initializers.zeros, (features,), self.param_dtype)
+        x = Conv(features, (3, 3), dtype=self.dtype, parent=None).apply({"params": params}, latents)
+        return pixel_shuffle(x, self.upscale)
+
+
+def pixel_shuffle(x: Float[Array, "*batch h w crr"], upscale: int) -> Float[Array, "*batch H W c"]:
+    """Each pixel's channels, ordered (colour, row, column), become an `upscale` x `upscale` block (as in PyTorch)."""
+    *batch, height, width, channels = x.shape
+    x = x.reshape(-1, height, width, channels // upscale**2, upscale, upscale)
+    x = x.transpose(0, 1, 4, 2, 5, 3)
+    return x.reshape(*batch, height * upscale, width * upscale, -1)
+
+
+class _Head(nn.Module):
+    """A pointwise block, a residual block, one logit per position; 2-D or 1-D as `window` is.
+
+    A block is a spectrally normalised convolution, GroupNorm (of one image or one track: no logit may depend on the
+    rest of the batch) and LeakyReLU.
+    """
+
+    window: tuple[int, ...]
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n *space c"], update_stats: bool) -> Float[Array, "n *space 1"]:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        pointwise = (1,) * len(self.window)
+
+        def block(x: Array, window: tuple[int, ...], name: str) -> Array:
+            x = _SpectralConv(x.shape[-1], window, name=f"{name}_conv", **dtypes)(x, update_stats)
+            return nn.leaky_relu(GroupNorm(1e-5, name=f"{name}_norm", **dtypes)(x), 0.2)
+
+        x = block(x, pointwise, "in")
+        x = (x + block(x, self.window, "residual")) / 2**0.5
+        return _SpectralConv(1, pointwise, name="out_conv", **dtypes)(x, update_stats).astype(jnp.float32)
+
+
+class _SpectralConv(nn.Module):
+    """A convolution whose kernel, as an (out, rest) matrix, is divided by its largest singular value.
+
+    That value is u' W v with the power method's vectors, which are held constant in the gradient (Miyato et al. 2018,
+    PyTorch's `spectral_norm`). Only u is stored; v follows from it and the present kernel.
+    """
+
+    features: int
+    window: tuple[int, ...]
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "n *space c"], update_stats: bool) -> Float[Array, "n *space features"]:
+        shape = (*self.window, x.shape[-1], self.features)
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype).astype(jnp.float32)
+        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        matrix = kernel.reshape(-1, self.features)
+
+        def start() -> Float[Array, " features"]:
+            u = jax.random.normal(self.make_rng("params"), (self.features,))
+            return lax.fori_loop(0, _INITIAL_POWER_ITERATIONS, lambda _, u: _power_iteration(matrix, u), u)
+
+        stored = self.variable("spectral", "u", start)
+        u = stored.value
+        if update_stats:
+            u = stored.value = _power_iteration(lax.stop_gradient(matrix), u)
+        v = _unit(_matvec(lax.stop_gradient(matrix), u))
+        kernel = kernel / (v @ _matvec(matrix, u))
+        conv = Conv(self.features, self.window, dtype=self.dtype, parent=None)
+        return conv.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+
+
+def _power_iteration(matrix: Float[Array, "k o"], u: Float[Array, " o"]) -> Float[Array, " o"]:
+    return _unit(_matvec(matrix.T, _unit(_matvec(matrix, u))))
+
+
+def _matvec(matrix: Float[Array, "k o"], u: Float[Array, " o"]) -> Float[Array, " k"]:
+    # A TPU's default precision would leave three digits of the singular value.
+    return jnp.matmul(matrix, u, precision=lax.Precision.HIGHEST)
+
+
+def _unit(x: Float[Array, " k"]) -> Float[Array, " k"]:
+    return x / jnp.maximum(jnp.linalg.norm(x), 1e-12)
+
+
+def init_discriminator(disc: Discriminator, key: PRNGKeyArray, feature_width: int) -> dict[str, Any]:
+    """Fresh variables, `params` and `spectral`, for a backbone whose features are `feature_width` wide."""
+    latents = jnp.zeros((1, 1, 1, 1, len(_LATENT_TO_RGB)))
+    features = (jnp.zeros((1, 1, 1, 1, feature_width)),) * len(disc.blocks)
+    return disc.init(key, latents, features)
+
+
+def discriminate(
+    disc: Discriminator,
+    backbone: nn.Module,
+    disc_variables: dict[str, Any],
+    backbone_params: dict[str, Any],
+    latents: Float[Array, "b f h w 4"],
+    update_stats: bool,
+) -> tuple[Logits, dict[str, Any]]:
+    """Judges latent videos.
+
+    Args:
+        disc, disc_variables: the trainable part; variables as `init_discriminator` makes them.
+        backbone, backbone_params: see `discriminate_pixels`.
+        latents: scaled latents.
+        update_stats: whether this call improves the spectral statistics (in training, once a discriminator update).
+
+    Returns:
+        The logits of all heads (`spatial` and `temporal`; positive means real), and the collection `spectral` to
+        store: the one passed in unless `update_stats`.
+    """
+    pixels = disc.apply(disc_variables, latents, method="pixels")
+    return discriminate_pixels(disc, backbone, disc_variables, backbone_params, pixels, update_stats)
+
+
+def discriminate_pixels(
+    disc: Discriminator,
+    backbone: nn.Module,
+    disc_variables: dict[str, Any],
+    backbone_params: dict[str, Any],
+    pixels: Float[Array, "b f h w 3"],
+    update_stats: bool,
+) -> tuple[Logits, dict[str, Any]]:
+    """Judges videos in [0, 1] of any size, e.g. decoded ones (the discriminator of ADD); otherwise as `discriminate`.
+
+    The backbone is any module with `config.patch_size` that maps ImageNet-normalised images [n h w 3] and block numbers
+    to a tuple of [n gh gw c]. No gradient reaches its parameters.
+    """
+    batch, frames = pixels.shape[:2]
+    images = (pixels.reshape(-1, *pixels.shape[2:]) - _IMAGENET_MEAN) / _IMAGENET_STD
+    images = _resize_to_patches(images, backbone.config.patch_size)
+    features = backbone.apply({"params": lax.stop_gradient(backbone_params)}, images, disc.blocks)
+    features = tuple(x.reshape(batch, frames, *x.shape[1:]) for x in features)
+    if not update_stats:
+        return disc.apply(disc_variables, features, False, method="score"), disc_variables["spectral"]
+    logits, updated = disc.apply(disc_variables, features, True, method="score", mutable=["spectral"])
+    return logits, updated["spectral"]
+
+
+def _resize_to_patches(images: Float[Array, "n h w 3"], patch: int) -> Float[Array, "n H W 3"]:
+    """Bilinear, without antialiasing, to the nearest multiples of the patch size (halves go up; at least one patch)."""
+    n, *sides, channels = images.shape
+    height, width = (max(1, (side + patch // 2) // patch) * patch for side in sides)
+    return jax.image.resize(images, (n, height, width, channels), "bilinear", antialias=False)
