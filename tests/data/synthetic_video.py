@@ -59,12 +59,12 @@ def write_sound(path):
     return path
 
 
-def write_damaged(path, **options):
-    """A video with one stretch of compressed data overwritten: it opens, and fails half way."""
+def write_damaged(path, where=0.33, num_bytes=200, **options):
+    """A video with a stretch of compressed data overwritten: it opens, and goes wrong on the way."""
     write_constant(path, 40, 10, width=64, height=48, **options)
     data = bytearray(path.read_bytes())
     begin, end = data.index(b"mdat"), data.index(b"moov")
-    middle = begin + (end - begin) // 3
-    data[middle : middle + 200] = np.random.default_rng(0).integers(0, 256, 200, np.uint8).tobytes()
+    middle = begin + int(where * (end - begin))
+    data[middle : middle + num_bytes] = bytes(np.random.default_rng(0).integers(0, 256, num_bytes, np.uint8))
     path.write_bytes(data)
     return path
