@@ -43,8 +43,8 @@ def condition_on_image(
     image: Float[Array, "b h w 3"],
     noise: Float[Array, "b h w 3"],
     noise_aug_strength: Float[Array, " b"],
-    fps: float | Num[Array, " b"],
-    motion_bucket_id: float | Num[Array, " b"],
+    fps: float | int | Num[Array, " b"],
+    motion_bucket_id: float | int | Num[Array, " b"],
     clip_size: int = 224,
 ) -> Conditioning:
     """Builds the conditioning of clips from their first frames.
@@ -68,8 +68,8 @@ def condition_on_image(
 
 
 def added_time_ids(
-    fps: float | Num[Array, " b"],
-    motion_bucket_id: float | Num[Array, " b"],
+    fps: float | int | Num[Array, " b"],
+    motion_bucket_id: float | int | Num[Array, " b"],
     noise_aug_strength: Float[Array, " b"],
 ) -> Float[Array, "b 3"]:
     """SVD's micro-conditioning [fps - 1, motion bucket, noise strength] in float32; it was trained on fps - 1."""

@@ -25,7 +25,7 @@ class Dinov2Config:
     hidden_size: int = 384
     num_hidden_layers: int = 12
     num_attention_heads: int = 6
-    mlp_ratio: float = 4
+    mlp_ratio: float | int = 4
     layer_norm_eps: float = 1e-6
     image_size: int = 518
     patch_size: int = 14

@@ -131,12 +131,17 @@ def test_matches_the_pipeline(pipeline, pictures, images, rng):
 def test_every_clip_has_its_own_strength_and_only_the_vae_sees_the_noise(rng):
     image, noise = (jnp.asarray(rng.uniform(-1, 1, (2, 16, 24, 3)), jnp.float32) for _ in range(2))
     strength = jnp.array([0.0, 0.5])
-    actual = condition_on_image(
-        lambda pixels: pixels.reshape(2, -1), lambda image: image, image, noise, strength, jnp.array([7, 25]), 127, 8
-    )
+
+    def encode_image(pixels):
+        return pixels.reshape(2, -1)
+
+    def encode_mode(image):
+        return jnp.pad(image, ((0, 0), (0, 0), (0, 0), (0, 1)))
+
+    actual = condition_on_image(encode_image, encode_mode, image, noise, strength, jnp.array([7, 25]), 127, 8)
     np.testing.assert_array_equal(actual.image_embedding, clip_pixels(image, 8).reshape(2, -1))
-    np.testing.assert_array_equal(actual.image_latents[0], image[0])
-    np.testing.assert_allclose(actual.image_latents[1], image[1] + 0.5 * noise[1], rtol=1e-6)
+    np.testing.assert_array_equal(actual.image_latents[0, ..., :3], image[0])
+    np.testing.assert_allclose(actual.image_latents[1, ..., :3], image[1] + 0.5 * noise[1], rtol=1e-6)
     np.testing.assert_allclose(actual.added_time_ids, [[6, 127, 0], [24, 127, 0.5]])
 
 

@@ -78,14 +78,14 @@ def case(request, tmp_path_factory):
     pixels = rng.standard_normal((2, *size, 3), dtype=np.float32)
     grid = [side // config.patch_size for side in size]
     directions = [rng.standard_normal((2, *grid, config.hidden_size), dtype=np.float32) for _ in BLOCKS]
-    return config, reference, params, pixels, directions
+    return config, reference, params, jnp.asarray(pixels), directions
 
 
 @pytest.fixture(scope="module")
 def expected(case):
     """Torch's features after `BLOCKS`, final sequence, and gradient of the pixels."""
     config, reference, _, pixels, directions = case
-    pixels = torch.from_numpy(pixels).requires_grad_()
+    pixels = torch.from_numpy(np.array(pixels)).requires_grad_()
     out = reference(pixels.movedim(-1, 1), output_hidden_states=True)
     # hidden_states[0] are the embeddings.
     patches = [out.hidden_states[block + 1][:, 1 + config.num_register_tokens :] for block in BLOCKS]
