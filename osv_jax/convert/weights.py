@@ -78,12 +78,12 @@ def save_component(
     three times as long, and 1.7 GB more memory for SVD's UNet.
     """
     folder.mkdir(parents=True)
-    # By default Orbax copies every NumPy array before it writes the first.
-    numpy_handler = ocp.type_handlers.NumpyHandler(deepcopy_host_arrays=False)
-    handler = ocp.PyTreeCheckpointHandler(
-        use_compression=False,
-        type_handler_registry=ocp.type_handlers.create_type_handler_registry((np.ndarray, numpy_handler)),
+    # By default Orbax copies every NumPy array before it writes the first. (It wants the other handler to be there.)
+    handlers = ocp.type_handlers
+    registry = handlers.create_type_handler_registry(
+        (jax.Array, handlers.ArrayHandler()), (np.ndarray, handlers.NumpyHandler(deepcopy_host_arrays=False))
     )
+    handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save((folder / "params").absolute(), args=ocp.args.PyTreeSave(params))
     leaves = flatten_dict(params).values()
