@@ -18,7 +18,7 @@ _SMALL = Dinov2Config(hidden_size=48, num_hidden_layers=2, num_attention_heads=3
 CASES = {
     # The grid is not the trained 5 x 5, and not square.
     "mlp": (_SMALL, (42, 98)),
-    # One patch short of the trained grid in one direction: antialiasing shows.
+    # Smaller than the trained grid: antialiasing shows.
     "registers": (dataclasses.replace(_SMALL, num_register_tokens=3, mlp_ratio=3), (42, 56)),
     "swiglu": (dataclasses.replace(_SMALL, use_swiglu_ffn=True, hidden_size=40, num_attention_heads=2), (70, 28)),
     "swiglu_registers": (
