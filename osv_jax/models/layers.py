@@ -38,9 +38,7 @@ class Dense(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch features"]:
-        kernel = self.param(
-            "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype
-        )
+        kernel = self.param("kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype)
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
         if self.has_variable("lora", "a"):
@@ -144,9 +142,7 @@ class GroupNorm(nn.Module):
 
 def layer_norm(name: str, epsilon: float, dtype: Dtype, param_dtype: Dtype) -> nn.LayerNorm:
     """A layer norm with float32 statistics and PyTorch's two-pass variance."""
-    return nn.LayerNorm(
-        epsilon=epsilon, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, name=name
-    )
+    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, name=name)
 
 
 def timestep_embedding(timesteps: Float[Array, " n"], dim: int) -> Float[Array, "n dim"]:
@@ -241,19 +237,22 @@ class SingleKeyAttention(nn.Module):
     @nn.compact
     def __call__(self, context: Float[Array, "b k"]) -> Float[Array, "b features"]:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        _KernelOnly((self.features, self.features), name="to_q", param_dtype=self.param_dtype)()
-        _KernelOnly((context.shape[-1], self.features), name="to_k", param_dtype=self.param_dtype)()
+        Unused((("kernel", (self.features, self.features)),), self.param_dtype, name="to_q")()
+        Unused((("kernel", (context.shape[-1], self.features)),), self.param_dtype, name="to_k")()
         value = Dense(self.features, use_bias=False, name="to_v", **dtypes)(context)
         return Dense(self.features, name="to_out_0", **dtypes)(value)
 
 
-class _KernelOnly(nn.Module):
-    shape: tuple[int, int]
-    param_dtype: Dtype
+class Unused(nn.Module):
+    """Parameters that checkpoints carry and the computation does not need: declared, never read."""
+
+    leaves: tuple[tuple[str, tuple[int, ...]], ...]
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self) -> None:
-        self.param("kernel", nn.initializers.lecun_normal(), self.shape, self.param_dtype)
+        for leaf, shape in self.leaves:
+            self.param(leaf, nn.initializers.normal(0.02), shape, self.param_dtype)
 
 
 def dot_product_attention(

@@ -61,9 +61,11 @@ def _residual_branch(
     return Conv(features, window, name="conv2", **dtypes)(y)
 
 
-class _TimeMixer(nn.Module):
-    switch_mix: bool
-    param_dtype: Dtype
+class TimeMixer(nn.Module):
+    """A learned blend of a spatial and a temporal path; see `SpatioTemporalResBlock`. Reference: `AlphaBlender`."""
+
+    switch_mix: bool = False
+    param_dtype: Dtype = jnp.float32
 
     @nn.compact
     def __call__(self, spatial: Array, temporal: Array) -> Array:
@@ -107,7 +109,7 @@ class SpatioTemporalResBlock(nn.Module):
         ).reshape(batch, frames, height, width, self.out_channels)
         epsilon = self.epsilon if self.temporal_epsilon is None else self.temporal_epsilon
         temporal = TemporalResBlock(epsilon, name="temporal_res_block", **dtypes)(spatial, temb)
-        return _TimeMixer(self.switch_mix, self.param_dtype, name="time_mixer")(spatial, temporal)
+        return TimeMixer(self.switch_mix, self.param_dtype, name="time_mixer")(spatial, temporal)
 
 
 class Upsample(nn.Module):

@@ -1,0 +1,104 @@
+"""Stage 1 of OSV (latent GAN pretraining).
+
+`configs/stage1.py` holds the paper's settings for 8 devices; `configs/stage1.py:tiny` is the embedded default: tiny
+random networks and the clips of a Python package, minutes on two CPU cores.
+"""
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    config = ConfigDict()
+    config.objective = "stage1"
+    config.seed = 0
+
+    # A folder that tools/convert_weights.py wrote: unet/, vae/, image_encoder/, dinov2/.
+    config.weights = "weights/svd"
+    # Instead of `weights`: architectures to fill with random parameters.
+    config.random_networks = ConfigDict()
+
+    config.data = ConfigDict()
+    config.data.videos = "videos"  # a folder; `demo` names the clips that come with the extra osv_jax[demo]
+    config.data.num_frames = 14
+    config.data.fps = 7.0
+    config.data.height = 576
+    config.data.width = 1024
+    config.data.motion_bucket_id = 127
+
+    config.batch_size = 8  # over all devices
+    config.grad_accum = 1
+    config.num_steps = 2000
+
+    config.optimizer = ConfigDict()
+    config.optimizer.learning_rate = 5e-6
+    config.optimizer.b1 = 0.9
+    config.optimizer.b2 = 0.999
+    config.optimizer.max_grad_norm = 0.0  # 0: no clipping
+    config.optimizer.disc_learning_rate = 5e-6
+
+    config.lora = ConfigDict()
+    config.lora.rank = 64
+    config.lora.alpha = 64.0
+    config.lora.targets = "all"  # or `attention`
+
+    config.num_levels = 100
+    config.adversarial_weight = 0.1
+    config.huber_c = 1e-3
+    config.ema_decay = 0.95
+    config.boundary = "svd"
+    config.discriminator_blocks = (2, 5, 8, 11)
+
+    config.dtype = "bfloat16"
+    config.attention = "auto"
+    config.remat = "full"
+    config.mesh = ConfigDict()
+    config.mesh.data = -1
+    config.mesh.fsdp = 1
+
+    config.log_every = 10
+    config.picture_every = 200
+    config.checkpoint_every = 200
+    config.keep_checkpoints = 2
+
+    if variant == "tiny":
+        _tiny(config)
+    elif variant:
+        raise ValueError(f"configs/stage1.py has the variants '' and 'tiny', not {variant!r}.")
+    return config
+
+
+def _tiny(config: ConfigDict) -> None:
+    config.weights = ""
+    config.random_networks = ConfigDict(
+        {
+            "unet": {
+                "block_out_channels": (32, 64),
+                "layers_per_block": 1,
+                "num_attention_heads": (1, 2),
+                "has_attention": (True, True),
+                "cross_attention_dim": 32,
+                "addition_time_embed_dim": 16,
+            },
+            "vae": {"block_out_channels": (32, 32, 32, 32)},
+            "image_encoder": {
+                "hidden_size": 32,
+                "intermediate_size": 64,
+                "projection_dim": 32,
+                "num_hidden_layers": 2,
+                "num_attention_heads": 2,
+                "image_size": 56,
+            },
+            "dinov2": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 70},
+        }
+    )
+    config.data.videos = "demo"
+    config.data.height, config.data.width = 64, 96
+    config.batch_size = 2
+    config.num_steps = 200
+    config.optimizer.learning_rate = 2e-3
+    config.optimizer.disc_learning_rate = 1e-3
+    config.lora.rank = config.lora.alpha = 8
+    config.discriminator_blocks = (1, 3)
+    config.dtype = "float32"
+    config.remat = "none"
+    config.picture_every = config.checkpoint_every = 100

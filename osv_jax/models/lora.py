@@ -1,0 +1,70 @@
+"""LoRA for the SVD UNet: which modules take part, their initial values, merging into the base weights.
+
+A LoRA tree mirrors the parameter tree down to the modules it covers; each holds `a` [*window, in, rank] and `b`
+[rank, out] (PEFT's convention: `a` has the base kernel's window, `b` is pointwise). It is passed to the network as the
+variable collection `lora`; see `layers.Dense` and `layers.Conv`.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+Params = Mapping[str, Any]
+Path = tuple[str, ...]
+
+_ATTENTION = r"attn1/to_(q|k|v|out_0)|attn2/to_(v|out_0)"
+_OTHERS = (
+    r"proj_in|proj_out|(ff|ff_in)/(net_0/proj|net_2)|conv1|conv2|conv_shortcut|(down|up)samplers_0/conv|time_emb_proj"
+)
+# Cross-attention's q and k are not among them: with a single key their gradient is identically zero.
+TARGETS = {"attention": rf"(^|/)({_ATTENTION})$", "all": rf"(^|/)({_ATTENTION}|{_OTHERS})$"}
+
+
+def target_modules(params: Params, targets: str) -> list[Path]:
+    """Paths of the modules that the target set (a key of `TARGETS`) covers, in sorted order."""
+    if targets not in TARGETS:
+        raise ValueError(f"LoRA targets must be one of {sorted(TARGETS)}, got {targets!r}.")
+    pattern = re.compile(TARGETS[targets])
+    modules = (path[:-1] for path in flatten_dict(params) if path[-1] == "kernel")
+    return sorted(path for path in modules if pattern.search("/".join(path)))
+
+
+def init_lora(key: jax.Array, params: Params, rank: int, modules: Iterable[Path]) -> dict[str, Any]:
+    """A float32 LoRA tree that changes nothing yet: `a` as PEFT (uniform, bound 1/sqrt(fan in)), `b` zero.
+
+    Args:
+        params: the base parameters (arrays or shapes), whose kernels give the sizes.
+    """
+    flat, modules = flatten_dict(params), list(modules)
+    lora = {}
+    for path, module_key in zip(modules, jax.random.split(key, len(modules)), strict=True):
+        *window_and_in, features = flat[(*path, "kernel")].shape
+        bound = 1.0 / math.sqrt(math.prod(window_and_in))
+        lora[(*path, "a")] = jax.random.uniform(module_key, (*window_and_in, rank), minval=-bound, maxval=bound)
+        lora[(*path, "b")] = jnp.zeros((rank, features))
+    return unflatten_dict(lora)
+
+
+def scale_lora(lora: Params, scale: float) -> Params:
+    """Folds PEFT's alpha / rank into `b`."""
+    if scale == 1.0:
+        return lora
+    return jax.tree.map_with_path(lambda path, leaf: leaf * scale if path[-1].key == "b" else leaf, lora)
+
+
+def merge_lora(params: Params, lora: Params) -> dict[str, Any]:
+    """Base parameters with `a b` added to every covered kernel, computed in float32, in the base's dtype."""
+    merged = flatten_dict(params)
+    flat = flatten_dict(lora)
+    for path in {path[:-1] for path in flat}:
+        kernel = merged[(*path, "kernel")]
+        update = flat[(*path, "a")].astype(jnp.float32) @ flat[(*path, "b")].astype(jnp.float32)
+        merged[(*path, "kernel")] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+    return unflatten_dict(merged)

@@ -1,0 +1,257 @@
+"""The Stable Video Diffusion UNet (diffusers' `UNetSpatioTemporalConditionModel`), channels-last."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float
+
+from osv_jax.models.layers import (
+    Conv,
+    Dense,
+    Dtype,
+    FeedForward,
+    GroupNorm,
+    SelfAttention,
+    SingleKeyAttention,
+    TimestepEmbedding,
+    Unused,
+    layer_norm,
+    timestep_embedding,
+)
+from osv_jax.models.resnet import Downsample, SpatioTemporalResBlock, TimeMixer, Upsample
+
+REMAT_POLICIES = ("none", "dots", "full")
+
+
+@dataclasses.dataclass(frozen=True)
+class UNetConfig:
+    """Architecture, with the names and defaults of SVD's `unet/config.json`.
+
+    Attributes:
+        has_attention: whether each level, from the finest, carries transformers (in diffusers: the block types).
+        num_added_time_ids: fps, motion bucket and noise strength.
+        num_frames: frames the checkpoint was trained on; the network itself takes any number.
+    """
+
+    in_channels: int = 8
+    out_channels: int = 4
+    block_out_channels: tuple[int, ...] = (320, 640, 1280, 1280)
+    layers_per_block: int = 2
+    num_attention_heads: tuple[int, ...] = (5, 10, 20, 20)
+    has_attention: tuple[bool, ...] = (True, True, True, False)
+    transformer_layers_per_block: int = 1
+    cross_attention_dim: int = 1024
+    addition_time_embed_dim: int = 256
+    num_added_time_ids: int = 3
+    num_frames: int = 14
+
+
+class _SpatialTransformerBlock(nn.Module):
+    """Self-attention over the tokens of each frame, the context row, feed-forward: x [b f s c], context [b k]."""
+
+    num_heads: int
+    attention: str
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array) -> Array:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        channels = x.shape[-1]
+        y = layer_norm("norm1", 1e-5, **dtypes)(x)
+        x += SelfAttention(self.num_heads, implementation=self.attention, name="attn1", **dtypes)(y)
+        # The norm of the queries, which one key makes irrelevant.
+        Unused((("scale", (channels,)), ("bias", (channels,))), self.param_dtype, name="norm2")()
+        x += SingleKeyAttention(channels, name="attn2", **dtypes)(context)[:, None, None, :]
+        return x + FeedForward(name="ff", **dtypes)(layer_norm("norm3", 1e-5, **dtypes)(x))
+
+
+class _TemporalTransformerBlock(nn.Module):
+    """Feed-forward, then the same over the frames of each position: x [b s f c], context [b k]."""
+
+    num_heads: int
+    attention: str
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Array, context: Array) -> Array:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        channels = x.shape[-1]
+        x += FeedForward(name="ff_in", **dtypes)(layer_norm("norm_in", 1e-5, **dtypes)(x))
+        y = layer_norm("norm1", 1e-5, **dtypes)(x)
+        x += SelfAttention(self.num_heads, implementation=self.attention, name="attn1", **dtypes)(y)
+        Unused((("scale", (channels,)), ("bias", (channels,))), self.param_dtype, name="norm2")()
+        x += SingleKeyAttention(channels, name="attn2", **dtypes)(context)[:, None, None, :]
+        return x + FeedForward(name="ff", **dtypes)(layer_norm("norm3", 1e-5, **dtypes)(x))
+
+
+class TransformerSpatioTemporal(nn.Module):
+    """Spatial and temporal transformer blocks in turn, blended by one learned factor, around a shortcut."""
+
+    num_heads: int
+    depth: int
+    attention: str = "auto"
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "b f h w c"], context: Float[Array, "b k"]) -> Float[Array, "b f h w c"]:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        batch, frames, height, width, channels = x.shape
+        y = GroupNorm(1e-6, name="norm", **dtypes)(x.reshape(batch * frames, height, width, channels))
+        y = Dense(channels, name="proj_in", **dtypes)(y.reshape(batch, frames, height * width, channels))
+
+        frame_ids = timestep_embedding(jnp.arange(frames), channels)
+        frame_embedding = TimestepEmbedding(4 * channels, channels, name="time_pos_embed", **dtypes)(frame_ids)
+        mixer = TimeMixer(param_dtype=self.param_dtype, name="time_mixer")
+        for i in range(self.depth):
+            block = (self.num_heads, self.attention, self.dtype, self.param_dtype)
+            y = _SpatialTransformerBlock(*block, name=f"transformer_blocks_{i}")(y, context)
+            over_time = (y + frame_embedding[None, :, None, :]).swapaxes(1, 2)
+            over_time = _TemporalTransformerBlock(*block, name=f"temporal_transformer_blocks_{i}")(over_time, context)
+            y = mixer(y, over_time.swapaxes(1, 2))
+        return x + Dense(channels, name="proj_out", **dtypes)(y).reshape(x.shape)
+
+
+class _Level(nn.Module):
+    """What the blocks of the two halves and the middle have in common: residual blocks with or without transformers."""
+
+    config: UNetConfig
+    level: int
+    epsilon: float
+    dtype: Dtype
+    param_dtype: Dtype
+    attention: str
+    remat: str
+
+    @property
+    def channels(self) -> int:
+        return self.config.block_out_channels[self.level]
+
+    @property
+    def dtypes(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
+
+    def resnet(self, i: int, x: Array, temb: Array) -> Array:
+        block = _remat(SpatioTemporalResBlock, self.remat)
+        return block(self.channels, self.epsilon, name=f"resnets_{i}", **self.dtypes)(x, temb)
+
+    def transformer(self, i: int, x: Array, context: Array) -> Array:
+        block = _remat(TransformerSpatioTemporal, self.remat)
+        heads, depth = self.config.num_attention_heads[self.level], self.config.transformer_layers_per_block
+        return block(heads, depth, self.attention, name=f"attentions_{i}", **self.dtypes)(x, context)
+
+
+class _DownBlock(_Level):
+    @nn.compact
+    def __call__(self, x: Array, temb: Array, context: Array) -> tuple[Array, list[Array]]:
+        skips = []
+        for i in range(self.config.layers_per_block):
+            x = self.resnet(i, x, temb)
+            if self.config.has_attention[self.level]:
+                x = self.transformer(i, x, context)
+            skips.append(x)
+        if self.level < len(self.config.block_out_channels) - 1:
+            x = Downsample(name="downsamplers_0", **self.dtypes)(x)
+            skips.append(x)
+        return x, skips
+
+
+class _MidBlock(_Level):
+    @nn.compact
+    def __call__(self, x: Array, temb: Array, context: Array) -> Array:
+        x = self.resnet(0, x, temb)
+        x = self.transformer(0, x, context)
+        return self.resnet(1, x, temb)
+
+
+class _UpBlock(_Level):
+    @nn.compact
+    def __call__(self, x: Array, skips: list[Array], temb: Array, context: Array) -> Array:
+        """Consumes its skips from the end of the list."""
+        for i in range(self.config.layers_per_block + 1):
+            x = self.resnet(i, jnp.concatenate([x, skips.pop()], axis=-1), temb)
+            if self.config.has_attention[self.level]:
+                x = self.transformer(i, x, context)
+        if self.level > 0:
+            size = skips[-1].shape[2:4]
+            x = Upsample(name="upsamplers_0", **self.dtypes)(x, size)
+        return x
+
+
+class SVDUNet(nn.Module):
+    """F([c_in x, image latents]; c_noise, c): the network inside the denoiser.
+
+    Attributes:
+        config: the architecture.
+        dtype: compute dtype; statistics of norms, softmax and sinusoidal embeddings stay in float32.
+        param_dtype: dtype in which parameters are created.
+        attention: see `layers.dot_product_attention`.
+        remat: what the backward pass computes again. `none`: nothing; `dots`: everything in a residual block or a
+            transformer but the results of its linear layers; `full`: everything in it.
+    """
+
+    config: UNetConfig
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+    attention: str = "auto"
+    remat: str = "none"
+
+    @nn.compact
+    def __call__(
+        self,
+        sample: Float[Array, "b f h w c"],
+        timestep: Float[Array, " b"],
+        image_embedding: Float[Array, "b k"],
+        added_time_ids: Float[Array, "b n"],
+    ) -> Float[Array, "b f h w c_out"]:
+        """Predicts, in float32.
+
+        Args:
+            sample: scaled noisy latents and image latents, concatenated over channels.
+            timestep: c_noise = ln(sigma) / 4.
+            image_embedding: CLIP embedding of the first frame, the only context token of every cross-attention.
+            added_time_ids: fps - 1, motion bucket, noise augmentation strength.
+        """
+        config, channels = self.config, self.config.block_out_channels
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        options = {"attention": self.attention, "remat": self.remat, **dtypes}
+        last = len(channels) - 1
+
+        time_dim = 4 * channels[0]
+        ids = timestep_embedding(added_time_ids.reshape(-1), config.addition_time_embed_dim)
+        temb = TimestepEmbedding(time_dim, time_dim, name="time_embedding", **dtypes)(
+            timestep_embedding(timestep, channels[0])
+        )
+        temb += TimestepEmbedding(time_dim, time_dim, name="add_embedding", **dtypes)(ids.reshape(sample.shape[0], -1))
+        context = image_embedding.astype(self.dtype)
+
+        x = Conv(channels[0], (3, 3), name="conv_in", **dtypes)(sample)
+        skips = [x]
+        for level in range(last + 1):
+            # diffusers gives the down blocks with transformers the smaller epsilon, whatever the config says.
+            epsilon = 1e-6 if config.has_attention[level] else 1e-5
+            x, outputs = _DownBlock(config, level, epsilon, name=f"down_blocks_{level}", **options)(x, temb, context)
+            skips += outputs
+        x = _MidBlock(config, last, 1e-5, name="mid_block", **options)(x, temb, context)
+        for i in range(last + 1):
+            x = _UpBlock(config, last - i, 1e-6, name=f"up_blocks_{i}", **options)(x, skips, temb, context)
+        frames = x.reshape(-1, *x.shape[2:])
+        frames = nn.silu(GroupNorm(1e-5, name="conv_norm_out", **dtypes)(frames))
+        frames = Conv(config.out_channels, (3, 3), name="conv_out", **dtypes)(frames)
+        return frames.reshape(*sample.shape[:-1], -1).astype(jnp.float32)
+
+
+def _remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
+    if policy not in REMAT_POLICIES:
+        raise ValueError(f"remat must be one of {REMAT_POLICIES}, got {policy!r}.")
+    if policy == "none":
+        return module
+    saved = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[policy]
+    return nn.remat(module, policy=saved)

@@ -1,0 +1,105 @@
+"""Checkpoints of a run: `workdir/checkpoints/<step>`, each complete or not there, and the configuration beside them."""
+
+from __future__ import annotations
+
+import json
+import pathlib
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict
+
+from osv_jax.errors import UserError
+
+# What may differ from the run that wrote a workdir: it changes how long and where, not what is computed.
+FREE_TO_CHANGE = ("num_steps", "log_every", "checkpoint_every", "picture_every", "keep_checkpoints", "mesh")
+
+
+def check_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+    """Compares the configuration with the one the workdir was started with.
+
+    Raises:
+        UserError: naming the keys that differ, or when the folder is a file or holds something else.
+    """
+    if workdir.exists() and not workdir.is_dir():
+        raise UserError(f"--workdir={workdir} is a file; give a folder for this run's files.")
+    file = workdir / "config.json"
+    if not file.exists():
+        if (workdir / "checkpoints").exists():
+            raise UserError(f"{workdir} has checkpoints but no config.json; give another --workdir.")
+        return
+    try:
+        before = flatten_dict(json.loads(file.read_text()), sep=".", keep_empty_nodes=True)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{file} is damaged; restore it, or give another --workdir.") from error
+    now = flatten_dict(json.loads(json.dumps(config)), sep=".", keep_empty_nodes=True)
+    differing = [
+        f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
+        for key in sorted(before.keys() | now.keys())
+        if before.get(key) != now.get(key) and key.split(".")[0] not in FREE_TO_CHANGE
+    ]
+    if differing:
+        raise UserError(
+            f"{workdir} was started with another configuration: {'; '.join(differing[:10])}. Use the same one to"
+            " resume, or give another --workdir."
+        )
+
+
+def write_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+    """Writes `config.json`, whole or not at all."""
+    workdir.mkdir(parents=True, exist_ok=True)
+    temporary = workdir / "config.json.tmp"
+    temporary.write_text(json.dumps(config, indent=2) + "\n")
+    temporary.replace(workdir / "config.json")
+
+
+def open_checkpoints(workdir: pathlib.Path, keep: int) -> ocp.CheckpointManager:
+    """Orbax's manager for the run's checkpoints; saves go on in the background.
+
+    A save that was cut short lies under a temporary name, is never taken for a checkpoint, and is removed here.
+    """
+    options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
+    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+
+
+def save(checkpoints: ocp.CheckpointManager, step: int, state: Any, data: dict[str, Any]) -> None:
+    """Saves the state and the data position after `step` steps."""
+    items = {"state": ocp.args.StandardSave(state), "data": ocp.args.JsonSave(data)}
+    checkpoints.save(step, args=ocp.args.Composite(**items))
+
+
+def restore_data(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any]:
+    """The data position of a checkpoint.
+
+    Raises:
+        UserError: see `restore_state`.
+    """
+    return _restore(checkpoints, step, data=ocp.args.JsonRestore())["data"]
+
+
+def restore_state(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> Any:
+    """The state of a checkpoint, each process reading its own shards.
+
+    Args:
+        like: the state's structure as `jax.ShapeDtypeStruct`s with shardings.
+
+    Raises:
+        UserError: when files of the checkpoint are missing or damaged.
+    """
+    return _restore(checkpoints, step, state=ocp.args.StandardRestore(like))["state"]
+
+
+def _restore(checkpoints: ocp.CheckpointManager, step: int, **items: Any) -> Any:
+    try:
+        return checkpoints.restore(step, args=ocp.args.Composite(**items))
+    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
+        folder = pathlib.Path(str(checkpoints.directory)) / str(step)
+        earlier = [s for s in checkpoints.all_steps() if s < step]
+        fallback = f"to continue from step {max(earlier)}" if earlier else "and start again"
+        raise UserError(f"The checkpoint {folder} is damaged; delete that folder {fallback}.") from error
+
+
+def abstract(tree: Any, shardings: Any) -> Any:
+    """Shapes, dtypes and shardings of a tree."""
+    return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)
