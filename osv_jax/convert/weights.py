@@ -1,7 +1,7 @@
 """Our own weights folder, `<folder>/<component>/{config.json, params}`: what the importers write and programs load.
 
 `params` is an Orbax checkpoint of the bare parameter tree; config.json holds our architecture config under `config`,
-and where the weights came from.
+and where the weights came from. A folder to load from may be in a bucket (`gs://...`).
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ from typing import Any
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
+from etils import epath
 from flax.traverse_util import flatten_dict
 
 from osv_jax.convert.architectures import ARCHITECTURES, Config
@@ -48,25 +49,22 @@ def load_params(folder: str | pathlib.Path, component: str, shardings: Any = Non
     """
     directory = _component_folder(folder, component)
     _config(directory, component)
-    params = directory / "params"
+    params = (directory / "params").resolve()
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     # Closing the checkpointer stops its threads.
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        try:
-            stored = dict(checkpointer.metadata(params.absolute()).item_metadata.tree)
-            if isinstance(shardings, jax.sharding.Sharding):
-                shardings = jax.tree.map(lambda _: shardings, stored)
-            restore = jax.tree.map(
-                lambda array, sharding: ocp.ArrayRestoreArgs(
-                    sharding=sharding, global_shape=array.shape, dtype=array.dtype if dtype is None else dtype
-                ),
-                stored,
-                shardings,
-            )
-            return checkpointer.restore(params.absolute(), args=ocp.args.PyTreeRestore(restore_args=restore))
-        except (FileNotFoundError, KeyError) as error:
-            raise _incomplete(directory) from error
+        stored = checkpointer.metadata(params).item_metadata.tree
+        if isinstance(shardings, jax.sharding.Sharding):
+            shardings = jax.tree.map(lambda _: shardings, stored)
+        restore = jax.tree.map(
+            lambda array, sharding: ocp.ArrayRestoreArgs(
+                sharding=sharding, global_shape=array.shape, dtype=array.dtype if dtype is None else dtype
+            ),
+            stored,
+            shardings,
+        )
+        return checkpointer.restore(params, args=ocp.args.PyTreeRestore(restore_args=restore))
 
 
 def save_component(
@@ -94,14 +92,20 @@ def save_component(
         "dtype": str(next(iter(leaves)).dtype),
         "parameters": sum(leaf.size for leaf in leaves),
         "config": dataclasses.asdict(config),
+        # So that a half-copied folder is recognised before Orbax trips over it.
+        "files": {
+            str(file.relative_to(folder)): file.stat().st_size
+            for file in sorted((folder / "params").rglob("*"))
+            if file.is_file()
+        },
     }
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
 
 
-def _component_folder(folder: str | pathlib.Path, component: str) -> pathlib.Path:
+def _component_folder(folder: str | pathlib.Path, component: str) -> epath.Path:
     if component not in ARCHITECTURES:
         raise UserError(f"There is no component {component!r}: expected one of {', '.join(ARCHITECTURES)}.")
-    folder = pathlib.Path(folder)
+    folder = epath.Path(folder)
     if (folder / "params").is_dir():
         raise UserError(f"{folder} is one component: give the folder that contains it, {folder.parent}.")
     directory = folder / component
@@ -112,13 +116,14 @@ def _component_folder(folder: str | pathlib.Path, component: str) -> pathlib.Pat
     return directory
 
 
-def _config(directory: pathlib.Path, component: str) -> Config:
+def _config(directory: epath.Path, component: str) -> Config:
     file = directory / "config.json"
-    if not file.is_file() or not (directory / "params").is_dir():
+    if not file.exists():
         raise _incomplete(directory)
     try:
         description = json.loads(file.read_text())
         actual, version = description["component"], description["format"]
+        sizes = {directory / name: int(size) for name, size in description["files"].items()}
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
     except (ValueError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} was not written by tools/convert_weights.py: convert the weights again.") from error
@@ -129,8 +134,10 @@ def _config(directory: pathlib.Path, component: str) -> Config:
         raise UserError(
             f"{file} was written by another version of osv_jax: convert the weights again with --overwrite."
         )
+    if not all(path.exists() and path.stat().length == size for path, size in sizes.items()):
+        raise _incomplete(directory)
     return config_class(**fields)
 
 
-def _incomplete(directory: pathlib.Path) -> UserError:
+def _incomplete(directory: epath.Path) -> UserError:
     return UserError(f"{directory} is incomplete: convert the weights again with --overwrite.")

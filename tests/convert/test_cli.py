@@ -1,0 +1,85 @@
+import pathlib
+import runpy
+
+import jax
+import pytest
+import tiny_checkpoints
+
+from osv_jax.convert.weights import load_config, load_params
+
+main = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "tools" / "convert_weights.py"))["main"]
+
+
+@pytest.fixture(scope="module")
+def svd(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("svd")
+    tiny_checkpoints.save_svd(folder)
+    return folder
+
+
+def test_svd_and_dinov2_share_an_output(svd, tmp_path, capsys):
+    tiny_checkpoints.dinov2().save_pretrained(tmp_path / "dinov2")
+    output = tmp_path / "out"
+    assert main(["svd", str(svd), str(output), "--components", "vae,image_encoder"]) == 0
+    captured = capsys.readouterr()
+    assert "B/s" in captured.err  # the progress bar's rate
+    assert f"as bfloat16, {captured.out.split('as bfloat16, ')[1].split(' ')[0]} s, in {output}" in captured.out
+    assert main(["dinov2", str(tmp_path / "dinov2"), str(output), "--dtype", "float32"]) == 0
+    assert "embeddings.mask_token is not used" in capsys.readouterr().out
+    assert sorted(entry.name for entry in output.iterdir()) == ["dinov2", "image_encoder", "vae"]
+    assert load_config(output, "dinov2").hidden_size == 128
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(load_params(output, "dinov2"))} == {"float32"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(load_params(output, "vae"))} == {"bfloat16"}
+
+
+def test_dry_run_prints_the_mapping_and_writes_nothing(svd, tmp_path, capsys):
+    assert main(["svd", str(svd), str(tmp_path / "out"), "--dry-run"]) == 0
+    lines = capsys.readouterr().out.splitlines()
+    assert "conv_in.weight [32, 8, 3, 3] -> conv_in/kernel [3, 3, 8, 32]" in lines
+    assert "visual_projection.weight [24, 32] -> visual_projection/kernel [32, 24]" in lines
+    headings = [line for line in lines if line.startswith("#")]
+    assert [heading.split(":")[0] for heading in headings] == ["# unet", "# vae", "# image_encoder"]
+    assert not (tmp_path / "out").exists()
+
+
+def test_dry_run_shows_packed_attention(tmp_path, capsys):
+    import torch
+    from safetensors.torch import load_file
+
+    tiny_checkpoints.dinov2().save_pretrained(tmp_path)
+    torch.save(tiny_checkpoints.to_hub(load_file(tmp_path / "model.safetensors")), tmp_path / "vit.pth")
+    assert main(["dinov2", str(tmp_path / "vit.pth"), str(tmp_path / "out"), "--dry-run"]) == 0
+    wanted = "blocks.1.attn.qkv.weight [384, 128] part 2/3 -> encoder/layer_1/attention/attention/key/kernel [128, 128]"
+    assert wanted in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["svd", "stabilityai/stable-video-diffusion-img2vid", "out"], "huggingface-cli download"),
+        (["dinov2", "facebook/dinov2-small", "out"], "huggingface-cli download facebook/dinov2-small"),
+        (["svd", "nowhere", "out"], "nowhere does not exist"),
+    ],
+)
+def test_user_errors_are_one_line_and_status_2(arguments, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    assert main(arguments) == 2
+    captured = capsys.readouterr()
+    assert message in captured.err
+    assert captured.err.count("\n") == 1
+    assert captured.out == ""
+
+
+def test_overwrite(svd, tmp_path, capsys):
+    arguments = ["svd", str(svd), str(tmp_path / "out"), "--components", "image_encoder"]
+    assert main(arguments) == 0
+    assert main(arguments) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main([*arguments, "--overwrite"]) == 0
+
+
+def test_unknown_choices_are_refused_by_the_parser(svd, capsys):
+    with pytest.raises(SystemExit) as stopped:
+        main(["svd", str(svd), "out", "--dtype", "int8"])
+    assert stopped.value.code == 2
+    assert "int8" in capsys.readouterr().err

@@ -1,0 +1,363 @@
+import json
+import pathlib
+import re
+import shutil
+import signal
+import subprocess
+import sys
+import textwrap
+
+import jax
+import jax.numpy as jnp
+import ml_dtypes
+import numpy as np
+import pytest
+import tiny_checkpoints
+import torch
+from conftest import relative_error
+from flax.traverse_util import flatten_dict
+from safetensors.torch import load_file, save_file
+
+from osv_jax.convert import importers
+from osv_jax.convert.naming import to_torch
+from osv_jax.convert.weights import load_config, load_params
+from osv_jax.errors import UserError
+from osv_jax.models.clip_vision import CLIPVision
+from osv_jax.models.dinov2 import Dinov2
+from osv_jax.models.svd_unet import SVDUNet
+from osv_jax.models.svd_vae import SVDVAE
+
+DIFFUSERS = "diffusion_pytorch_model.safetensors"
+
+
+@pytest.fixture(scope="module")
+def svd(tmp_path_factory) -> pathlib.Path:
+    folder = tmp_path_factory.mktemp("svd")
+    tiny_checkpoints.save_svd(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def weights(svd, tmp_path_factory) -> pathlib.Path:
+    """All four networks, imported in float32."""
+    output, dinov2 = tmp_path_factory.mktemp("weights"), tmp_path_factory.mktemp("dinov2")
+    importers.import_svd(svd, output, dtype="float32")
+    tiny_checkpoints.dinov2().save_pretrained(dinov2)
+    importers.import_dinov2(dinov2, output, dtype="float32")
+    return output
+
+
+@pytest.fixture
+def vae_copy(svd, tmp_path) -> pathlib.Path:
+    """An SVD folder with only a VAE in it, to be spoilt."""
+    shutil.copytree(svd / "vae", tmp_path / "svd" / "vae")
+    return tmp_path / "svd"
+
+
+def import_vae(folder: pathlib.Path, output: pathlib.Path, **options) -> dict:
+    importers.import_svd(folder, output, components=["vae"], **options)
+    return load_params(output, "vae")
+
+
+def assert_same(params: dict, expected: dict[str, np.ndarray], dtype) -> None:
+    """Imported parameters are the torch tensors, bit for bit after a cast to `dtype`."""
+    ours = dict(to_torch(path, np.asarray(leaf)) for path, leaf in flatten_dict(params).items())
+    ignored = {"embeddings.mask_token"}
+    assert ours.keys() == expected.keys() - ignored
+    for name, array in ours.items():
+        assert array.dtype == dtype
+        assert array.tobytes() == expected[name].astype(dtype).tobytes(), name
+
+
+@pytest.mark.parametrize("component", ["unet", "vae", "image_encoder"])
+def test_imported_tensors_are_the_checkpoints(svd, weights, component):
+    assert_same(load_params(weights, component), tiny_checkpoints.on_disk(svd / component), np.float32)
+
+
+@pytest.mark.parametrize("dtype", ["bfloat16", "float16", "float32"])
+def test_dtypes(svd, tmp_path, dtype):
+    params = import_vae(svd, tmp_path, dtype=dtype)
+    assert_same(params, tiny_checkpoints.on_disk(svd / "vae"), importers.DTYPES[dtype])
+    assert json.loads((tmp_path / "vae" / "config.json").read_text())["dtype"] == dtype
+
+
+@pytest.mark.parametrize("variant", [None, "fp16"])
+@pytest.mark.parametrize("shard_size", ["10GB", "500KB"])
+@pytest.mark.parametrize("safe", [True, False])
+def test_formats_written_by_diffusers(tmp_path, variant, shard_size, safe):
+    network = tiny_checkpoints.vae()
+    if variant:
+        network = network.half()
+    folder = tmp_path / "svd" / "vae"
+    network.save_pretrained(folder, variant=variant, max_shard_size=shard_size, safe_serialization=safe)
+    assert (len(list(folder.glob("*.index*"))) == 1) == (shard_size == "500KB")
+    expected = {name: tensor.float().numpy() for name, tensor in network.state_dict().items()}
+    assert_same(import_vae(tmp_path / "svd", tmp_path / "out"), expected, ml_dtypes.bfloat16)
+
+
+def test_formats_written_by_transformers(tmp_path):
+    network = tiny_checkpoints.image_encoder().to(torch.bfloat16)
+    network.save_pretrained(tmp_path / "image_encoder", max_shard_size="20KB")
+    assert (tmp_path / "image_encoder" / "model.safetensors.index.json").is_file()
+    importers.import_svd(tmp_path, tmp_path / "out", components=["image_encoder"])
+    expected = {name: tensor.float().numpy() for name, tensor in network.state_dict().items()}
+    assert_same(load_params(tmp_path / "out", "image_encoder"), expected, ml_dtypes.bfloat16)
+
+
+def test_imported_vae_gives_torch_output(weights, rng):
+    images = rng.standard_normal((2, 18, 10, 3), np.float32)
+    vae, params = SVDVAE(load_config(weights, "vae")), load_params(weights, "vae")
+    mean, _ = jax.jit(lambda x: vae.apply({"params": params}, x, method="encode"))(images)
+    with torch.no_grad():
+        expected = (
+            tiny_checkpoints.vae().encode(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()).latent_dist.mean
+        )
+    assert relative_error(mean, expected.permute(0, 2, 3, 1)) < 2e-5
+
+
+def test_imported_image_encoder_gives_torch_output(weights, rng):
+    pixels = rng.standard_normal((2, 28, 28, 3), np.float32)
+    encoder = CLIPVision(load_config(weights, "image_encoder"))
+    embedding = jax.jit(encoder.apply)({"params": load_params(weights, "image_encoder")}, pixels)
+    with torch.no_grad():
+        expected = tiny_checkpoints.image_encoder()(torch.from_numpy(pixels).permute(0, 3, 1, 2)).image_embeds
+    assert relative_error(embedding, expected) < 2e-5
+
+
+def test_imported_unet_gives_torch_output(weights, rng):
+    unet = SVDUNet(load_config(weights, "unet"))
+    sample = rng.standard_normal((2, 3, 6, 10, 8), np.float32)
+    context = rng.standard_normal((2, 24), np.float32)
+    timestep, ids = np.float32([0.3, -1.2]), np.float32([[6, 127, 0.02], [7, 30, 0.1]])
+    output = jax.jit(unet.apply)({"params": load_params(weights, "unet")}, sample, timestep, context, ids)
+    inputs = [torch.from_numpy(array) for array in (sample, timestep, context, ids)]
+    # Contiguous, because torch's group norm on the CPU loses three digits on inputs with channels-last strides.
+    inputs[0], inputs[2] = inputs[0].permute(0, 1, 4, 2, 3).contiguous(), inputs[2][:, None]
+    with torch.no_grad():
+        expected = tiny_checkpoints.unet()(*inputs).sample
+    assert relative_error(output, expected.permute(0, 1, 3, 4, 2)) < 2e-5
+
+
+@pytest.mark.parametrize("swiglu", [False, True])
+@pytest.mark.parametrize("registers", [False, True])
+@pytest.mark.parametrize("form", ["transformers", "hub", "hub, chunked blocks"])
+def test_dinov2(tmp_path, rng, swiglu, registers, form):
+    network = tiny_checkpoints.dinov2(registers, swiglu)
+    source = tmp_path / "dinov2"
+    network.save_pretrained(source)
+    expected = tiny_checkpoints.on_disk(source)
+    if form != "transformers":
+        state = load_file(source / "model.safetensors")
+        source = tmp_path / "dinov2.pth"
+        torch.save(tiny_checkpoints.to_hub(state, chunked="chunked" in form), source)
+    plan = importers.plan_dinov2(source)
+    assert plan.ignored == ["embeddings.mask_token" if form == "transformers" else "mask_token"]
+    importers.write([plan], tmp_path / "out", dtype="float32")
+    params, config = load_params(tmp_path / "out", "dinov2"), load_config(tmp_path / "out", "dinov2")
+    assert_same(params, expected, np.float32)
+    pixels = rng.standard_normal((2, 42, 42, 3), np.float32)
+    ours = jax.jit(lambda x: Dinov2(config).apply({"params": params}, x, method="sequence"))(pixels)
+    with torch.no_grad():
+        reference = network(torch.from_numpy(pixels).permute(0, 3, 1, 2)).last_hidden_state
+    assert relative_error(ours, reference) < 2e-5
+
+
+def test_old_vae_attention_names(vae_copy, tmp_path):
+    file = vae_copy / "vae" / DIFFUSERS
+    state, renamed = load_file(file), {}
+    for name, tensor in state.items():
+        for new, old in (("to_q", "query"), ("to_k", "key"), ("to_v", "value"), ("to_out.0", "proj_attn")):
+            name = name.replace(f".{new}.", f".{old}.")
+        renamed[name] = tensor
+    assert len(renamed.keys() - state.keys()) == 16
+    save_file(renamed, file)
+    expected = {name: tensor.numpy() for name, tensor in state.items()}
+    assert_same(import_vae(vae_copy, tmp_path / "out", dtype="float32"), expected, np.float32)
+
+
+def test_position_ids_are_ignored(tmp_path):
+    tiny_checkpoints.image_encoder().save_pretrained(tmp_path / "image_encoder")
+    file = tmp_path / "image_encoder" / "model.safetensors"
+    save_file(load_file(file) | {"vision_model.embeddings.position_ids": torch.arange(5)[None]}, file)
+    (plan,) = importers.plan_svd(tmp_path, ["image_encoder"])
+    assert plan.ignored == ["vision_model.embeddings.position_ids"]
+
+
+def test_missing_left_over_and_misshapen_tensors_are_listed(vae_copy, tmp_path):
+    file = vae_copy / "vae" / DIFFUSERS
+    state = load_file(file)
+    for name in [name for name in state if name.startswith("encoder.down_blocks.0.resnets")]:
+        del state[name]
+    state |= {"intruder.weight": torch.zeros(2), "quant_conv.weight": torch.zeros(8, 7, 1, 1)}
+    save_file(state, file)
+    with pytest.raises(UserError) as raised:
+        importers.import_svd(vae_copy, tmp_path / "out", components=["vae"])
+    message = str(raised.value)
+    missing, left_over, misshapen = re.findall(r"\d+ \S+ tensors \(.*?\)(?=;)", message)
+    assert missing.startswith("16 missing tensors (encoder.down_blocks.0.resnets.0.conv1.bias, ")
+    assert missing.endswith(", ...)")
+    assert missing.count("encoder.down_blocks") == 10
+    assert left_over == "1 left-over tensors (intruder.weight)"
+    assert misshapen == "1 misshapen tensors (quant_conv.weight [8, 7, 1, 1] instead of [8, 8, 1, 1])"
+    assert not (tmp_path / "out").exists()
+
+
+def test_a_tensor_under_both_its_old_and_its_new_name_is_left_over(vae_copy):
+    file = vae_copy / "vae" / DIFFUSERS
+    state = load_file(file)
+    name = "encoder.mid_block.attentions.0.to_q.weight"
+    save_file(state | {name.replace("to_q", "query"): state[name].clone()}, file)
+    with pytest.raises(UserError, match="1 left-over tensors"):
+        importers.plan_svd(vae_copy, ["vae"])
+
+
+@pytest.mark.parametrize(
+    ("component", "changes", "message"),
+    [
+        ("unet", {"_class_name": "UNet2DConditionModel"}, "_class_name = 'UNet2DConditionModel'"),
+        ("unet", {"down_block_types": ["AttnDownBlock2D", "DownBlockSpatioTemporal"]}, "AttnDownBlock2D"),
+        ("unet", {"up_block_types": ["UpBlockSpatioTemporal"] * 2}, "up_block_types"),
+        ("unet", {"layers_per_block": [1, 2]}, "layers_per_block"),
+        ("vae", {"_class_name": "AutoencoderKL"}, "AutoencoderKLTemporalDecoder"),
+        ("vae", {"down_block_types": ["AttnDownEncoderBlock2D"] * 2}, "down_block_types"),
+        ("vae", {"layers_per_block": 1}, "layers_per_block"),
+        ("image_encoder", {"hidden_act": "relu"}, "hidden_act"),
+        ("image_encoder", {"model_type": "clip_text_model"}, "model_type"),
+    ],
+)
+def test_unknown_options_are_named(svd, tmp_path, component, changes, message):
+    shutil.copytree(svd / component, tmp_path / component)
+    tiny_checkpoints.edit_json(tmp_path / component / "config.json", **changes)
+    with pytest.raises(UserError, match=message):
+        importers.plan_svd(tmp_path, [component])
+
+
+def test_options_that_must_be_there(vae_copy):
+    file = vae_copy / "vae" / "config.json"
+    options = json.loads(file.read_text())
+    del options["scaling_factor"]
+    file.write_text(json.dumps(options))
+    with pytest.raises(UserError, match="does not say scaling_factor"):
+        importers.plan_svd(vae_copy, ["vae"])
+    file.write_text("{")
+    with pytest.raises(UserError, match="not readable JSON"):
+        importers.plan_svd(vae_copy, ["vae"])
+
+
+def test_wrong_sources(svd, tmp_path):
+    with pytest.raises(UserError, match=r"Hugging Face id.*huggingface-cli download stabilityai/stable-video-diff"):
+        importers.plan_svd("stabilityai/stable-video-diffusion-img2vid")
+    with pytest.raises(UserError, match="does not exist"):
+        importers.plan_svd(tmp_path / "nowhere")
+    with pytest.raises(UserError, match=r"has no unet/config\.json"):
+        importers.plan_svd(svd / "vae")
+    with pytest.raises(UserError, match="is a file"):
+        importers.plan_svd(svd / "vae" / DIFFUSERS)
+    with pytest.raises(UserError, match="no component 'text_encoder'"):
+        importers.plan_svd(svd, ["text_encoder"])
+    with pytest.raises(UserError, match="not a DINOv2 torch-hub file"):
+        importers.plan_dinov2(svd / "vae" / DIFFUSERS)
+    with pytest.raises(UserError, match="model_type"):
+        importers.plan_dinov2(svd / "image_encoder")
+    with pytest.raises(UserError, match=r"no config\.json"):
+        importers.plan_dinov2(svd)
+
+
+def test_values_beyond_float16_are_an_error(vae_copy, tmp_path):
+    file = vae_copy / "vae" / DIFFUSERS
+    state = load_file(file)
+    state["quant_conv.bias"][3] = 1e5
+    save_file(state, file)
+    with pytest.raises(UserError, match=r"quant_conv\.bias has values beyond float16"):
+        import_vae(vae_copy, tmp_path / "out", dtype="float16")
+    assert not (tmp_path / "out").exists()
+    params = import_vae(vae_copy, tmp_path / "out")
+    assert params["quant_conv"]["bias"][3] == jnp.bfloat16(1e5)
+
+
+def test_existing_components_are_not_overwritten_unasked(svd, vae_copy, tmp_path):
+    before = import_vae(svd, tmp_path / "out")
+    tiny_checkpoints.edit_json(vae_copy / "vae" / "config.json", scaling_factor=0.5)
+    with pytest.raises(UserError, match=r"vae exists.*--overwrite"):
+        import_vae(vae_copy, tmp_path / "out")
+    assert load_config(tmp_path / "out", "vae").scaling_factor == 0.18215
+    after = import_vae(vae_copy, tmp_path / "out", overwrite=True)
+    assert load_config(tmp_path / "out", "vae").scaling_factor == 0.5
+    jax.tree.map(np.testing.assert_array_equal, before, after)
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["vae"]
+
+
+def test_a_killed_conversion_leaves_nothing_that_loads(svd, tmp_path):
+    """SIGKILL after everything is on disk but before the final rename: the worst moment."""
+    program = """
+        import os, signal, sys
+        from osv_jax.convert import importers
+        importers._replace = lambda new, target: os.kill(os.getpid(), signal.SIGKILL)
+        importers.import_svd(sys.argv[1], sys.argv[2], components=["vae"])
+    """
+    command = [sys.executable, "-c", textwrap.dedent(program), svd, tmp_path / "out"]
+    assert subprocess.run(command, check=False).returncode == -signal.SIGKILL
+    assert (tmp_path / "out" / ".vae.partial" / "params").is_dir()
+    with pytest.raises(UserError, match="does not exist"):
+        load_params(tmp_path / "out", "vae")
+    import_vae(svd, tmp_path / "out")
+    assert [entry.name for entry in (tmp_path / "out").iterdir()] == ["vae"]
+
+
+def test_load_into_shardings_and_dtypes(weights):
+    mesh = jax.make_mesh((8,), ("fsdp",), axis_types=(jax.sharding.AxisType.Auto,))
+    replicated = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec())
+    split = jax.sharding.NamedSharding(mesh, jax.sharding.PartitionSpec(None, "fsdp"))
+    single = load_params(weights, "image_encoder")
+    shardings = jax.tree.map(lambda leaf: split if leaf.ndim == 2 and leaf.shape[1] % 8 == 0 else replicated, single)
+    sharded = load_params(weights, "image_encoder", shardings, dtype=jnp.bfloat16)
+    projection = sharded["visual_projection"]["kernel"]
+    assert projection.sharding == split
+    assert projection.addressable_shards[0].data.shape == (32, 3)
+    for leaf, original in zip(jax.tree.leaves(sharded), jax.tree.leaves(single), strict=True):
+        assert leaf.dtype == jnp.bfloat16
+        np.testing.assert_array_equal(leaf, original.astype(jnp.bfloat16))
+    for leaf in jax.tree.leaves(load_params(weights, "image_encoder", replicated)):
+        assert leaf.sharding == replicated
+
+
+def test_loading_what_is_not_there(weights, tmp_path):
+    with pytest.raises(UserError, match=r"python tools/convert_weights\.py svd SVD_FOLDER .*/none"):
+        load_params(tmp_path / "none", "unet")
+    with pytest.raises(UserError, match=r"python tools/convert_weights\.py dinov2 DINOV2_FOLDER_OR_PTH"):
+        load_config(tmp_path / "none", "dinov2")
+    with pytest.raises(UserError, match="no component 'text_encoder'"):
+        load_config(weights, "text_encoder")
+    with pytest.raises(UserError, match="is one component: give the folder that contains it"):
+        load_params(weights / "vae", "vae")
+    shutil.copytree(weights / "vae", tmp_path / "unet")
+    with pytest.raises(UserError, match="holds 'vae', not 'unet'"):
+        load_params(tmp_path, "unet")
+
+
+@pytest.mark.parametrize("lost", ["config.json", "params", "params/_METADATA", "params/manifest.ocdbt", "params/d/*"])
+def test_incomplete_weights(weights, tmp_path, lost):
+    shutil.copytree(weights / "vae", tmp_path / "vae")
+    for path in list((tmp_path / "vae").glob(lost)):
+        shutil.rmtree(path) if path.is_dir() else path.unlink()
+    with pytest.raises(UserError, match="is incomplete"):
+        load_params(tmp_path, "vae")
+
+
+def test_truncated_weights(weights, tmp_path):
+    shutil.copytree(weights / "vae", tmp_path / "vae")
+    largest = max((tmp_path / "vae").rglob("*"), key=lambda path: path.stat().st_size)
+    largest.write_bytes(largest.read_bytes()[:-1])
+    with pytest.raises(UserError, match="is incomplete"):
+        load_params(tmp_path, "vae")
+
+
+def test_config_of_another_version(weights, tmp_path):
+    shutil.copytree(weights / "vae", tmp_path / "vae")
+    file = tmp_path / "vae" / "config.json"
+    tiny_checkpoints.edit_json(file, format=0)
+    with pytest.raises(UserError, match="another version"):
+        load_config(tmp_path, "vae")
+    file.write_text("{}")
+    with pytest.raises(UserError, match="was not written by"):
+        load_config(tmp_path, "vae")
