@@ -69,6 +69,8 @@ def _print_mapping(plans: list[importers.Plan]) -> None:
 
 
 def _convert(plans: list[importers.Plan], args: argparse.Namespace) -> None:
+    # Before the progress bar, so that a refusal is all that is printed.
+    importers.check_output(plans, args.output, args.overwrite)
     count, tensors = 0, sum(len(plan.tensors) for plan in plans)
     size = sum(plan.parameters for plan in plans) * np.dtype(importers.DTYPES[args.dtype]).itemsize
     with tqdm(total=size, unit="B", unit_scale=True, desc="converting") as bar:

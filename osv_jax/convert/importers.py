@@ -232,10 +232,8 @@ def write(
     """
     if dtype not in DTYPES:
         raise UserError(f"There is no dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
+    check_output(plans, output, overwrite)
     output, start = pathlib.Path(output), time.perf_counter()
-    existing = [plan.component for plan in plans if (output / plan.component).exists()]
-    if existing and not overwrite:
-        raise UserError(f"{output / existing[0]} exists: choose another output, or replace it with --overwrite.")
     # Hidden names that no loader looks for, in the same file system, so that the renames at the end are atomic.
     partial = {plan.component: output / f".{plan.component}.partial" for plan in plans}
     parameters = size = 0
@@ -258,6 +256,15 @@ def write(
     return Summary(parameters, size, time.perf_counter() - start)
 
 
+def check_output(plans: Sequence[Plan], output: str | pathlib.Path, overwrite: bool) -> None:
+    """Raises UserError if `output` has one of the planned components already, unless it may be overwritten."""
+    existing = [plan.component for plan in plans if (pathlib.Path(output) / plan.component).exists()]
+    if existing and not overwrite:
+        raise UserError(
+            f"{pathlib.Path(output) / existing[0]} exists: choose another output, or replace it with --overwrite."
+        )
+
+
 def _replace(new: pathlib.Path, target: pathlib.Path) -> None:
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
@@ -274,11 +281,11 @@ def _local(path: str | pathlib.Path, example: str) -> pathlib.Path:
         name = str(path).split("/")[1]
         raise UserError(
             f"{path} looks like a Hugging Face id, but conversion needs a local folder: download it with "
-            f"`huggingface-cli download {path} --local-dir {name}` and convert {name}."
+            f"`hf download {path} --local-dir {name}` and convert {name}."
         )
     raise UserError(
         f"{path} does not exist: give the local folder of a checkpoint "
-        f"(`huggingface-cli download {example} --local-dir FOLDER` makes one)."
+        f"(`hf download {example} --local-dir FOLDER` makes one)."
     )
 
 

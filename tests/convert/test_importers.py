@@ -245,7 +245,7 @@ def test_options_that_must_be_there(vae_copy):
 
 
 def test_wrong_sources(svd, tmp_path):
-    with pytest.raises(UserError, match=r"Hugging Face id.*huggingface-cli download stabilityai/stable-video-diff"):
+    with pytest.raises(UserError, match=r"Hugging Face id.*hf download stabilityai/stable-video-diff"):
         importers.plan_svd("stabilityai/stable-video-diffusion-img2vid")
     with pytest.raises(UserError, match="does not exist"):
         importers.plan_svd(tmp_path / "nowhere")
