@@ -18,14 +18,16 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
+from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from osv_jax.convert import weights
+from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.data import demo, pixels
 from osv_jax.diffusion.edm import SIGMA_MAX, denoise
 from osv_jax.distill import stage1
 from osv_jax.distill.adversarial import AdversarialOptions
-from osv_jax.distill.networks import COMPONENTS, Networks, Params, build_networks, init_frozen
+from osv_jax.distill.networks import Networks, Params, build_networks, random_params
 from osv_jax.distill.pixels import encode_batch
 from osv_jax.distill.state import TrainState, init_state, make_optimizer
 from osv_jax.errors import UserError
@@ -70,7 +72,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     with jax.set_mesh(devices):
         frozen = load_frozen(config, networks, devices)
         optimizers = optimizers_of(config)
-        init = jax.jit(lambda key: new_state(config, networks, optimizers, key))
+
+        def init(key: jax.Array) -> TrainState:
+            return init_state(key, networks, frozen["unet"], *optimizers, config.lora.rank, config.lora.targets)
+
         shapes = jax.eval_shape(init, jax.random.key(0))
         shardings = mesh.parameter_shardings(devices, shapes)
         checkpoints = checkpoint.open_checkpoints(workdir, config.keep_checkpoints)
@@ -199,10 +204,10 @@ def check_config(config: ConfigDict) -> None:
 def networks_of(config: ConfigDict) -> Networks:
     """The modules, for the architectures beside the weights or those in the configuration."""
     if config.weights:
-        architectures = {name: weights.load_config(config.weights, name) for name in COMPONENTS}
+        architectures = {name: weights.load_config(config.weights, name) for name in ARCHITECTURES}
     else:
         chosen = config.random_networks.to_dict()
-        architectures = {name: make(**chosen.get(name, {})) for name, make in COMPONENTS.items()}
+        architectures = {name: known.config(**chosen.get(name, {})) for name, known in ARCHITECTURES.items()}
     return build_networks(
         architectures,
         discriminator_blocks=tuple(config.discriminator_blocks),
@@ -227,13 +232,13 @@ def index_videos(config: ConfigDict, workdir: pathlib.Path) -> pixels.ClipIndex:
 
 def load_frozen(config: ConfigDict, networks: Networks, devices: jax.sharding.Mesh) -> dict[str, Params]:
     """The frozen parameters, each read or made on the devices that hold it."""
-    shapes = jax.eval_shape(lambda key: init_frozen(networks, key), jax.random.key(0))
+    shapes = {name: unflatten_dict(expected_params(name, getattr(networks, name).config)) for name in ARCHITECTURES}
     shardings = mesh.parameter_shardings(devices, shapes)
-    if not config.weights:
-        # A key of their own: changing the seed of a run does not change the teacher.
-        return jax.jit(lambda key: init_frozen(networks, key), out_shardings=shardings)(jax.random.key(0))
     dtype = jnp.dtype(config.dtype)
-    return {name: weights.load_params(config.weights, name, shardings[name], dtype) for name in COMPONENTS}
+    if config.weights:
+        return {name: weights.load_params(config.weights, name, shardings[name], dtype) for name in ARCHITECTURES}
+    # A seed of their own: another seed for a run does not change the teacher.
+    return jax.device_put(random_params(shapes, 0, dtype), shardings)
 
 
 def optimizers_of(config: ConfigDict) -> tuple[Any, Any]:
@@ -241,12 +246,6 @@ def optimizers_of(config: ConfigDict) -> tuple[Any, Any]:
     chosen = config.optimizer
     shared = (chosen.b1, chosen.b2, chosen.max_grad_norm or None)
     return make_optimizer(chosen.learning_rate, *shared), make_optimizer(chosen.disc_learning_rate, *shared)
-
-
-def new_state(config: ConfigDict, networks: Networks, optimizers: tuple[Any, Any], key: jax.Array) -> TrainState:
-    """The state before the first step."""
-    unet_shapes = jax.eval_shape(lambda key: init_frozen(networks, key)["unet"], key)
-    return init_state(key, networks, unet_shapes, *optimizers, config.lora.rank, config.lora.targets)
 
 
 def make_train_step(config: ConfigDict, networks: Networks, optimizers: tuple[Any, Any]) -> Callable:
@@ -288,10 +287,11 @@ def compile_step(
         The metrics' names, and `(state, frozen, batch) -> (state, vector of metrics)`, which donates the state.
     """
     train_step = make_train_step(config, networks, optimizers)
-    names = sorted(jax.eval_shape(train_step, state, frozen, batch)[1])
+    names: list[str] = []
 
     def packed(state: TrainState, frozen: Params, batch: dict[str, jax.Array]) -> tuple[TrainState, jax.Array]:
         state, values = train_step(state, frozen, batch)
+        names[:] = sorted(values)  # Known once this has been traced.
         # One array is one transfer to the host.
         return state, jnp.stack([values[name] for name in names])
 
@@ -343,7 +343,7 @@ def describe(config: ConfigDict, state: TrainState, frozen: Params, index: pixel
     frozen_sizes = ", ".join(f"{name} {millions(params)}" for name, params in frozen.items())
     return (
         f"{config.objective} on {num_devices} {jax.devices()[0].platform} device(s)\n"
-        f"  data      {len(index.clips)} clips of {data.num_frames} x {data.height} x {data.width} at {data.fps:g} fps\n"
+        f"  data      {len(index.clips)} clips: {data.num_frames} x {data.height} x {data.width}, {data.fps:g} fps\n"
         f"  frozen    {frozen_sizes}, {config.dtype}\n"
         f"  training  LoRA {millions(state.student)}, discriminator {millions(state.disc['params'])}\n"
         f"  steps     {int(state.step)} of {config.num_steps} done, batch {config.batch_size}"

@@ -1,27 +1,25 @@
-"""The five networks of a training run, as modules, and how their frozen parameters are made up for tests and demos."""
+"""The five networks of a training run, as modules, and random parameters for the frozen ones."""
 
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from osv_jax.diffusion.edm import Network
-from osv_jax.models.clip_vision import CLIPVision, CLIPVisionConfig
-from osv_jax.models.dinov2 import Dinov2, Dinov2Config
+from osv_jax.models.clip_vision import CLIPVision
+from osv_jax.models.dinov2 import Dinov2
 from osv_jax.models.discriminator import Discriminator
-from osv_jax.models.svd_unet import SVDUNet, UNetConfig
-from osv_jax.models.svd_vae import SVDVAE, VAEConfig
+from osv_jax.models.svd_unet import SVDUNet
+from osv_jax.models.svd_vae import SVDVAE
 
 Params = Mapping[str, Any]
-
-# The frozen networks, in the order in which they are loaded, with their configuration classes. The names are the
-# folders of a converted checkpoint and the keys of the frozen parameters.
-COMPONENTS = {"unet": UNetConfig, "vae": VAEConfig, "image_encoder": CLIPVisionConfig, "dinov2": Dinov2Config}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -79,7 +77,7 @@ def build_networks(
     attention: str = "auto",
     remat: str = "none",
 ) -> Networks:
-    """Modules for the architectures in `configs`, one for each of `COMPONENTS`.
+    """Modules for the architectures in `configs`: `unet`, `vae`, `image_encoder` and `dinov2`.
 
     The discriminator's trainable part keeps float32 parameters whatever `param_dtype` is.
 
@@ -99,24 +97,19 @@ def build_networks(
     )
 
 
-def init_frozen(networks: Networks, key: jax.Array) -> dict[str, Params]:
-    """Random parameters of the frozen networks (for shapes, tests and the embedded demo)."""
-    unet, vae, clip, dino = (getattr(networks, name).config for name in COMPONENTS)
-    size = 2 ** (len(unet.block_out_channels) - 1)
-    pixels = 2 ** (len(vae.block_out_channels) - 1)
-    inputs = {
-        "unet": (
-            jnp.zeros((1, 2, size, size, unet.in_channels)),
-            jnp.zeros(1),
-            jnp.zeros((1, unet.cross_attention_dim)),
-            jnp.zeros((1, unet.num_added_time_ids)),
-        ),
-        "vae": (jnp.zeros((1, 1, pixels, pixels, 3)),),
-        "image_encoder": (jnp.zeros((1, clip.image_size, clip.image_size, 3)),),
-        "dinov2": (jnp.zeros((1, dino.patch_size, dino.patch_size, 3)), (0,)),
-    }
-    keys = jax.random.split(key, len(COMPONENTS))
-    return {
-        name: getattr(networks, name).init(component_key, *inputs[name])["params"]
-        for name, component_key in zip(COMPONENTS, keys, strict=True)
-    }
+def random_params(shapes: Mapping[str, Any], seed: int, dtype: Any) -> dict[str, Any]:
+    """Random parameters for a tree of shapes, as NumPy arrays: for tests, benchmarks and the embedded demo.
+
+    Kernels are normal with variance 1 / fan in, norms start as the identity, everything else is small. They are made
+    on the host: a compiled program that fills hundreds of arrays takes XLA half a minute to build.
+    """
+    rng = np.random.default_rng(seed)
+
+    def fill(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
+        name = path[-1].key
+        if name in ("scale", "lambda1"):
+            return np.ones(leaf.shape, dtype)
+        std = math.prod(leaf.shape[:-1]) ** -0.5 if name == "kernel" else 0.02
+        return (std * rng.standard_normal(leaf.shape, np.float32)).astype(dtype)
+
+    return jax.tree.map_with_path(fill, shapes)

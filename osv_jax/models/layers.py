@@ -265,8 +265,9 @@ def dot_product_attention(
 
     Args:
         q, k, v: queries, keys, values; `n` heads of dimension `d`.
-        implementation: `xla` anywhere, `cudnn` (NVIDIA, half precision), `splash` (TPU, lengths divisible by 128), or
-            `auto`: the platform's fused kernel where its conditions hold and it pays (128 keys or more), else `xla`.
+        implementation: `xla` anywhere, `cudnn` (NVIDIA, half precision), `splash` (TPU), or `auto`, the platform's
+            own. The fused kernels are used where their conditions hold (even lengths and head dimensions up to 128;
+            lengths divisible by 128) and they pay (128 keys or more), and `xla` elsewhere.
 
     Raises:
         ValueError: on an unknown implementation.
@@ -278,7 +279,8 @@ def dot_product_attention(
     platform = jax.default_backend()
     wants_cudnn = implementation == "cudnn" or (implementation == "auto" and platform == "gpu" and half)
     wants_splash = implementation == "splash" or (implementation == "auto" and platform == "tpu")
-    if wants_cudnn and keys >= 128:
+    fits_cudnn = length % 2 == 0 and keys % 2 == 0 and q.shape[3] % 8 == 0 and q.shape[3] <= 128
+    if wants_cudnn and keys >= 128 and fits_cudnn:
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     if wants_splash and keys >= 128 and length % 128 == 0 and keys % 128 == 0:
         return _splash_attention(q, k, v, interpret=platform == "cpu")

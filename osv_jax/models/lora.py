@@ -7,6 +7,7 @@ variable collection `lora`; see `layers.Dense` and `layers.Conv`.
 
 from __future__ import annotations
 
+import itertools
 import math
 import re
 from collections.abc import Iterable, Mapping
@@ -43,12 +44,16 @@ def init_lora(key: jax.Array, params: Params, rank: int, modules: Iterable[Path]
         params: the base parameters (arrays or shapes), whose kernels give the sizes.
     """
     flat, modules = flatten_dict(params), list(modules)
+    shapes = [(*flat[(*path, "kernel")].shape[:-1], rank) for path in modules]
+    ends = list(itertools.accumulate(map(math.prod, shapes)))
+    # One draw for all: XLA takes minutes to compile a draw of its own for each of hundreds of modules.
+    # (The barrier keeps it from repeating the draw in every module's fusion.)
+    pool = jax.lax.optimization_barrier(jax.random.uniform(key, (ends[-1],), minval=-1.0))
     lora = {}
-    for path, module_key in zip(modules, jax.random.split(key, len(modules)), strict=True):
-        *window_and_in, features = flat[(*path, "kernel")].shape
-        bound = 1.0 / math.sqrt(math.prod(window_and_in))
-        lora[(*path, "a")] = jax.random.uniform(module_key, (*window_and_in, rank), minval=-bound, maxval=bound)
-        lora[(*path, "b")] = jnp.zeros((rank, features))
+    for path, shape, end in zip(modules, shapes, ends, strict=True):
+        bound = 1.0 / math.sqrt(math.prod(shape[:-1]))
+        lora[(*path, "a")] = bound * pool[end - math.prod(shape) : end].reshape(shape)
+        lora[(*path, "b")] = jnp.zeros((rank, flat[(*path, "kernel")].shape[-1]))
     return unflatten_dict(lora)
 
 
