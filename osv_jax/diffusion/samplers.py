@@ -1,0 +1,168 @@
+"""SVD's Euler sampler, consistency sampling and OSV's Time Travel Sampler: functions of a denoiser, no parameters."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float
+
+from osv_jax.diffusion.conditioning import Conditioning
+from osv_jax.diffusion.edm import SIGMA_MAX, SIGMA_MIN, Network, denoise, sigma_grid
+
+# x [b f h w c] at noise levels sigma [b] -> the clean x_0 it is taken for, [b f h w c].
+Denoiser = Callable[[Array, Array], Array]
+
+SAMPLERS = ("tts", "consistency", "euler")
+
+
+def num_evaluations(sampler: str, steps: int, guided: bool = True) -> int:
+    """Network evaluations a clip (NFE, as OSV Table 1 counts them).
+
+    Args:
+        sampler: one of `SAMPLERS`.
+        steps: k.
+        guided: whether Euler uses classifier-free guidance; the other samplers never do.
+
+    Raises:
+        ValueError: on an unknown sampler.
+    """
+    if sampler not in SAMPLERS:
+        raise ValueError(f"sampler must be one of {SAMPLERS}, got {sampler!r}.")
+    return steps * {"tts": 2, "consistency": 1, "euler": 2 if guided else 1}[sampler]
+
+
+def max_steps(sampler: str, num_levels: int = 100) -> int | None:
+    """The largest k of a sampler on a grid of N levels (time travel needs k + 1); Euler makes its own grid."""
+    return {"tts": num_levels - 1, "consistency": num_levels, "euler": None}[sampler]
+
+
+def even_levels(steps: int, num_levels: int = 100) -> Float[np.ndarray, " k"]:
+    """The noise levels t_1 < ... < t_k of a k-step sampler: every N/k-th level of the training grid, up to t_N.
+
+    Raises:
+        ValueError: if k is not in 1 .. N.
+    """
+    if not 1 <= steps <= num_levels:
+        raise ValueError(f"steps must be in 1 .. {num_levels}, got {steps}.")
+    # In integers, halves upwards: what np.round does to a half depends on its neighbour.
+    indices = (2 * np.arange(1, steps + 1) * num_levels + steps) // (2 * steps)
+    return sigma_grid(num_levels)[indices - 1]
+
+
+def euler_levels(steps: int) -> Float[np.ndarray, " k"]:
+    """SVD's levels for k Euler steps: the Karras grid of k levels itself, highest first (EDM Eq. 5)."""
+    return sigma_grid(steps, SIGMA_MAX, SIGMA_MIN)
+
+
+def guided_denoiser(
+    network: Network,
+    cond: Conditioning,
+    guidance: Float[Array, " f"] | Float[np.ndarray, " f"],
+    boundary: str = "svd",
+) -> Denoiser:
+    """Classifier-free guidance D_0 + w (D - D_0) with a weight for every frame, both in one batch of 2 b.
+
+    The guidance of denoised values is that of the network's outputs, because D is affine in F and the weights of
+    D and D_0 add up to 1.
+
+    Args:
+        guidance: w; SVD's is `linspace(1, 3, num_frames)`.
+    """
+    both = jax.tree.map(lambda *pair: jnp.concatenate(pair), cond.unconditional(), cond)
+    weight = jnp.asarray(guidance)[:, None, None, None]
+
+    def denoiser(x: Array, sigma: Array) -> Array:
+        x0 = denoise(network, jnp.concatenate([x, x]), jnp.concatenate([sigma, sigma]), both, boundary)
+        unconditional, conditional = jnp.split(x0, 2)
+        return unconditional + weight * (conditional - unconditional)
+
+    return denoiser
+
+
+def euler(
+    denoiser: Denoiser, noise: Float[Array, "b f h w c"], levels: Float[np.ndarray, " k"]
+) -> Float[Array, "b f h w c"]:
+    """Deterministic Euler steps down to 0, as diffusers' `EulerDiscreteScheduler` takes them.
+
+    Args:
+        noise: standard normal.
+        levels: descending; see `euler_levels`.
+    """
+    levels = jnp.asarray(levels)
+    # SVD's scheduler starts with the standard deviation of noised unit-variance data.
+    x = noise * jnp.sqrt(levels[0] ** 2 + 1)
+
+    def step(x: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
+        sigma, lower = pair
+        slope = (x - denoiser(x, _per_clip(sigma, x))) / sigma
+        return x + (lower - sigma) * slope, None
+
+    x, _ = jax.lax.scan(step, x, (levels, jnp.append(levels[1:], 0.0)))
+    return x
+
+
+def consistency(
+    denoiser: Denoiser, noise: Float[Array, "b f h w c"], levels: Float[np.ndarray, " k"], key: jax.Array
+) -> Float[Array, "b f h w c"]:
+    """Multi-step consistency sampling: predict, add FRESH noise of the next lower level, predict again.
+
+    (Song et al. 2023, Algorithm 1, with sigma for sqrt(sigma^2 - 0.002^2).)
+
+    Args:
+        noise: standard normal, the first of the k noises.
+        levels: ascending; see `even_levels`.
+        key: of the k - 1 others.
+    """
+    fresh = jax.random.normal(key, (len(levels) - 1, *noise.shape), noise.dtype)
+
+    def step(sample: Array, level: tuple[Array, Array]) -> tuple[Array, None]:
+        sigma, eps = level
+        x = sample + sigma * eps
+        return denoiser(x, _per_clip(sigma, x)), None
+
+    noises = jnp.concatenate([noise[None], fresh])
+    sample, _ = jax.lax.scan(step, jnp.zeros_like(noise), (jnp.asarray(levels)[::-1], noises))
+    return sample
+
+
+def time_travel(
+    denoiser: Denoiser,
+    noise: Float[Array, "b f h w c"],
+    levels: Float[np.ndarray, " k"],
+    finer_levels: Float[np.ndarray, " finer"],
+) -> Float[Array, "b f h w c"]:
+    """OSV's Time Travel Sampler (Eq. 13): 2 k evaluations.
+
+    From x at t^k_{i+1} it predicts f, goes down to x' at t^{k+1}_{i+1} of the finer grid, predicts f' there, and goes
+    on from f' at t^k_i. Both times the noise added is the mean of the INITIAL noise and the noise that the prediction
+    implies. Eq. 13 divides that implied noise by the level of x' once where it means the level of x (x - f is
+    sigma(t^k_{i+1}) times noise; for k = 1 the printed level is 47 times smaller): the level of x is taken here.
+
+    Args:
+        noise: eps_0, standard normal.
+        levels: t^k, ascending; see `even_levels`.
+        finer_levels: t^{k+1}, of which the highest is not used.
+
+    Raises:
+        ValueError: if the finer grid does not have one level more.
+    """
+    if len(finer_levels) != len(levels) + 1:
+        raise ValueError(f"finer_levels must have {len(levels) + 1} levels, got {len(finer_levels)}.")
+    # The halves of a step follow one rule: t^k_k, t^{k+1}_k, t^k_{k-1}, ..., and t^k_0 = 0 to end on a prediction.
+    visited = jnp.asarray(np.stack([levels, finer_levels[:-1]], axis=1)[::-1].reshape(-1))
+
+    def step(x: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
+        sigma, following = pair
+        sample = denoiser(x, _per_clip(sigma, x))
+        eps = (noise + (x - sample) / sigma) / 2
+        return sample + following * eps, None
+
+    x, _ = jax.lax.scan(step, levels[-1] * noise, (visited, jnp.append(visited[1:], 0.0)))
+    return x
+
+
+def _per_clip(sigma: Float[Array, ""], x: Float[Array, "b *rest"]) -> Float[Array, " b"]:
+    return jnp.broadcast_to(sigma, x.shape[:1])
