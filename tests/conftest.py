@@ -1,17 +1,47 @@
-"""Shared by all tests: eight fake devices, a persistent compilation cache, and the comparison that ports are held to."""
+"""Shared by all tests: eight fake devices, checked shapes, cheap compilation, and the comparison ports are held to."""
 
 import os
 import pathlib
 
-import jax
-import numpy as np
-import pytest
+# Most of a test's time is XLA's; slow code that is built fast takes a third of it.
+_FLAGS = "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true"
+os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
 
+import flax.struct  # noqa: E402
+import jax  # noqa: E402
+import jaxtyping  # noqa: E402
+import numpy as np  # noqa: E402
+import pytest  # noqa: E402
+
+# Every shape and type in a signature of the package holds, or the test that called it fails. NumPy's arrays may stand
+# for JAX's, as everywhere in JAX, and an int for a float.
+jaxtyping.Array = jax.Array | np.ndarray
+jaxtyping.install_import_hook("osv_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+_struct_dataclass = flax.struct.dataclass
+
+
+def _unchecked_dataclass(cls):
+    """Not so the fields of pytrees: JAX fills them with shapes, shardings and stacked arrays too."""
+    cls = _struct_dataclass(cls)
+    cls.__no_type_check__ = True
+    return cls
+
+
+flax.struct.dataclass = _unchecked_dataclass
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 _CACHE = pathlib.Path(os.environ.get("OSV_JAX_TEST_CACHE", pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
 jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
+
+
+def pytest_collection_modifyitems(config, items):
+    if os.environ.get("OSV_JAX_FULL_SIZE") == "1" or "full_size" in config.option.markexpr:
+        return
+    skip = pytest.mark.skip(reason="needs about 16 GiB of memory; run `make test-full-size` or set OSV_JAX_FULL_SIZE=1")
+    for item in items:
+        if item.get_closest_marker("full_size"):
+            item.add_marker(skip)
 
 
 def relative_error(actual, expected) -> float:

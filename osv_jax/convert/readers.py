@@ -14,7 +14,7 @@ import pickle
 import struct
 import zipfile
 from collections.abc import Iterable
-from typing import Protocol
+from typing import Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
@@ -41,6 +41,7 @@ _MAX_HEADER = 100 * 2**20
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
+@runtime_checkable
 class Reader(Protocol):
     """Tensors by their PyTorch names."""
 

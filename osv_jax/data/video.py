@@ -10,12 +10,12 @@ import contextlib
 import dataclasses
 import itertools
 import pathlib
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator
 
 import av
 import numpy as np
 from av.video.reformatter import VideoReformatter
-from jaxtyping import UInt8
+from jaxtyping import Float, UInt8
 from PIL import Image
 
 from osv_jax.errors import UserError
@@ -133,7 +133,7 @@ def _timed_frames(
 
 
 def _on_screen(
-    timed_frames: Iterable[tuple[float, av.VideoFrame]], times: Sequence[float], stream: av.VideoStream
+    timed_frames: Iterable[tuple[float, av.VideoFrame]], times: Float[np.ndarray, " n"], stream: av.VideoStream
 ) -> Iterator[av.VideoFrame]:
     """The frame that is shown at each of the ascending `times`, as long as the video lasts."""
     waiting = collections.deque(times)

@@ -107,7 +107,7 @@ class TransformerSpatioTemporal(nn.Module):
         y = GroupNorm(1e-6, name="norm", **dtypes)(x.reshape(batch * frames, height, width, channels))
         y = Dense(channels, name="proj_in", **dtypes)(y.reshape(batch, frames, height * width, channels))
 
-        frame_ids = timestep_embedding(jnp.arange(frames), channels)
+        frame_ids = timestep_embedding(jnp.arange(frames, dtype=jnp.float32), channels)
         frame_embedding = TimestepEmbedding(4 * channels, channels, name="time_pos_embed", **dtypes)(frame_ids)
         mixer = TimeMixer(param_dtype=self.param_dtype, name="time_mixer")
         for i in range(self.depth):

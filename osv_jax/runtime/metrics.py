@@ -6,6 +6,7 @@ import json
 import math
 import pathlib
 from collections.abc import Mapping, Sequence
+from typing import SupportsFloat
 
 import matplotlib.figure
 import numpy as np
@@ -41,7 +42,7 @@ class MetricsWriter:
         self._file = path.open("a")
         self._board = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=step + 1, flush_secs=10)
 
-    def write(self, step: int, metrics: Mapping[str, float]) -> None:
+    def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Appends one line `{"step": step, **metrics}`. JSON has no NaN or infinity: they are written as null."""
         if not self._active:
             return
@@ -111,7 +112,7 @@ def loss_curves(jsonl: str | pathlib.Path, png: str | pathlib.Path, names: Seque
 
 
 def progress_line(
-    step: int, num_steps: int, seconds_per_step: float, batch_size: int, metrics: Mapping[str, float]
+    step: int, num_steps: int, seconds_per_step: float, batch_size: int, metrics: Mapping[str, SupportsFloat]
 ) -> str:
     """One line for a person: `step 12/2000  loss 0.123  1.6 clips/s  ETA 1h02m`.
 

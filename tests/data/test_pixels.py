@@ -121,7 +121,7 @@ def test_batches_hold_what_they_say(index):
     assert batch["fps"].tolist() == [5.0] * 3
     assert batch["clip_id"].dtype == np.int32
     for row, clip_id in enumerate(batch["clip_id"]):
-        np.testing.assert_array_equal(batch["video"][row], index.read(clip_id)["video"])
+        np.testing.assert_array_equal(batch["video"][row], index.read(int(clip_id))["video"])
 
 
 def test_every_epoch_is_a_new_permutation(index):

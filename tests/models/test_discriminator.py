@@ -283,15 +283,13 @@ def test_backbone_sees_imagenet_normalised_patches(variables):
     class Seen(Exception):
         pass
 
-    class Spy:
-        config = BACKBONE.config
-
+    class Spy(Dinov2):
         def apply(self, variables, images, blocks):
             raise Seen(variables, images, blocks)
 
     grey = np.full((1, 2, 25, 30, 3), 0.5, np.float32)
     with pytest.raises(Seen) as seen:
-        discriminate_pixels(DISC, Spy(), variables, {"weight": jnp.ones(1)}, grey, update_stats=False)
+        discriminate_pixels(DISC, Spy(BACKBONE.config), variables, {"weight": jnp.ones(1)}, grey, update_stats=False)
     params, images, blocks = seen.value.args
     assert params == {"params": {"weight": 1}}
     assert blocks == (0, 2)
