@@ -92,13 +92,13 @@ def _tiny(config: ConfigDict) -> None:
         }
     )
     config.data.videos = "demo"
-    config.data.height, config.data.width = 64, 96
+    config.data.height, config.data.width = 48, 80
     config.batch_size = 2
-    config.num_steps = 200
+    config.num_steps = 60
     config.optimizer.learning_rate = 2e-3
     config.optimizer.disc_learning_rate = 1e-3
     config.lora.rank = config.lora.alpha = 8
     config.discriminator_blocks = (1, 3)
     config.dtype = "float32"
     config.remat = "none"
-    config.picture_every = config.checkpoint_every = 100
+    config.picture_every = config.checkpoint_every = 30

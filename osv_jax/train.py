@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import collections
 import math
+import os
 import pathlib
 import sys
 import time
@@ -18,13 +19,13 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import app, flags, logging
-from flax.traverse_util import unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_flags
 
 from osv_jax.convert import weights
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.data import demo, pixels
-from osv_jax.diffusion.edm import SIGMA_MAX, denoise
+from osv_jax.diffusion.edm import BOUNDARIES, SIGMA_MAX, denoise
 from osv_jax.distill import stage1
 from osv_jax.distill.adversarial import AdversarialOptions
 from osv_jax.distill.networks import Networks, Params, build_networks, random_params
@@ -32,6 +33,8 @@ from osv_jax.distill.pixels import encode_batch
 from osv_jax.distill.state import TrainState, init_state, make_optimizer
 from osv_jax.errors import UserError
 from osv_jax.models import lora
+from osv_jax.models.layers import ATTENTION_IMPLEMENTATIONS
+from osv_jax.models.svd_unet import REMAT_POLICIES
 from osv_jax.runtime import checkpoint, mesh, metrics, pictures
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, e.g. configs/stage1.py:tiny.")
@@ -88,7 +91,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         else:
             state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
         print(describe(config, state, frozen, index, devices.size))
-        state = _loop(config, workdir, networks, optimizers, devices, index, frozen, state, shardings, checkpoints)
+        if start < config.num_steps:
+            state = _loop(config, workdir, networks, optimizers, devices, index, frozen, state, shardings, checkpoints)
     checkpoints.close()
     print(
         f"Done: {int(state.step)} steps.\n"
@@ -191,10 +195,17 @@ def check_config(config: ConfigDict) -> None:
     for name in ("batch_size", "grad_accum", "num_steps", "log_every", "picture_every", "checkpoint_every"):
         if config[name] < 1:
             raise UserError(f"config.{name}={config[name]} must be at least 1.")
-    if config.lora.targets not in lora.TARGETS:
-        raise UserError(f"config.lora.targets={config.lora.targets!r} is not one of {', '.join(lora.TARGETS)}.")
-    if config.dtype not in ("float32", "bfloat16", "float16"):
-        raise UserError(f"config.dtype={config.dtype!r} is not one of float32, bfloat16, float16.")
+    choices = {
+        "lora.targets": tuple(lora.TARGETS),
+        "dtype": ("float32", "bfloat16", "float16"),
+        "attention": ATTENTION_IMPLEMENTATIONS,
+        "remat": REMAT_POLICIES,
+        "boundary": BOUNDARIES,
+    }
+    flat = flatten_dict(config.to_dict(), sep=".")
+    for name, allowed in choices.items():
+        if flat[name] not in allowed:
+            raise UserError(f"config.{name}={flat[name]!r} is not one of {', '.join(allowed)}.")
     if bool(config.weights) == bool(config.random_networks):
         raise UserError(
             "Exactly one of config.weights (a folder of converted weights) and config.random_networks must be set."
@@ -208,6 +219,12 @@ def networks_of(config: ConfigDict) -> Networks:
     else:
         chosen = config.random_networks.to_dict()
         architectures = {name: known.config(**chosen.get(name, {})) for name, known in ARCHITECTURES.items()}
+    depth = architectures["dinov2"].num_hidden_layers
+    if not all(0 <= block < depth for block in config.discriminator_blocks):
+        raise UserError(
+            f"config.discriminator_blocks={tuple(config.discriminator_blocks)} must lie in 0 .. {depth - 1}, the"
+            " blocks of this DINOv2."
+        )
     return build_networks(
         architectures,
         discriminator_blocks=tuple(config.discriminator_blocks),
@@ -352,8 +369,9 @@ def describe(config: ConfigDict, state: TrainState, frozen: Params, index: pixel
 
 def run() -> None:
     """Parses the command line and trains; what the user can mend is one sentence on stderr and exit status 2."""
-    # What is compiled once need not be compiled again by the next start of the same run.
-    jax.config.update("jax_compilation_cache_dir", str(pathlib.Path("~/.cache/osv_jax/jax").expanduser()))
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # What is compiled once need not be compiled again by the next start of the same run.
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path("~/.cache/osv_jax/jax").expanduser()))
     try:
         app.run(main, flags_parser=_parse)
     except UserError as error:
@@ -362,12 +380,18 @@ def run() -> None:
 
 
 def _parse(argv: list[str]) -> list[str]:
+    for argument in argv:
+        if argument.startswith("--config="):
+            file = pathlib.Path(argument.removeprefix("--config=").split(":")[0])
+            if not file.is_file():
+                raise UserError(f"The configuration file {file} does not exist; see the folder configs/.")
     try:
         return flags.FLAGS(argv)
     except AttributeError as error:
         raise UserError(f"The configuration has no key {error}; see the file given with --config.") from error
-    except (flags.Error, OSError, ValueError) as error:
-        raise UserError(" ".join(str(error).split())) from error
+    except (flags.Error, ValueError) as error:
+        # What a configuration file raises arrives as a whole traceback, its last line being the message.
+        raise UserError(str(error).strip().splitlines()[-1]) from error
 
 
 if __name__ == "__main__":

@@ -80,13 +80,7 @@ def build_networks(
     """Modules for the architectures in `configs`: `unet`, `vae`, `image_encoder` and `dinov2`.
 
     The discriminator's trainable part keeps float32 parameters whatever `param_dtype` is.
-
-    Raises:
-        ValueError: when a discriminator block does not exist.
     """
-    depth = configs["dinov2"].num_hidden_layers
-    if max(discriminator_blocks) >= depth:
-        raise ValueError(f"discriminator blocks must lie in 0 .. {depth - 1}, got {discriminator_blocks}.")
     options = {"dtype": dtype, "param_dtype": param_dtype, "attention": attention}
     return Networks(
         unet=SVDUNet(configs["unet"], remat=remat, **options),

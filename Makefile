@@ -1,0 +1,35 @@
+# `make demo` and `make test` need Python 3.11 or newer and make, nothing else; both do only what has not been done yet.
+PYTHON ?= python3
+VENV := .venv
+PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+
+.PHONY: demo test test-full-size lint clean
+
+demo: $(VENV)/.demo
+	$(VENV)/bin/python -m osv_jax.train --config=configs/stage1.py:tiny --workdir=runs/demo
+
+test: $(VENV)/.test lint
+	$(VENV)/bin/pytest
+
+# Full-size networks: about 16 GiB of memory and half an hour.
+test-full-size: $(VENV)/.test
+	$(VENV)/bin/pytest -m full_size
+
+lint: $(VENV)/.test
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+
+clean:
+	rm -rf $(VENV) .cache runs/demo
+
+$(VENV)/bin/python:
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "osv_jax needs Python 3.11 or newer: make PYTHON=...")'
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[demo]'
+	touch $@
+
+$(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[test]'
+	touch $@

@@ -1,0 +1,23 @@
+"""A configuration for tests of the training program: `configs/stage1.py:tiny` with still smaller networks."""
+
+import dataclasses
+import importlib.util
+import pathlib
+
+import tiny
+from ml_collections import ConfigDict
+
+
+def get_config() -> ConfigDict:
+    file = pathlib.Path(__file__).parents[1] / "configs" / "stage1.py"
+    spec = importlib.util.spec_from_file_location("stage1_config", file)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config("tiny")
+    config.random_networks = ConfigDict({name: dataclasses.asdict(made) for name, made in tiny.CONFIGS.items()})
+    config.discriminator_blocks = (0, 1)
+    config.data.height, config.data.width, config.data.num_frames = 16, 24, 3
+    config.lora.rank = config.lora.alpha = 4
+    config.checkpoint_every, config.picture_every, config.log_every = 3, 1000, 1
+    config.keep_checkpoints = 3
+    return config

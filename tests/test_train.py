@@ -1,0 +1,272 @@
+"""The training program: exact resume after a kill, and what it says about bad input."""
+
+import json
+import os
+import pathlib
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import jax
+import micro_stage1
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+
+from osv_jax import train
+from osv_jax.errors import UserError
+
+TESTS = pathlib.Path(__file__).parent
+PROGRAM = [sys.executable, "-m", "osv_jax.train", f"--config={TESTS / 'micro_stage1.py'}"]
+
+
+def environment() -> dict[str, str]:
+    """One CPU device, and the compilation cache of the tests."""
+    cache = jax.config.jax_compilation_cache_dir
+    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": path}
+
+
+def run_program(*arguments: str) -> subprocess.CompletedProcess:
+    return subprocess.run([*PROGRAM, *arguments], env=environment(), capture_output=True, text=True, timeout=500)
+
+
+def steps_of(workdir: pathlib.Path) -> list[int]:
+    folder = workdir / "checkpoints"
+    return sorted(int(p.name) for p in folder.iterdir() if p.name.isdigit()) if folder.exists() else []
+
+
+def final_state(workdir: pathlib.Path, step: int) -> dict:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        return checkpointer.restore((workdir / "checkpoints" / str(step) / "state").absolute())
+
+
+def metrics_of(workdir: pathlib.Path) -> dict[int, dict]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timing = ("seconds_per_step", "clips_per_second")
+    return {row["step"]: {k: v for k, v in row.items() if k not in timing} for row in rows}
+
+
+@pytest.fixture(scope="module")
+def killed_run(tmp_path_factory) -> tuple[pathlib.Path, int]:
+    """A run killed with SIGKILL some time after its first checkpoint, and its last checkpoint."""
+    workdir = tmp_path_factory.mktemp("killed") / "run"
+    process = subprocess.Popen(
+        [*PROGRAM, f"--workdir={workdir}", "--config.num_steps=1000000"],
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+    )
+    deadline = time.monotonic() + 400
+    while not steps_of(workdir) and process.poll() is None and time.monotonic() < deadline:
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    output = process.communicate()[0].decode()
+    assert steps_of(workdir), output
+    return workdir, steps_of(workdir)[-1]
+
+
+@pytest.fixture(scope="module")
+def resumed_run(killed_run, tmp_path_factory) -> tuple[pathlib.Path, int, str]:
+    killed, step = killed_run
+    workdir = tmp_path_factory.mktemp("resumed") / "run"
+    shutil.copytree(killed, workdir)
+    result = run_program(f"--workdir={workdir}", f"--config.num_steps={step + 3}")
+    assert result.returncode == 0, result.stderr
+    return workdir, step, result.stdout
+
+
+def test_a_killed_run_continues_bit_for_bit(resumed_run, tmp_path):
+    resumed, step, output = resumed_run
+    assert f"Resuming from step {step}." in output
+    result = run_program(f"--workdir={tmp_path / 'run'}", f"--config.num_steps={step + 3}")
+    assert result.returncode == 0, result.stderr
+    straight = tmp_path / "run"
+
+    paths_and_leaves = jax.tree.leaves_with_path(final_state(straight, step + 3))
+    others = jax.tree.leaves(final_state(resumed, step + 3))
+    assert len(paths_and_leaves) == len(others) > 100
+    for (path, expected), actual in zip(paths_and_leaves, others, strict=True):
+        np.testing.assert_array_equal(actual, expected, err_msg=jax.tree_util.keystr(path))
+    # The losses of every step depend on which clips it saw: equal losses mean an equal order.
+    assert metrics_of(resumed) == metrics_of(straight)
+    assert sorted(metrics_of(resumed)) == list(range(1, step + 4))
+    positions = [
+        json.loads((workdir / "checkpoints" / str(step + 3) / "data" / "metadata").read_text())
+        for workdir in (resumed, straight)
+    ]
+    assert positions[0] == positions[1] and positions[0]["position"] == 2 * (step + 3)
+
+
+def test_training_writes_what_it_promises(resumed_run):
+    workdir, step, output = resumed_run
+    assert (workdir / "losses.png").stat().st_size > 1000
+    assert list((workdir / "pictures").glob(f"samples_{step + 3:07d}.png"))
+    assert list((workdir / "tensorboard").iterdir())
+    assert all(str(workdir / name) in output for name in ("metrics.jsonl", "checkpoints", "pictures"))
+    assert f"step {step + 3}/{step + 3}" in output and "ETA" in output and "clips/s" in output
+    row = metrics_of(workdir)[step + 3]
+    for player in ("student", "disc"):
+        assert row[f"grad_norm/{player}"] > 0 and row[f"param_norm/{player}"] > 0
+    for kind in ("spatial", "temporal"):
+        assert f"logits_real/{kind}" in row and f"logits_fake/{kind}" in row
+
+
+def test_a_finished_run_ends_at_once(resumed_run):
+    workdir, step, _ = resumed_run
+    result = run_program(f"--workdir={workdir}", f"--config.num_steps={step + 3}")
+    assert result.returncode == 0, result.stderr
+    assert "Compiling" not in result.stdout and f"Done: {step + 3} steps." in result.stdout
+
+
+def test_a_value_that_is_not_finite_stops_the_run(killed_run, tmp_path):
+    killed, step = killed_run
+    workdir = tmp_path / "run"
+    shutil.copytree(killed, workdir)
+    state = final_state(workdir, step)
+    bias = state["disc"]["params"]["upsampler"]["bias"]
+    state["disc"]["params"]["upsampler"]["bias"] = np.full_like(bias, np.inf)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save((workdir / "checkpoints" / str(step) / "state").absolute(), state, force=True)
+
+    result = run_program(f"--workdir={workdir}", f"--config.num_steps={step + 20}")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    last_line = result.stderr.strip().splitlines()[-1]
+    assert f"Step {step + 1}: " in last_line and "loss_disc is nan" in last_line
+    assert f"checkpoint of step {step} is intact" in last_line
+    assert steps_of(workdir)[-1] == step
+
+
+def test_a_damaged_checkpoint_is_named(killed_run, tmp_path):
+    killed, step = killed_run
+    workdir = tmp_path / "run"
+    shutil.copytree(killed, workdir)
+    damaged = workdir / "checkpoints" / str(step)
+    shutil.rmtree(damaged / "state")
+    result = run_program(f"--workdir={workdir}", f"--config.num_steps={step + 3}")
+    assert result.returncode == 2 and "Traceback" not in result.stderr
+    assert f"The checkpoint {damaged} is damaged; delete that folder" in result.stderr
+
+
+def test_a_save_that_was_cut_short_is_not_taken_for_a_checkpoint(killed_run, tmp_path):
+    killed, step = killed_run
+    workdir = tmp_path / "run"
+    shutil.copytree(killed, workdir)
+    cut_short = workdir / "checkpoints" / f"{step + 3}.orbax-checkpoint-tmp"
+    shutil.copytree(workdir / "checkpoints" / str(step), cut_short)
+    result = run_program(f"--workdir={workdir}", f"--config.num_steps={step}")
+    assert result.returncode == 0, result.stderr
+    assert f"Resuming from step {step}." in result.stdout
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--config.no_such_key=1"], ["no_such_key", "no key"]),
+        (["--config.num_steps=many"], ["num_steps", "many"]),
+        (["--no_such_flag=1"], ["no_such_flag"]),
+    ],
+)
+def test_the_command_line_is_checked(arguments, words, tmp_path):
+    result = run_program(f"--workdir={tmp_path / 'run'}", *arguments)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr and result.stderr.startswith("error: ")
+    assert all(word in result.stderr for word in words)
+    assert not (tmp_path / "run").exists()
+
+
+def test_the_config_file_must_exist(tmp_path):
+    command = [sys.executable, "-m", "osv_jax.train", "--config=nowhere.py", f"--workdir={tmp_path}"]
+    result = subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=100)
+    assert result.returncode == 2
+    assert "Traceback" not in result.stderr and "nowhere.py" in result.stderr
+
+
+def refused(config, workdir) -> str:
+    """The sentence with which a configuration is refused; nothing may have been written or compiled."""
+    with pytest.raises(UserError) as error:
+        train.train(config, workdir)
+    assert not (workdir / "checkpoints").exists()
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("data.height", 50, ["config.data.height=50", "divisible by 8"]),
+        ("data.width", 0, ["config.data.width=0"]),
+        ("batch_size", 0, ["config.batch_size=0"]),
+        ("objective", "stage9", ["stage9", "stage1"]),
+        ("lora.targets", "some", ["config.lora.targets", "attention"]),
+        ("dtype", "float8", ["config.dtype", "bfloat16"]),
+        ("remat", "half", ["config.remat", "full"]),
+        ("attention", "flash", ["config.attention", "cudnn"]),
+        ("boundary", "soft", ["config.boundary", "exact"]),
+        ("discriminator_blocks", (0, 7), ["discriminator_blocks", "7"]),
+        ("mesh.data", 3, ["config.mesh", "there are 8"]),
+        ("batch_size", 3, ["config.batch_size=3", "8 devices"]),
+        ("weights", "also", ["config.weights", "config.random_networks"]),
+    ],
+)
+def test_values_are_checked_before_anything_is_compiled(key, value, words, tmp_path):
+    config = micro_stage1.get_config()
+    config.update_from_flattened_dict({key: value})
+    sentence = refused(config, tmp_path / "run")
+    assert all(word in sentence for word in words), sentence
+
+
+def test_missing_weights_name_the_command_that_makes_them(tmp_path):
+    config = micro_stage1.get_config()
+    config.random_networks, config.weights = {}, str(tmp_path / "nowhere")
+    assert "tools/convert_weights.py svd" in refused(config, tmp_path / "run")
+
+
+def test_a_folder_that_holds_no_weights_is_refused(tmp_path):
+    (tmp_path / "unet").mkdir()
+    config = micro_stage1.get_config()
+    config.random_networks, config.weights = {}, str(tmp_path)
+    assert str(tmp_path / "unet") in refused(config, tmp_path / "run")
+
+
+def test_video_folders_are_checked(tmp_path):
+    config = micro_stage1.get_config()
+    config.data.videos = str(tmp_path / "missing")
+    assert "does not exist" in refused(config, tmp_path / "run")
+    (tmp_path / "empty").mkdir()
+    config.data.videos = str(tmp_path / "empty")
+    assert "holds no videos" in refused(config, tmp_path / "run")
+    (tmp_path / "empty" / "broken.mp4").write_text("not a video")
+    assert "broken.mp4" in refused(config, tmp_path / "run")
+
+
+def test_a_corrupt_video_among_good_ones_is_skipped_and_counted(tmp_path, capsys):
+    from osv_jax.data.demo import demo_videos
+
+    folder = tmp_path / "videos"
+    folder.mkdir()
+    shutil.copy(next(demo_videos().glob("carphone*.mp4")), folder / "good.mp4")
+    (folder / "broken.mp4").write_bytes(b"\0" * 1000)
+    config = micro_stage1.get_config()
+    config.data.videos = str(folder)
+    index = train.index_videos(config, tmp_path)
+    assert len(index.clips) > 1
+    captured = capsys.readouterr().err
+    assert "1 videos were left out" in captured and "broken.mp4" in captured
+
+
+def test_a_workdir_of_another_configuration_is_refused(tmp_path):
+    config = micro_stage1.get_config()
+    before = config.copy_and_resolve_references()
+    before.lora.rank = 99
+    before.num_steps = 7
+    (tmp_path / "config.json").write_text(json.dumps(before.to_dict()))
+    sentence = refused(config, tmp_path)
+    assert "lora.rank (was 99, is 4)" in sentence and "num_steps" not in sentence
+
+
+def test_a_workdir_that_is_a_file_is_refused(tmp_path):
+    file = tmp_path / "file"
+    file.write_text("")
+    assert "is a file" in refused(micro_stage1.get_config(), file)
