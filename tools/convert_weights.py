@@ -1,10 +1,13 @@
-"""Converts PyTorch checkpoints into a weights folder for osv_jax.
+"""Converts PyTorch checkpoints into a weights folder for osv_jax, and what was trained back to PyTorch.
 
-    python tools/convert_weights.py svd    FOLDER         OUTPUT
-    python tools/convert_weights.py dinov2 FOLDER_OR_PTH  OUTPUT
+    python tools/convert_weights.py svd          FOLDER         OUTPUT
+    python tools/convert_weights.py dinov2       FOLDER_OR_PTH  OUTPUT
+    python tools/convert_weights.py export-lora  WORKDIR        OUTPUT --format=peft|diffusers|unet
+    python tools/convert_weights.py import-lora  LORA           OUTPUT
 
 FOLDER is a local Stable Video Diffusion folder in diffusers layout, or a transformers DINOv2 folder; FOLDER_OR_PTH may
-also be a torch-hub file such as dinov2_vits14_pretrain.pth. Both commands may share one OUTPUT.
+also be a torch-hub file such as dinov2_vits14_pretrain.pth. The first two commands may share one OUTPUT. WORKDIR is
+that of a training run; LORA is a PEFT adapter folder or a LoRA .safetensors file.
 """
 
 from __future__ import annotations
@@ -16,9 +19,12 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from osv_jax.convert import importers
+from osv_jax.convert import exporters, importers, lora_files, weights
+from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.naming import flax_shape_to_torch
 from osv_jax.errors import UserError
+from osv_jax.models.svd_unet import UNetConfig
+from osv_jax.runtime.trained import Trained, load_trained
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -26,15 +32,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Conversion is file work: an accelerator would only be occupied by it.
     jax.config.update("jax_platforms", "cpu")
     args = _parser().parse_args(arguments)
+    commands = {"svd": _import, "dinov2": _import, "export-lora": _export_lora, "import-lora": _import_lora}
     try:
-        if args.command == "svd":
-            plans = importers.plan_svd(args.source, args.components.split(","))
-        else:
-            plans = [importers.plan_dinov2(args.source)]
-        if args.dry_run:
-            _print_mapping(plans)
-        else:
-            _convert(plans, args)
+        commands[args.command](args)
     except UserError as error:
         print(f"convert_weights: {error}", file=sys.stderr)
         return 2
@@ -54,7 +54,37 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--dtype", default="bfloat16", choices=importers.DTYPES, help="stored dtype (%(default)s)")
         command.add_argument("--dry-run", action="store_true", help="check and print the mapping, write nothing")
         command.add_argument("--overwrite", action="store_true", help="replace components that exist in OUTPUT")
+
+    export = commands.add_parser("export-lora", help="what a run trained, for PEFT and diffusers")
+    export.add_argument("source", metavar="WORKDIR", help="the --workdir of a training run")
+    export.add_argument("output", metavar="OUTPUT", help="folder to write")
+    export.add_argument(
+        "--format",
+        required=True,
+        choices=exporters.FORMATS,
+        help="peft: an adapter folder; diffusers: pytorch_lora_weights.safetensors; unet: the whole UNet, LoRA merged",
+    )
+    export.add_argument("--ema", action="store_true", help="export the student's average instead of the student")
+    export.add_argument("--weights", help="with --format=unet: the base's weights folder (default: the run's own)")
+    export.add_argument("--dtype", default="float32", choices=importers.DTYPES, help="of the whole UNet (%(default)s)")
+    lora = commands.add_parser("import-lora", help="a LoRA trained elsewhere, to start training from or to sample with")
+    lora.add_argument("source", metavar="LORA", help="PEFT adapter folder or LoRA .safetensors file")
+    lora.add_argument("output", metavar="OUTPUT", help="folder to write, for config.init_lora and sample.py --lora")
+    lora.add_argument("--weights", help="weights folder with the UNet it is for (default: the released SVD's sizes)")
+    for command in (export, lora):
+        command.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     return parser
+
+
+def _import(args: argparse.Namespace) -> None:
+    if args.command == "svd":
+        plans = importers.plan_svd(args.source, args.components.split(","))
+    else:
+        plans = [importers.plan_dinov2(args.source)]
+    if args.dry_run:
+        _print_mapping(plans)
+    else:
+        _convert(plans, args)
 
 
 def _print_mapping(plans: list[importers.Plan]) -> None:
@@ -92,6 +122,47 @@ def _convert(plans: list[importers.Plan], args: argparse.Namespace) -> None:
         f"{summary.parameters:,} parameters, {summary.bytes / 1e9:.2f} GB as {args.dtype}, "
         f"{summary.seconds:.1f} s, in {args.output}"
     )
+
+
+def _export_lora(args: argparse.Namespace) -> None:
+    trained = load_trained(args.source, args.ema)
+    which = f"the {'average' if args.ema else 'student'} of step {trained.step}"
+    modules = len(lora_files.ranks(trained.student.lora))
+    tuned = jax.tree.leaves(trained.student.tuned)
+    if args.format == "unet":
+        _export_unet(trained, args)
+        print(f"{args.output}: the UNet with {which}, {modules} LoRA modules and {len(tuned)} tuned arrays merged.")
+        return
+    write = {"peft": exporters.export_peft, "diffusers": exporters.export_diffusers}[args.format]
+    write(trained.student.lora, args.output, overwrite=args.overwrite)
+    print(f"{args.output}: the LoRA of {which}, {modules} modules, alpha = rank.")
+    if tuned:
+        print(
+            f"This is only the LoRA part: the run also trained {sum(x.size for x in tuned):,} base parameters in "
+            f"{len(tuned)} arrays, without which the LoRA is not the student. Export them with --format=unet."
+        )
+
+
+def _export_unet(trained: Trained, args: argparse.Namespace) -> None:
+    folder = args.weights or trained.config.get("weights")
+    if not folder:
+        raise UserError("The run has no weights folder of its own: give the base's with --weights.")
+    config = weights.load_config(folder, "unet")
+    trained.check_fits(expected_params("unet", config), args.source)
+    base = jax.tree.map(np.asarray, weights.load_params(folder, "unet", dtype=np.float32))
+    exporters.export_unet(config, trained.merge_into(base), args.output, args.dtype, args.overwrite)
+
+
+def _import_lora(args: argparse.Namespace) -> None:
+    config = weights.load_config(args.weights, "unet") if args.weights else UNetConfig()
+    read = lora_files.read_lora(args.source, expected_params("unet", config))
+    exporters.export_peft(read.lora, args.output, overwrite=args.overwrite)
+    ranks = sorted(set(lora_files.ranks(read.lora).values()))
+    print(
+        f"{args.output}: {len(lora_files.ranks(read.lora))} modules of rank {', '.join(map(str, ranks))}, alpha = rank."
+    )
+    if read.notice:
+        print(read.notice)
 
 
 if __name__ == "__main__":

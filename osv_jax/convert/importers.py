@@ -249,7 +249,7 @@ def write(
                 partial[plan.component], plan.component, plan.config, unflatten_dict(flat), plan.reader.source
             )
         for component, folder in partial.items():
-            _replace(folder, output / component)
+            replace_folder(folder, output / component)
     finally:
         for folder in partial.values():
             shutil.rmtree(folder, ignore_errors=True)
@@ -265,7 +265,8 @@ def check_output(plans: Sequence[Plan], output: str | pathlib.Path, overwrite: b
         )
 
 
-def _replace(new: pathlib.Path, target: pathlib.Path) -> None:
+def replace_folder(new: pathlib.Path, target: pathlib.Path) -> None:
+    """Renames `new` to `target`; what was there before goes away last."""
     old = target.with_name(f".{target.name}.old")
     shutil.rmtree(old, ignore_errors=True)
     if target.exists():

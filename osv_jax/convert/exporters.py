@@ -1,0 +1,110 @@
+"""What a run trained, as PyTorch programs load it: a PEFT adapter, a file with diffusers' keys, or a merged UNet."""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict
+from safetensors.numpy import save_file
+
+from osv_jax.convert import lora_files
+from osv_jax.convert.importers import DTYPES, replace_folder
+from osv_jax.convert.naming import to_torch
+from osv_jax.errors import UserError
+from osv_jax.models.svd_unet import UNetConfig
+
+FORMATS = ("peft", "diffusers", "unet")
+
+Params = Mapping[str, Any]
+
+
+def export_peft(lora: Params, output: str | pathlib.Path, base_model: str = "", overwrite: bool = False) -> None:
+    """Writes a PEFT adapter folder; see `lora_files.write_peft`.
+
+    Raises:
+        UserError: if `output` exists, unless it may be overwritten, or cannot be written.
+    """
+    with new_folder(output, overwrite) as folder:
+        lora_files.write_peft(folder, lora, base_model)
+
+
+def export_diffusers(lora: Params, output: str | pathlib.Path, overwrite: bool = False) -> None:
+    """Writes a folder with `pytorch_lora_weights.safetensors`; see `lora_files.write_diffusers`.
+
+    Raises:
+        UserError: as `export_peft`.
+    """
+    with new_folder(output, overwrite) as folder:
+        lora_files.write_diffusers(folder / lora_files.DIFFUSERS_WEIGHTS, lora)
+
+
+def export_unet(
+    config: UNetConfig, params: Params, output: str | pathlib.Path, dtype: str = "float32", overwrite: bool = False
+) -> None:
+    """Writes a folder that diffusers' `UNetSpatioTemporalConditionModel.from_pretrained` opens.
+
+    Args:
+        config: the architecture.
+        params: all parameters of the UNet, LoRA merged.
+        dtype: stored dtype: "bfloat16", "float32" or "float16".
+
+    Raises:
+        UserError: as `export_peft`; also a value beyond `dtype`.
+    """
+    tensors = {}
+    for path, array in flatten_dict(params).items():
+        name, array = to_torch(path, np.asarray(array))
+        try:
+            with np.errstate(over="raise"):
+                # Safetensors writes an array's memory, whatever its strides.
+                tensors[name] = np.ascontiguousarray(array.astype(DTYPES[dtype]))
+        except FloatingPointError as error:
+            raise UserError(f"{name} has values beyond {dtype}: use --dtype bfloat16.") from error
+    with new_folder(output, overwrite) as folder:
+        (folder / "config.json").write_text(json.dumps(_unet_json(config), indent=2) + "\n")
+        save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+
+@contextlib.contextmanager
+def new_folder(output: str | pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+    """A folder to fill, which takes the name `output` when that is done, and never exists half full under it.
+
+    Raises:
+        UserError: if `output` exists, unless it may be overwritten, or cannot be written.
+    """
+    output = pathlib.Path(output)
+    if output.exists() and not overwrite:
+        raise UserError(f"{output} exists: choose another output, or replace it with --overwrite.")
+    partial = output.with_name(f".{output.name}.partial")
+    try:
+        shutil.rmtree(partial, ignore_errors=True)
+        partial.mkdir(parents=True)
+        yield partial
+        replace_folder(partial, output)
+    except OSError as error:
+        raise UserError(f"{output} cannot be written ({error.strerror}): choose another output.") from error
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def _unet_json(config: UNetConfig) -> dict[str, Any]:
+    """diffusers' config.json for the architecture: the inverse of `architectures`' reading of it."""
+    fields = dataclasses.asdict(config)
+    has_attention, ids = fields.pop("has_attention"), fields.pop("num_added_time_ids")
+    return {
+        "_class_name": "UNetSpatioTemporalConditionModel",
+        "_diffusers_version": "0.24.0",
+        # Only the pipeline's default picture size depends on it; this is SVD's.
+        "sample_size": 96,
+        **fields,
+        "down_block_types": [("CrossAttn" if has else "") + "DownBlockSpatioTemporal" for has in has_attention],
+        "up_block_types": [("CrossAttn" if has else "") + "UpBlockSpatioTemporal" for has in reversed(has_attention)],
+        "projection_class_embeddings_input_dim": ids * config.addition_time_embed_dim,
+    }

@@ -1,0 +1,260 @@
+"""LoRA files of PyTorch programs for the SVD UNet, read and written.
+
+Read: a PEFT adapter folder, or a bare safetensors file with diffusers' or PEFT's keys. Written: the same two, always
+with alpha = rank and the scale folded into B, because what loads a bare file drops alpha without a word.
+"""
+
+from __future__ import annotations
+
+import collections
+import dataclasses
+import json
+import pathlib
+import re
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file
+
+from osv_jax.convert.naming import Path, flax_shape_to_torch, module_path, to_flax, to_torch, torch_module
+from osv_jax.convert.readers import Reader, open_weights
+from osv_jax.errors import UserError
+
+PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
+
+# Optional prefixes of PEFT and of diffusers' pipelines; then the module; then its half, or alpha.
+_KEY = re.compile(
+    r"(?:base_model\.model\.)?(?:unet\.)?(?P<module>.+?)\."
+    r"(?:(?:(?P<a>lora_A|lora\.down|lora_down)|lora_B|lora\.up|lora_up)(?:\.default)?\.weight|(?P<alpha>alpha))"
+)
+_NO_EFFECT = re.compile(r"attn2/to_[qk]$")
+_SHOWN = 10
+
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class LoraFile:
+    """A LoRA read from a file.
+
+    Attributes:
+        lora: the tree that `models.lora` describes, float32 NumPy arrays, alpha / rank folded into `b`.
+        dropped: PyTorch names of cross-attention q and k projections that the file covers. They have no effect in SVD,
+            whose cross-attention has one key.
+    """
+
+    lora: dict[str, Any]
+    dropped: list[str]
+
+    @property
+    def notice(self) -> str:
+        """A sentence about what was dropped, or nothing."""
+        if not self.dropped:
+            return ""
+        return (
+            f"{len(self.dropped)} cross-attention q and k projections were left out (first: {self.dropped[0]}): SVD "
+            "attends to one key, so they have no effect."
+        )
+
+
+def ranks(lora: Params) -> dict[Path, int]:
+    """The rank of every module of a LoRA tree."""
+    return {path[:-1]: leaf.shape[-1] for path, leaf in sorted(flatten_dict(lora).items()) if path[-1] == "a"}
+
+
+def check_lora(lora: Params, shapes: Mapping[Path, Any], source: Any) -> None:
+    """Checks a LoRA tree against the UNet it is meant for.
+
+    Args:
+        shapes: the UNet's parameters (or their shapes) by path; see `architectures.expected_params`.
+        source: what messages call it.
+
+    Raises:
+        UserError: modules that the UNet does not have, or other sizes.
+    """
+    flat, unknown, misshapen = flatten_dict(lora), [], []
+    for path, rank in ranks(lora).items():
+        if (*path, "kernel") not in shapes:
+            unknown.append(torch_module(path))
+            continue
+        *window, features = shapes[(*path, "kernel")].shape
+        if flat[(*path, "a")].shape != (*window, rank) or flat[(*path, "b")].shape != (rank, features):
+            misshapen.append(torch_module(path))
+    _complain(source, {"modules that this UNet does not have": unknown, "modules of other sizes": misshapen})
+
+
+def read_lora(path: str | pathlib.Path, shapes: Mapping[Path, Any]) -> LoraFile:
+    """Reads a PEFT adapter folder or a LoRA safetensors file for the UNet whose parameters are `shapes` (by path).
+
+    Keys may be `<module>.lora_A.weight` and `.lora_B.weight`, or `.lora.down` and `.lora.up`, with or without the
+    prefixes `base_model.model.` and `unet.`; alpha is taken from adapter_config.json, from `<module>.alpha`, or from
+    the metadata that diffusers writes, and is the rank where none of them has it.
+
+    Raises:
+        UserError: nothing to read there, another kind of adapter, or keys, shapes or ranks that do not match.
+    """
+    path = pathlib.Path(path)
+    file, config = _locate(path)
+    reader = open_weights(file)
+    halves: dict[str, dict[str, str]] = collections.defaultdict(dict)
+    unknown = []
+    for name in reader.names():
+        match = _KEY.fullmatch(name)
+        if match is None or (*module_path(match["module"]), "kernel") not in shapes:
+            unknown.append(name)
+        else:
+            halves[match["module"]]["a" if match["a"] else "alpha" if match["alpha"] else "b"] = name
+    incomplete = [module for module, names in halves.items() if not {"a", "b"} <= names.keys()]
+    _complain(path, {"keys that match nothing in this UNet": unknown, "modules with only one of A and B": incomplete})
+    if not halves:
+        raise UserError(
+            f"{path} has no LoRA in it: expected keys such as mid_block.attentions.0.proj_in.lora_A.weight."
+        )
+
+    scale_of = _scales(config)
+    lora, dropped, misshapen = {}, [], []
+    for module, names in sorted(halves.items()):
+        target = module_path(module)
+        kernel = flax_shape_to_torch((*target, "kernel"), shapes[(*target, "kernel")].shape)
+        rank = reader.shape(names["a"])[0]
+        if reader.shape(names["b"])[1:2] != (rank,):
+            raise UserError(
+                f"{path}: the ranks of A and B of {module} are {rank} and {reader.shape(names['b'])[1]}; they must be"
+                " equal: export the LoRA again."
+            )
+        wanted = (rank, *kernel[1:]), (kernel[0], rank, *[1] * len(kernel[2:]))
+        if (reader.shape(names["a"]), reader.shape(names["b"])) != wanted:
+            misshapen.append(module)
+        elif _NO_EFFECT.search("/".join(target)):
+            dropped.append(module)
+        else:
+            scale = float(reader.read(names["alpha"])) / rank if "alpha" in names else scale_of(module, rank)
+            lora[(*target, "a")], lora[(*target, "b")] = _to_flax(reader, names, scale)
+    _complain(path, {"modules of other sizes than this UNet's": misshapen})
+    return LoraFile(unflatten_dict(lora), dropped)
+
+
+def write_peft(folder: pathlib.Path, lora: Params, base_model: str = "") -> None:
+    """Writes a PEFT adapter folder that `PeftModel.from_pretrained(unet, folder)` loads.
+
+    Args:
+        folder: an existing folder.
+        lora: with the scale folded in (alpha = rank).
+        base_model: noted in the config, for people.
+    """
+    found = {torch_module(path): rank for path, rank in ranks(lora).items()}
+    # (most_common has the first of equals first, so the files of two exports are the same.)
+    rank = collections.Counter(found.values()).most_common(1)[0][0]
+    others = {module: r for module, r in found.items() if r != rank}
+    config = {
+        "peft_type": "LORA",
+        "base_model_name_or_path": base_model,
+        "r": rank,
+        "lora_alpha": rank,
+        "rank_pattern": others,
+        "alpha_pattern": others,
+        # One by one: from suffixes loaders would make cross-attention q and k too, which are not in the file.
+        "target_modules": sorted(found),
+        "bias": "none",
+        "fan_in_fan_out": False,
+        "lora_dropout": 0.0,
+        "init_lora_weights": True,
+        "inference_mode": True,
+        "modules_to_save": None,
+        "task_type": None,
+    }
+    (folder / PEFT_CONFIG).write_text(json.dumps(config, indent=2) + "\n")
+    tensors = {f"base_model.model.{name}": array for name, array in torch_tensors(lora).items()}
+    save_file(tensors, folder / PEFT_WEIGHTS, {"format": "pt"})
+
+
+def write_diffusers(file: pathlib.Path, lora: Params) -> None:
+    """Writes one safetensors file with diffusers' keys `unet.<module>.lora_A.weight`, `unet.<module>.lora_B.weight`."""
+    tensors = {f"unet.{name}": array for name, array in torch_tensors(lora).items()}
+    save_file(tensors, file, {"format": "pt"})
+
+
+def torch_tensors(lora: Params) -> dict[str, np.ndarray]:
+    """A LoRA tree as PEFT's tensors, `<module>.lora_A.weight` [r, in, *window] and `lora_B.weight` [out, r, 1 ...]."""
+    flat, tensors = flatten_dict(lora), {}
+    for path in ranks(lora):
+        module, a, b = torch_module(path), np.asarray(flat[(*path, "a")]), np.asarray(flat[(*path, "b")])
+        _, tensors[f"{module}.lora_A.weight"] = to_torch(("kernel",), a)
+        tensors[f"{module}.lora_B.weight"] = b.T.reshape(*b.T.shape, *[1] * (a.ndim - 2))
+    # Safetensors writes an array's memory, whatever its strides.
+    return {name: np.ascontiguousarray(array) for name, array in tensors.items()}
+
+
+def _to_flax(reader: Reader, names: Mapping[str, str], scale: float) -> tuple[np.ndarray, np.ndarray]:
+    a = to_flax(("kernel",), reader.read(names["a"])).astype(np.float32, order="C")
+    b = reader.read(names["b"]).astype(np.float32)
+    return a, np.ascontiguousarray(b.reshape(b.shape[:2]).T) * np.float32(scale)
+
+
+def _locate(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
+    """The weights file, and PEFT's config of it as far as it has one."""
+    if not path.exists():
+        raise UserError(f"{path} does not exist: give a PEFT adapter folder or a LoRA .safetensors file.")
+    if path.is_file():
+        return path, _diffusers_config(path)
+    if (path / PEFT_CONFIG).is_file():
+        config = _json((path / PEFT_CONFIG).read_text(), path / PEFT_CONFIG)
+        if config.get("peft_type") != "LORA":
+            raise UserError(f"{path} is a {config.get('peft_type')} adapter: only LORA can be used.")
+        file = path / PEFT_WEIGHTS
+        return (file if file.is_file() else path / "adapter_model.bin"), config
+    if (path / DIFFUSERS_WEIGHTS).is_file():
+        return path / DIFFUSERS_WEIGHTS, _diffusers_config(path / DIFFUSERS_WEIGHTS)
+    raise UserError(f"{path} holds no LoRA: expected {PEFT_CONFIG} or {DIFFUSERS_WEIGHTS} in it.")
+
+
+def _diffusers_config(file: pathlib.Path) -> dict[str, Any]:
+    """The adapter config that diffusers (since 0.34) keeps in the metadata of a file, with `unet.` before every key."""
+    if file.suffix != ".safetensors":
+        return {}
+    try:
+        with safe_open(file, "numpy") as opened:
+            metadata = opened.metadata() or {}
+    except (SafetensorError, OSError):
+        return {}  # `open_weights` says what is wrong with it.
+    config = _json(metadata.get("lora_adapter_metadata", "{}"), file)
+    return {name.removeprefix("unet."): value for name, value in config.items()}
+
+
+def _json(text: str, file: pathlib.Path) -> dict[str, Any]:
+    try:
+        content = json.loads(text)
+    except ValueError as error:
+        raise UserError(f"{file} has no readable JSON: get another copy of it.") from error
+    if not isinstance(content, dict):
+        raise UserError(f"{file} does not map options to values: get another copy of it.")
+    return content
+
+
+def _scales(config: Mapping[str, Any]) -> Callable[[str, int], float]:
+    """PEFT's rule for the scale of a module with a certain rank."""
+    patterns = config.get("alpha_pattern") or {}
+
+    def scale(module: str, rank: int) -> float:
+        alpha = config.get("lora_alpha", rank)
+        for pattern, value in patterns.items():
+            if re.match(rf"(.*\.)?({pattern})$", module):
+                alpha = value
+                break
+        return alpha / (rank**0.5 if config.get("use_rslora") else rank)
+
+    return scale
+
+
+def _complain(source: Any, complaints: Mapping[str, list[str]]) -> None:
+    told = [
+        f"{len(names)} {kind} ({', '.join(names[:_SHOWN])}{', ...' if len(names) > _SHOWN else ''})"
+        for kind, names in complaints.items()
+        if names
+    ]
+    if told:
+        raise UserError(f"{source} does not fit: it has {'; '.join(told)}. Expected a LoRA for this SVD UNet.")

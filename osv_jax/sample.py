@@ -1,0 +1,207 @@
+"""Makes videos of images: `python -m osv_jax.sample --image=cat.png --output=cat.mp4 --weights=weights/svd`.
+
+An image of any size is scaled to cover the video's height and width and cropped at the centre. --output is a name
+ending in .mp4 or .gif, or else a folder, which receives PNG pictures; {name} in it stands for the image's name, and
+several images need it or a folder. All images share the compiled programs; each has noise of its own from --seed.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+import time
+from typing import NoReturn
+
+import jax
+import numpy as np
+from absl import logging
+from jaxtyping import UInt8
+from PIL import Image
+
+from osv_jax.data.video import cover
+from osv_jax.diffusion.samplers import SAMPLERS
+from osv_jax.errors import UserError
+from osv_jax.image_to_video import DTYPES, ImageToVideo, Options, read_image, to_uint8
+from osv_jax.runtime.pictures import write_video
+
+__all__ = ["ImageToVideo", "Options", "main"]
+
+_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
+_VIDEO_SUFFIXES = (".mp4", ".gif")
+_OTHER_SUFFIXES = (*_IMAGE_SUFFIXES, ".avi", ".mkv", ".mov", ".webm")
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Samples a video for every image.
+
+    Raises:
+        UserError: on anything the user can mend, before anything is compiled.
+    """
+    logging.set_verbosity(logging.WARNING)
+    args = _parser().parse_args(arguments)
+    options = Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})
+    images = list_images(args.image)
+    for path in images:
+        read_image(path)
+    outputs = plan_outputs(images, args.output)
+    model = ImageToVideo.load(args.weights, args.lora, args.ema, args.dtype)
+    options = model.complete(options)
+    if model.notice:
+        print(model.notice)
+    source = f"{args.weights} with {args.lora}" if args.lora else args.weights
+    print(
+        f"{source} on {jax.devices()[0].platform}: {options.num_frames} frames of {options.height} x {options.width},"
+        f" {options.sampler}, {options.steps} step(s), {options.num_evaluations} network evaluations (NFE) a video"
+    )
+    if options.sampler != "euler" and not args.lora:
+        print(
+            "Without --lora this is SVD itself, which is not made for few steps: expect blur, or use --sampler=euler."
+        )
+
+    total = {"write": 0.0}
+    for i, (image, output) in enumerate(zip(images, outputs, strict=True)):
+        heading = f"[{i + 1}/{len(images)}] {image.name}"
+        model.on_part = lambda part, heading=heading: _show(f"{heading}: {part} ...")
+        before, start = dict(model.seconds), time.perf_counter()
+        picture = cover(read_image(image), options.height, options.width)
+        noise = model.noise(jax.random.fold_in(jax.random.key(args.seed), i), options)
+        frames = to_uint8(model.decode(model.sample(picture, noise, options), options.decode_chunk_size))[0]
+        model.on_part("write")
+        writing = time.perf_counter()
+        write_output(output, frames, options.fps)
+        done = time.perf_counter()
+        total["write"] += done - writing
+        spent = {part: seconds - before[part] for part, seconds in model.seconds.items()} | {"write": done - writing}
+        _show("")
+        print(f"{heading} -> {output}: {done - start:.2f} s ({_parts(spent)})", flush=True)
+    if len(images) > 1:
+        print(f"{len(images)} videos: {_parts(model.seconds | total)}")
+
+
+def list_images(names: list[str]) -> list[pathlib.Path]:
+    """The image files that `--image` names, those of folders sorted by name.
+
+    Raises:
+        UserError: a name that does not exist, or a folder without images.
+    """
+    images = []
+    for name in names:
+        path = pathlib.Path(name)
+        if path.is_dir():
+            found = sorted(file for file in path.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES)
+            if not found:
+                raise UserError(f"{path} holds no images: expected files ending in {', '.join(_IMAGE_SUFFIXES)}.")
+            images += found
+        else:
+            images.append(path)
+    return images
+
+
+def plan_outputs(images: list[pathlib.Path], output: str) -> list[pathlib.Path]:
+    """What will be written for every image: a video's name, or a folder for pictures. Makes the folders around them.
+
+    Raises:
+        UserError: another kind of file, several images with one output, or a place that cannot be written to.
+    """
+    is_video = output.lower().endswith(_VIDEO_SUFFIXES)
+    if output.lower().endswith(_OTHER_SUFFIXES):
+        raise UserError(f"--output={output} is neither .mp4 nor .gif: choose one of these, or give a folder for PNGs.")
+    if len(images) > 1 and "{name}" not in output:
+        if is_video:
+            raise UserError(
+                f"--output={output} is one video, but there are {len(images)} images: write {{name}} in it, which"
+                " stands for an image's name, or give a folder."
+            )
+        output = f"{output}/{{name}}"
+    outputs = [pathlib.Path(output.replace("{name}", image.stem)) for image in images]
+    if len(set(outputs)) < len(outputs):
+        twice = next(path for path in outputs if outputs.count(path) > 1)
+        raise UserError(f"Two images would be written to {twice}: rename one of them.")
+    for path in outputs:
+        folder = path.parent if is_video else path
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+            trial = folder / f".{os.getpid()}.trial"
+            trial.touch()
+            trial.unlink()
+        except OSError as error:
+            raise UserError(f"{folder} cannot be written to ({error.strerror}): choose another --output.") from error
+        if is_video and path.is_dir():
+            raise UserError(f"--output={path} is a folder: choose another name for the video.")
+    return outputs
+
+
+def write_output(path: pathlib.Path, frames: UInt8[np.ndarray, "f h w 3"], fps: float) -> None:
+    """Writes frames to a video, or to a folder of pictures 000.png, 001.png, ..."""
+    if path.suffix.lower() in _VIDEO_SUFFIXES:
+        write_video(path, frames, fps)
+        return
+    for number, frame in enumerate(frames):
+        Image.fromarray(frame).save(path / f"{number:03d}.png")
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m osv_jax.sample",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, own = parser.add_argument, "the model's"
+    add("--image", nargs="+", required=True, metavar="FILE", help="image files, or folders of them")
+    add("--output", required=True, help="NAME.mp4, NAME.gif, or a folder for PNG pictures; {name}: the image's name")
+    add("--weights", required=True, help="folder that tools/convert_weights.py wrote")
+    add("--lora", metavar="PATH", help="workdir of a training run, PEFT folder or LoRA .safetensors, merged before use")
+    add("--ema", action="store_true", help="of a workdir, use the student's average")
+    add("--sampler", choices=SAMPLERS, default="tts", help="%(choices)s (default %(default)s)")
+    add("--steps", type=int, help="steps of the sampler (default 1; euler: 25)")
+    add("--seed", type=int, default=0, help="of all noise (default %(default)s)")
+    add("--fps", type=float, default=7, help="frames a second, told to SVD and played (default %(default)s)")
+    add("--motion_bucket_id", type=float, default=127, help="amount of motion, 1 to 255 (default %(default)s)")
+    add("--noise_aug_strength", type=float, default=0.02, help="noise on the image (default %(default)s)")
+    add("--min_guidance_scale", type=float, default=1.0, help="euler's, at the first frame (default %(default)s)")
+    add("--max_guidance_scale", type=float, default=3.0, help="euler's, at the last frame (default %(default)s)")
+    add("--height", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} of a workdir, or 576)")
+    add("--width", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} of a workdir, or 1024)")
+    add("--num_frames", type=int, help=f"(default: {own}, 14 for SVD and 25 for SVD-XT)")
+    add(
+        "--decode_chunk_size",
+        type=int,
+        default=7,
+        help="frames decoded at a time; fewer take less memory (%(default)s)",
+    )
+    add("--dtype", choices=DTYPES, help="of the networks (default: float32 on a CPU, bfloat16 elsewhere)")
+    return parser
+
+
+def _show(line: str) -> None:
+    """One line that the next one replaces, for people who watch."""
+    if sys.stderr.isatty():
+        print(f"\r\x1b[K{line}", end="", file=sys.stderr, flush=True)
+
+
+def _parts(seconds: dict[str, float]) -> str:
+    return ", ".join(f"{part} {value:.2f} s" for part, value in seconds.items() if value)
+
+
+def run() -> None:
+    """The program: what the user can mend is one sentence on stderr and exit status 2."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # What is compiled once need not be compiled again by the next start.
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path("~/.cache/osv_jax/jax").expanduser()))
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()
