@@ -12,6 +12,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective = "stage1"
     config.seed = 0
 
+    # A workdir whose student and discriminator this run starts from; empty: from the teacher.
+    config.init_from = ""
     # A folder that tools/convert_weights.py wrote: unet/, vae/, image_encoder/, dinov2/.
     config.weights = "weights/svd"
     # Instead of `weights`: architectures to fill with random parameters.
@@ -21,8 +23,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.data.videos = "videos"  # a folder; `demo` names the clips that come with the extra osv_jax[demo]
     config.data.num_frames = 14
     config.data.fps = 7.0
-    config.data.height = 576
-    config.data.width = 1024
+    # (from step, height, width), ascending: what size clips have from which step on.
+    config.data.resolutions = ((0, 576, 1024),)
     config.data.motion_bucket_id = 127
 
     config.batch_size = 8  # over all devices
@@ -41,12 +43,15 @@ def get_config(variant: str = "") -> ConfigDict:
     config.lora.alpha = 64.0
     config.lora.targets = "all"  # or `attention`
 
+    config.trainable = ("lora",)
+
     config.num_levels = 100
     config.adversarial_weight = 0.1
     config.huber_c = 1e-3
     config.ema_decay = 0.95
     config.boundary = "svd"
     config.discriminator_blocks = (2, 5, 8, 11)
+    config.discriminator_input = "latents"  # or `decoded`: through the VAE's decoder
 
     config.dtype = "bfloat16"
     config.attention = "auto"
@@ -61,13 +66,14 @@ def get_config(variant: str = "") -> ConfigDict:
     config.keep_checkpoints = 2
 
     if variant == "tiny":
-        _tiny(config)
+        make_tiny(config)
     elif variant:
         raise ValueError(f"configs/stage1.py has the variants '' and 'tiny', not {variant!r}.")
     return config
 
 
-def _tiny(config: ConfigDict) -> None:
+def make_tiny(config: ConfigDict) -> None:
+    """Turns a configuration into its embedded variant."""
     config.weights = ""
     config.random_networks = ConfigDict(
         {
@@ -79,26 +85,26 @@ def _tiny(config: ConfigDict) -> None:
                 "cross_attention_dim": 32,
                 "addition_time_embed_dim": 16,
             },
-            "vae": {"block_out_channels": (32, 32, 32, 32)},
+            "vae": {"block_out_channels": (32, 32, 32)},
             "image_encoder": {
                 "hidden_size": 32,
                 "intermediate_size": 64,
                 "projection_dim": 32,
-                "num_hidden_layers": 2,
+                "num_hidden_layers": 1,
                 "num_attention_heads": 2,
                 "image_size": 56,
             },
-            "dinov2": {"hidden_size": 32, "num_hidden_layers": 4, "num_attention_heads": 2, "image_size": 70},
+            "dinov2": {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2, "image_size": 70},
         }
     )
     config.data.videos = "demo"
-    config.data.height, config.data.width = 48, 80
+    config.data.resolutions = ((0, 32, 48),)
     config.batch_size = 2
     config.num_steps = 60
     config.optimizer.learning_rate = 2e-3
     config.optimizer.disc_learning_rate = 1e-3
     config.lora.rank = config.lora.alpha = 8
-    config.discriminator_blocks = (1, 3)
+    config.discriminator_blocks = (0, 1)
     config.dtype = "float32"
     config.remat = "none"
     config.picture_every = config.checkpoint_every = 30

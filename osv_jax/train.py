@@ -7,6 +7,7 @@ checkpoints/, metrics.jsonl, tensorboard/, pictures/ and losses.png.
 from __future__ import annotations
 
 import collections
+import dataclasses
 import math
 import os
 import pathlib
@@ -18,23 +19,18 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 from absl import app, flags, logging
-from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict, config_flags
 
-from osv_jax.convert import weights
-from osv_jax.convert.architectures import ARCHITECTURES, expected_params
+from osv_jax import experiment
 from osv_jax.data import demo, pixels
-from osv_jax.diffusion.edm import BOUNDARIES, SIGMA_MAX, denoise
-from osv_jax.distill import stage1
-from osv_jax.distill.adversarial import AdversarialOptions
-from osv_jax.distill.networks import Networks, Params, build_networks, random_params
+from osv_jax.diffusion.edm import SIGMA_MAX, denoise
+from osv_jax.distill.networks import Networks, Params
 from osv_jax.distill.pixels import encode_batch
-from osv_jax.distill.state import TrainState, init_state, make_optimizer
+from osv_jax.distill.state import TrainState
 from osv_jax.errors import UserError
-from osv_jax.models import lora
-from osv_jax.models.layers import ATTENTION_IMPLEMENTATIONS
-from osv_jax.models.svd_unet import REMAT_POLICIES
+from osv_jax.experiment import Optimizers, Phase
 from osv_jax.runtime import checkpoint, mesh, metrics, pictures
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, e.g. configs/stage1.py:tiny.")
@@ -43,6 +39,7 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics
 # Steps the host may be ahead of the devices: enough that they never wait for it, few enough that a value that is not
 # finite is noticed at once.
 _STEPS_IN_FLIGHT = 2
+_CURVES = ("loss_huber", "loss_adversarial", "loss_disc")
 
 
 def main(argv: list[str]) -> None:
@@ -54,15 +51,35 @@ def main(argv: list[str]) -> None:
     train(_CONFIG.value, pathlib.Path(_WORKDIR.value))
 
 
+@dataclasses.dataclass
+class _Run:
+    """What the phases of a run have in common."""
+
+    config: ConfigDict
+    workdir: pathlib.Path
+    networks: Networks
+    optimizers: Optimizers
+    devices: jax.sharding.Mesh
+    index: pixels.ClipIndex
+    frozen: Params
+    shardings: Any
+    checkpoints: ocp.CheckpointManager
+    writer: metrics.MetricsWriter
+
+
 def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     """Runs or resumes one training run.
 
     Raises:
         UserError: on anything the user can mend, before compilation starts where it can be known by then.
     """
-    check_config(config)
+    experiment.check_config(config)
     checkpoint.check_workdir(workdir, config.to_dict())
-    networks = networks_of(config)
+    networks = experiment.networks_of(config)
+    origin = pathlib.Path(config.init_from) if config.init_from else None
+    start = checkpoint.latest_step(workdir) or 0
+    if origin and not start:
+        experiment.check_origin(origin, config)
     index = index_videos(config, workdir)
     devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
     if config.batch_size % (devices.size * config.grad_accum):
@@ -72,28 +89,30 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         )
     checkpoint.write_config(workdir, config.to_dict())
 
-    with jax.set_mesh(devices):
-        frozen = load_frozen(config, networks, devices)
-        optimizers = optimizers_of(config)
-
-        def init(key: jax.Array) -> TrainState:
-            return init_state(key, networks, frozen["unet"], *optimizers, config.lora.rank, config.lora.targets)
-
-        shapes = jax.eval_shape(init, jax.random.key(0))
+    with jax.set_mesh(devices), checkpoint.open_checkpoints(workdir, config.keep_checkpoints) as checkpoints:
+        frozen = experiment.load_frozen(config, networks, devices)
+        optimizers = experiment.optimizers_of(config)
+        init = experiment.make_init(config, networks, optimizers)
+        shapes = jax.eval_shape(init, jax.random.key(0), frozen["unet"])
         shardings = mesh.parameter_shardings(devices, shapes)
-        checkpoints = checkpoint.open_checkpoints(workdir, config.keep_checkpoints)
-        start = checkpoints.latest_step() or 0
         if start:
             position = checkpoint.restore_data(checkpoints, start)
             pixels.restore_step(position, index, config.batch_size, config.seed)
             state = checkpoint.restore_state(checkpoints, start, checkpoint.abstract(shapes, shardings))
             print(f"Resuming from step {start}.")
         else:
-            state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed))
-        print(describe(config, state, frozen, index, devices.size))
-        if start < config.num_steps:
-            state = _loop(config, workdir, networks, optimizers, devices, index, frozen, state, shardings, checkpoints)
-    checkpoints.close()
+            state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed), frozen["unet"])
+            if origin:
+                state = experiment.start_from(origin, state, optimizers)
+                print(f"Starting from step {checkpoint.latest_step(origin)} of {origin}.")
+        print(experiment.describe(config, state, frozen, len(index.clips)))
+
+        writer = metrics.MetricsWriter(workdir, start, jax.process_index())
+        run = _Run(config, workdir, networks, optimizers, devices, index, frozen, shardings, checkpoints, writer)
+        for phase in experiment.phases_of(config):
+            if start < phase.end:
+                state = _run_phase(run, phase, max(start, phase.start), state)
+        writer.close()
     print(
         f"Done: {int(state.step)} steps.\n"
         f"  metrics      {workdir / 'metrics.jsonl'}, {workdir / 'losses.png'}, tensorboard --logdir {workdir}\n"
@@ -102,34 +121,26 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     )
 
 
-def _loop(
-    config: ConfigDict,
-    workdir: pathlib.Path,
-    networks: Networks,
-    optimizers: tuple[Any, Any],
-    devices: jax.sharding.Mesh,
-    index: pixels.ClipIndex,
-    frozen: Params,
-    state: TrainState,
-    shardings: Any,
-    checkpoints: Any,
-) -> TrainState:
-    start = int(state.step)
+def _run_phase(run: _Run, phase: Phase, start: int, state: TrainState) -> TrainState:
+    """Trains from step `start` to the end of the phase, on clips of its size."""
+    config, writer = run.config, run.writer
+    index = dataclasses.replace(run.index, height=phase.height, width=phase.width)
     process, processes = jax.process_index(), jax.process_count()
     data = pixels.pixel_dataset(
         index, config.batch_size, config.seed, start, process_index=process, process_count=processes
     )
-    batches = iter(mesh.global_batches(data, devices))
+    batches = iter(mesh.global_batches(data, run.devices))
     batch = next(batches)
-    names, step = compile_step(config, networks, optimizers, devices, frozen, state, shardings, batch)
-    picture = PreviewPicture(config, networks, index, frozen)
-    writer = metrics.MetricsWriter(workdir, start, process)
+    print(f"Compiling the step for {phase.height} x {phase.width} ...", flush=True)
+    compile_start = time.perf_counter()
+    names, step = compile_step(run, state, batch)
+    print(f"Compiled in {time.perf_counter() - compile_start:.0f} s.")
+    draw_picture = make_picture(config, run.networks, index)
     in_flight: collections.deque[tuple[int, jax.Array]] = collections.deque()
-    clock = last_done = time.perf_counter()
 
     def finish_one() -> None:
         """Waits for the oldest step in flight, writes its metrics, and stops the run if one is not finite."""
-        nonlocal clock, last_done
+        nonlocal shown_at, last_done
         number, values = in_flight.popleft()
         row = dict(zip(names, np.asarray(values).tolist(), strict=True))
         now = time.perf_counter()
@@ -138,108 +149,53 @@ def _loop(
         writer.write(number, row)
         bad = [name for name in names if not math.isfinite(row[name])]
         if bad:
-            kept = checkpoints.latest_step()
+            kept = run.checkpoints.latest_step()
             where = f"the checkpoint of step {kept} is intact" if kept else "no checkpoint had been written yet"
             raise UserError(
                 f"Step {number}: {', '.join(f'{name} is {row[name]}' for name in bad)}. Training stopped; {where}."
                 " Lower the learning rates or set config.optimizer.max_grad_norm, in a new workdir."
             )
-        if number % config.log_every == 0 or number == config.num_steps:
-            shown = {name: row[name] for name in ("loss_huber", "loss_adversarial", "loss_disc")}
-            steps = (number - 1) % config.log_every + 1
-            print(metrics.progress_line(number, config.num_steps, (now - clock) / steps, config.batch_size, shown))
-            clock = now
+        if number % config.log_every == 0 or number == phase.end:
+            steps, seconds = number - shown_at[0], now - shown_at[1]
+            curves = {name: row[name] for name in _CURVES}
+            print(metrics.progress_line(number, config.num_steps, seconds / steps, config.batch_size, curves))
+            shown_at = (number, now)
 
     def finish_all() -> None:
         while in_flight:
             finish_one()
 
-    if start == 0 and process == 0:
-        writer.write_picture("samples", 0, picture.draw(state, frozen))
-    clock = last_done = time.perf_counter()
-    for number in range(start + 1, config.num_steps + 1):
-        state, values = step(state, frozen, batch)
+    if start == 0:
+        writer.write_picture("samples", 0, draw_picture(state, run.frozen))
+    last_done = time.perf_counter()
+    shown_at = (start, last_done)
+    for number in range(start + 1, phase.end + 1):
+        state, values = step(state, run.frozen, batch)
         in_flight.append((number, values))
         if len(in_flight) > _STEPS_IN_FLIGHT:
             finish_one()
-        last = number == config.num_steps
+        last = number == phase.end
         if not last:
             batch = next(batches)
         if number % config.checkpoint_every == 0 or last:
             finish_all()  # A state whose metrics are not finite must not become a checkpoint.
-            checkpoint.save(
-                checkpoints, number, state, pixels.save_position(index, config.batch_size, config.seed, number)
-            )
-        if process == 0 and (number % config.picture_every == 0 or last):
+            position = pixels.save_position(index, config.batch_size, config.seed, number)
+            checkpoint.save(run.checkpoints, number, state, position)
+        if number % config.picture_every == 0 or last:
             finish_all()
-            writer.write_picture("samples", number, picture.draw(state, frozen))
-            curves = ("loss_huber", "loss_adversarial", "loss_disc")
-            metrics.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png", curves)
-            last_done = time.perf_counter()
-    checkpoints.wait_until_finished()
-    writer.close()
+            writer.write_picture("samples", number, draw_picture(state, run.frozen))
+            if process == 0:
+                metrics.loss_curves(run.workdir / "metrics.jsonl", run.workdir / "losses.png", _CURVES)
+        if not in_flight:
+            last_done = time.perf_counter()  # Steps are not charged for checkpoints and pictures.
     return state
 
 
-def check_config(config: ConfigDict) -> None:
-    """What can be known to be wrong from the configuration alone.
-
-    Raises:
-        UserError: naming the key, its value and what is allowed.
-    """
-    if config.objective != "stage1":
-        raise UserError(f"config.objective={config.objective!r} does not exist; the objectives are: stage1.")
-    for name in ("height", "width"):
-        if config.data[name] <= 0 or config.data[name] % 8:
-            raise UserError(f"config.data.{name}={config.data[name]} is not divisible by 8; the VAE needs that.")
-    for name in ("batch_size", "grad_accum", "num_steps", "log_every", "picture_every", "checkpoint_every"):
-        if config[name] < 1:
-            raise UserError(f"config.{name}={config[name]} must be at least 1.")
-    choices = {
-        "lora.targets": tuple(lora.TARGETS),
-        "dtype": ("float32", "bfloat16", "float16"),
-        "attention": ATTENTION_IMPLEMENTATIONS,
-        "remat": REMAT_POLICIES,
-        "boundary": BOUNDARIES,
-    }
-    flat = flatten_dict(config.to_dict(), sep=".")
-    for name, allowed in choices.items():
-        if flat[name] not in allowed:
-            raise UserError(f"config.{name}={flat[name]!r} is not one of {', '.join(allowed)}.")
-    if bool(config.weights) == bool(config.random_networks):
-        raise UserError(
-            "Exactly one of config.weights (a folder of converted weights) and config.random_networks must be set."
-        )
-
-
-def networks_of(config: ConfigDict) -> Networks:
-    """The modules, for the architectures beside the weights or those in the configuration."""
-    if config.weights:
-        architectures = {name: weights.load_config(config.weights, name) for name in ARCHITECTURES}
-    else:
-        chosen = config.random_networks.to_dict()
-        architectures = {name: known.config(**chosen.get(name, {})) for name, known in ARCHITECTURES.items()}
-    depth = architectures["dinov2"].num_hidden_layers
-    if not all(0 <= block < depth for block in config.discriminator_blocks):
-        raise UserError(
-            f"config.discriminator_blocks={tuple(config.discriminator_blocks)} must lie in 0 .. {depth - 1}, the"
-            " blocks of this DINOv2."
-        )
-    return build_networks(
-        architectures,
-        discriminator_blocks=tuple(config.discriminator_blocks),
-        dtype=jnp.dtype(config.dtype),
-        param_dtype=jnp.dtype(config.dtype),
-        attention=config.attention,
-        remat=config.remat,
-    )
-
-
 def index_videos(config: ConfigDict, workdir: pathlib.Path) -> pixels.ClipIndex:
-    """The clips to train on, with a line about files that were left out."""
-    data = config.data
+    """The clips to train on, at the first resolution, with a line about files that were left out."""
+    data, first = config.data, experiment.phases_of(config)[0]
     folder = demo.demo_videos() if data.videos == "demo" else data.videos
-    index = pixels.index_clips(folder, data.num_frames, data.fps, data.height, data.width, workdir / "clips.json")
+    index = pixels.index_clips(folder, data.num_frames, data.fps, first.height, first.width, workdir / "clips.json")
     if index.skipped:
         print(f"{len(index.skipped)} videos were left out:", file=sys.stderr)
         for path, reason in index.skipped[:10]:
@@ -247,63 +203,13 @@ def index_videos(config: ConfigDict, workdir: pathlib.Path) -> pixels.ClipIndex:
     return index
 
 
-def load_frozen(config: ConfigDict, networks: Networks, devices: jax.sharding.Mesh) -> dict[str, Params]:
-    """The frozen parameters, each read or made on the devices that hold it."""
-    shapes = {name: unflatten_dict(expected_params(name, getattr(networks, name).config)) for name in ARCHITECTURES}
-    shardings = mesh.parameter_shardings(devices, shapes)
-    dtype = jnp.dtype(config.dtype)
-    if config.weights:
-        return {name: weights.load_params(config.weights, name, shardings[name], dtype) for name in ARCHITECTURES}
-    # A seed of their own: another seed for a run does not change the teacher.
-    return jax.device_put(random_params(shapes, 0, dtype), shardings)
-
-
-def optimizers_of(config: ConfigDict) -> tuple[Any, Any]:
-    """Adam for the student and for the discriminator."""
-    chosen = config.optimizer
-    shared = (chosen.b1, chosen.b2, chosen.max_grad_norm or None)
-    return make_optimizer(chosen.learning_rate, *shared), make_optimizer(chosen.disc_learning_rate, *shared)
-
-
-def make_train_step(config: ConfigDict, networks: Networks, optimizers: tuple[Any, Any]) -> Callable:
-    """`(state, frozen, {video, fps, clip_id}) -> (state, metrics)`: encoding and the objective, ready for `jit`."""
-    options = AdversarialOptions(
-        adversarial_weight=config.adversarial_weight,
-        huber_c=config.huber_c,
-        ema_decay=config.ema_decay,
-        lora_scale=config.lora.alpha / config.lora.rank,
-        boundary=config.boundary,
-        grad_accum=config.grad_accum,
-    )
-    objective = stage1.make_step(networks, *optimizers, options, config.num_levels)
-
-    def train_step(
-        state: TrainState, frozen: Params, clips: dict[str, jax.Array]
-    ) -> tuple[TrainState, dict[str, jax.Array]]:
-        # All randomness is a function of the seed and the step: a resumed run repeats it.
-        encode_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
-        batch = encode_batch(networks, frozen, clips["video"], clips["fps"], encode_key, config.data.motion_bucket_id)
-        return objective(state, frozen, batch, step_key)
-
-    return train_step
-
-
-def compile_step(
-    config: ConfigDict,
-    networks: Networks,
-    optimizers: tuple[Any, Any],
-    devices: jax.sharding.Mesh,
-    frozen: Params,
-    state: TrainState,
-    shardings: Any,
-    batch: dict[str, jax.Array],
-) -> tuple[list[str], Callable]:
+def compile_step(run: _Run, state: TrainState, batch: dict[str, jax.Array]) -> tuple[list[str], Callable]:
     """Compiles the step ahead of time; the program that comes back cannot be recompiled behind anyone's back.
 
     Returns:
         The metrics' names, and `(state, frozen, batch) -> (state, vector of metrics)`, which donates the state.
     """
-    train_step = make_train_step(config, networks, optimizers)
+    train_step = experiment.make_train_step(run.config, run.networks, run.optimizers)
     names: list[str] = []
 
     def packed(state: TrainState, frozen: Params, batch: dict[str, jax.Array]) -> tuple[TrainState, jax.Array]:
@@ -312,59 +218,37 @@ def compile_step(
         # One array is one transfer to the host.
         return state, jnp.stack([values[name] for name in names])
 
-    compiled = jax.jit(packed, donate_argnums=0, out_shardings=(shardings, mesh.replicated(devices)))
-    print("Compiling the step ...", flush=True)
-    start = time.perf_counter()
-    step = compiled.lower(state, frozen, batch).compile()
-    print(f"Compiled in {time.perf_counter() - start:.0f} s.")
+    out_shardings = (run.shardings, mesh.replicated(run.devices))
+    step = jax.jit(packed, donate_argnums=0, out_shardings=out_shardings).lower(state, run.frozen, batch).compile()
     return names, step
 
 
-class PreviewPicture:
-    """The picture of a run's progress: the first clip, the image the sample starts from, and a one-step sample."""
+def make_picture(config: ConfigDict, networks: Networks, index: pixels.ClipIndex) -> Callable[..., np.ndarray]:
+    """`(state, frozen) -> image`: the first clip, the frame the sample starts from, and a one-step sample."""
+    clip = index.read(0)
+    video, fps = clip["video"], jnp.asarray(clip["fps"])[None]
+    # The same noise every time, so that pictures of different steps compare.
+    encode_key, noise_key = jax.random.split(jax.random.key(config.seed))
+    scale = config.lora.alpha / config.lora.rank
 
-    def __init__(self, config: ConfigDict, networks: Networks, index: pixels.ClipIndex, frozen: Params):
-        clip = index.read(0)
-        self.video, fps = clip["video"], jnp.asarray(clip["fps"])[None]
-        # The same noise every time, so that pictures of different steps compare.
-        encode_key, noise_key = jax.random.split(jax.random.key(config.seed))
-        scale = config.lora.alpha / config.lora.rank
+    @jax.jit
+    def sample(state: TrainState, frozen: Params) -> jax.Array:
+        batch = encode_batch(networks, frozen, video[None], fps, encode_key, config.data.motion_bucket_id)
+        noise = jax.random.normal(noise_key, batch.latents.shape)
+        network = networks.unet_with(state.student.variables(frozen["unet"], scale))
+        return denoise(network, SIGMA_MAX * noise, jnp.full(1, SIGMA_MAX), batch.cond, config.boundary)
 
-        @jax.jit
-        def sample(state: TrainState, frozen: Params) -> jax.Array:
-            batch = encode_batch(networks, frozen, self.video[None], fps, encode_key, config.data.motion_bucket_id)
-            noise = jax.random.normal(noise_key, batch.latents.shape)
-            network = networks.unet_with(state.student.variables(frozen["unet"], scale))
-            sigma = jnp.full(1, SIGMA_MAX)
-            return denoise(network, SIGMA_MAX * noise, sigma, batch.cond, config.boundary)
+    decode = jax.jit(networks.decode_video)
 
-        self._sample = sample
+    def draw(state: TrainState, frozen: Params) -> np.ndarray:
+        latents = sample(state, frozen)
         # Two frames at a time: decoding a whole clip at 576 x 1024 takes more memory than a training step.
-        self._decode = jax.jit(lambda params, latents: networks.decode_video(params, latents))
-
-    def draw(self, state: TrainState, frozen: Params) -> np.ndarray:
-        latents = self._sample(state, frozen)
-        chunks = [self._decode(frozen["vae"], latents[:, i : i + 2]) for i in range(0, latents.shape[1], 2)]
+        chunks = [decode(frozen["vae"], latents[:, i : i + 2]) for i in range(0, latents.shape[1], 2)]
         decoded = np.concatenate([np.asarray(chunk[0]) for chunk in chunks])
-        sample = ((decoded.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
-        return pictures.sample_grid({"condition": self.video[0], "real clip": self.video, "one-step sample": sample})
+        frames = ((decoded.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+        return pictures.sample_grid({"condition": video[0], "real clip": video, "one-step sample": frames})
 
-
-def describe(config: ConfigDict, state: TrainState, frozen: Params, index: pixels.ClipIndex, num_devices: int) -> str:
-    """What is about to run, in a few lines."""
-
-    def millions(tree: Any) -> str:
-        return f"{sum(leaf.size for leaf in jax.tree.leaves(tree)) / 1e6:.1f} M"
-
-    data = config.data
-    frozen_sizes = ", ".join(f"{name} {millions(params)}" for name, params in frozen.items())
-    return (
-        f"{config.objective} on {num_devices} {jax.devices()[0].platform} device(s)\n"
-        f"  data      {len(index.clips)} clips: {data.num_frames} x {data.height} x {data.width}, {data.fps:g} fps\n"
-        f"  frozen    {frozen_sizes}, {config.dtype}\n"
-        f"  training  LoRA {millions(state.student)}, discriminator {millions(state.disc['params'])}\n"
-        f"  steps     {int(state.step)} of {config.num_steps} done, batch {config.batch_size}"
-    )
+    return draw
 
 
 def run() -> None:

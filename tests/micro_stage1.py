@@ -16,7 +16,7 @@ def get_config() -> ConfigDict:
     config = module.get_config("tiny")
     config.random_networks = ConfigDict({name: dataclasses.asdict(made) for name, made in tiny.CONFIGS.items()})
     config.discriminator_blocks = (0, 1)
-    config.data.height, config.data.width, config.data.num_frames = 16, 24, 3
+    config.data.resolutions, config.data.num_frames = ((0, 16, 24),), 3
     config.lora.rank = config.lora.alpha = 4
     config.checkpoint_every, config.picture_every, config.log_every = 3, 1000, 1
     config.keep_checkpoints = 3

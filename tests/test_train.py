@@ -195,8 +195,12 @@ def refused(config, workdir) -> str:
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [
-        ("data.height", 50, ["config.data.height=50", "divisible by 8"]),
-        ("data.width", 0, ["config.data.width=0"]),
+        ("data.resolutions", ((0, 50, 64),), ["50 x 64", "divisible by 8"]),
+        ("data.resolutions", ((0, 64, 0),), ["64 x 0"]),
+        ("data.resolutions", ((0, 64),), ["config.data.resolutions", "triples"]),
+        ("data.resolutions", ((5, 64, 64),), ["begin with step 0"]),
+        ("trainable", ("lora", "some"), ["config.trainable", "temporal_transformer"]),
+        ("init_from", "nowhere", ["config.init_from=nowhere", "stage 1"]),
         ("batch_size", 0, ["config.batch_size=0"]),
         ("objective", "stage9", ["stage9", "stage1"]),
         ("lora.targets", "some", ["config.lora.targets", "attention"]),

@@ -21,7 +21,7 @@ from osv_jax.diffusion.edm import denoise
 from osv_jax.distill import losses
 from osv_jax.distill.networks import Networks, Params
 from osv_jax.distill.state import TrainState, update_ema
-from osv_jax.models.discriminator import discriminate
+from osv_jax.models.discriminator import discriminate, discriminate_pixels
 
 Metrics = dict[str, Array]
 
@@ -37,6 +37,7 @@ class AdversarialOptions:
         lora_scale: alpha / rank.
         boundary: see `edm.scalings`.
         grad_accum: equal parts that a batch is worked through in, one after the other.
+        decode: the discriminator sees clips decoded by the VAE instead of its own upsampling of latents (Table 2e).
     """
 
     adversarial_weight: float = 0.1
@@ -45,6 +46,7 @@ class AdversarialOptions:
     lora_scale: float = 1.0
     boundary: str = "svd"
     grad_accum: int = 1
+    decode: bool = False
 
 
 @struct.dataclass
@@ -116,8 +118,11 @@ def make_step(
 
     def judge(disc: dict[str, Params], frozen: Params, latents: Array, update_stats: bool) -> Any:
         """D_psi: logits by head kind, and the spectral statistics."""
-        backbone = (networks.dinov2, disc, frozen["dinov2"])
-        return discriminate(networks.discriminator, *backbone, latents, update_stats)
+        arguments = (networks.discriminator, networks.dinov2, disc, frozen["dinov2"])
+        if not options.decode:
+            return discriminate(*arguments, latents, update_stats)
+        pixels = (networks.decode_video(frozen["vae"], latents) + 1) / 2
+        return discriminate_pixels(*arguments, pixels, update_stats)
 
     def disc_gradient(
         disc: dict[str, Params], frozen: Params, example: Example, fake: Array

@@ -26,8 +26,8 @@ class Stage2Options:
     Attributes:
         num_levels: N of the grid.
         solver_steps: m, the teacher's Euler steps between t_{n+m} and t_n.
-        guidance_kind: `linspace` rises from guidance_min at the first frame to guidance_max at the last, as SVD samples;
-            `constant` is guidance_max on every frame; `range` draws one value a clip, uniformly from min to max.
+        guidance_kind: `linspace` rises from guidance_min at the first frame to guidance_max at the last, as SVD
+            samples; `constant` is guidance_max on every frame; `range` draws one value a clip from min to max.
         guidance_min, guidance_max: guidance scales w.
         weight_exponent: p of lambda(t_n) = (1 / (t_{n+m} - t_n))^p.
     """

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jax
@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Int
 
 from osv_jax.distill.networks import Networks
-from osv_jax.models import lora
+from osv_jax.models import groups, lora
 from osv_jax.models.discriminator import init_discriminator
 
 Params = Mapping[str, Any]
@@ -65,16 +65,29 @@ def init_state(
     optimizer_disc: optax.GradientTransformation,
     lora_rank: int,
     lora_targets: str,
+    trainable: Sequence[str] = ("lora",),
 ) -> TrainState:
     """A student equal to the teacher and a fresh discriminator.
 
     Args:
-        unet_params: the base parameters, of which only shapes are used.
+        unet_params: the base parameters: their shapes, and the values that the tuned groups start from.
+        trainable: names of `models.groups.TRAINABLE`. LoRA always trains.
     """
     lora_key, disc_key = jax.random.split(key)
     modules = lora.target_modules(unet_params, lora_targets)
-    student = Student(lora=lora.init_lora(lora_key, unet_params, lora_rank, modules), tuned={})
+    tuned = jax.tree.map(lambda x: x.astype(jnp.float32), groups.select(unet_params, trainable))
+    student = Student(lora=lora.init_lora(lora_key, unet_params, lora_rank, modules), tuned=tuned)
     disc = init_discriminator(networks.discriminator, disc_key, networks.dinov2.config.hidden_size)
+    return start_state(student, disc, optimizer_student, optimizer_disc)
+
+
+def start_state(
+    student: Student,
+    disc: dict[str, Params],
+    optimizer_student: optax.GradientTransformation,
+    optimizer_disc: optax.GradientTransformation,
+) -> TrainState:
+    """The state before the first step of a student and a discriminator that exist already."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         student=student,

@@ -54,7 +54,7 @@ def _has_no_gradient(path: Sequence[str]) -> bool:
 
 def count_table(params: Params, trainable: Sequence[str], lora_size: int) -> str:
     """Lines that say for each group how many parameters it has and how many of them are trained."""
-    sizes = {name: 0 for name in GROUPS}
+    sizes = dict.fromkeys(GROUPS, 0)
     trained = dict(sizes)
     for path, leaf in flatten_dict(params).items():
         sizes[group_of(path)] += math.prod(leaf.shape)

@@ -100,6 +100,55 @@ def _restore(checkpoints: ocp.CheckpointManager, step: int, **items: Any) -> Any
         raise UserError(f"The checkpoint {folder} is damaged; delete that folder {fallback}.") from error
 
 
+def latest_step(workdir: pathlib.Path) -> int | None:
+    """The last complete checkpoint of a run, without opening it (one being written has another name)."""
+    return max((int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()), default=None)
+
+
+def stored_shapes(workdir: pathlib.Path, step: int) -> dict[str, Any]:
+    """What a checkpoint's state holds: nested dicts, the leaves having a `shape`.
+
+    Raises:
+        UserError: when it cannot be read.
+    """
+    folder = (workdir / "checkpoints" / str(step) / "state").absolute()
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        try:
+            return dict(checkpointer.metadata(folder).item_metadata.tree)
+        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+            raise UserError(f"The checkpoint {folder.parent} is damaged; restore it from a copy.") from error
+
+
+def restore_parts(workdir: pathlib.Path, step: int, like: Any) -> Any:
+    """Some parts of another run's state, each process reading its own shards.
+
+    Args:
+        like: nested dicts with the wanted leaves, which give shapes, dtypes and shardings.
+
+    Raises:
+        UserError: when the checkpoint lacks one of them, has it in another shape, or cannot be read.
+    """
+    stored, wanted = flatten_dict(stored_shapes(workdir, step)), flatten_dict(like)
+    wrong = [
+        f"{'/'.join(path)} is {tuple(stored[path].shape) if path in stored else 'missing'}, not {leaf.shape}"
+        for path, leaf in wanted.items()
+        if path not in stored or tuple(stored[path].shape) != leaf.shape
+    ]
+    if wrong:
+        raise UserError(
+            f"The checkpoint of step {step} in {workdir} does not fit this run: {'; '.join(wrong[:10])}"
+            f" ({len(wrong)} in all); use the configuration it was trained with."
+        )
+    folder = (workdir / "checkpoints" / str(step) / "state").absolute()
+    restore = ocp.checkpoint_utils.construct_restore_args(like)
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+        try:
+            arguments = ocp.args.PyTreeRestore(item=like, restore_args=restore, partial_restore=True)
+            return checkpointer.restore(folder, args=arguments)
+        except (OSError, ValueError) as error:
+            raise UserError(f"The checkpoint {folder.parent} is damaged; restore it from a copy.") from error
+
+
 def abstract(tree: Any, shardings: Any) -> Any:
     """Shapes, dtypes and shardings of a tree."""
     return jax.tree.map(lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s), tree, shardings)

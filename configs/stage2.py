@@ -1,0 +1,43 @@
+"""Stage 2 of OSV (adversarial consistency distillation), started from a workdir of stage 1 (`--config.init_from=...`).
+
+`configs/stage2.py` holds the paper's settings for 2 devices; `configs/stage2.py:tiny` continues the embedded stage 1.
+"""
+
+import importlib.util
+import pathlib
+
+from ml_collections import ConfigDict
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    stage1 = _stage1()
+    config = stage1.get_config()
+    config.objective = "stage2"
+    config.batch_size = 2
+    config.num_steps = 20_000
+    config.data.resolutions = ((0, 320, 576), (10_000, 576, 1024))
+    # Also spatial_transformer, spatial_resnet, temporal_resnet, other, all; ("lora",) alone takes the least memory.
+    config.trainable = ("lora", "temporal_transformer")
+
+    config.solver_steps = 5
+    config.guidance = ConfigDict()
+    config.guidance.kind = "linspace"  # over the frames, from min to max; or `constant` (max), or `range` (per clip)
+    config.guidance.min = 1.0
+    config.guidance.max = 3.0
+    config.weight_exponent = 0.1
+
+    if variant == "tiny":
+        stage1.make_tiny(config)
+        config.num_steps = 40
+        config.data.resolutions = ((0, 16, 24), (20, 32, 48))
+        config.init_from = "runs/demo/stage1"
+    elif variant:
+        raise ValueError(f"configs/stage2.py has the variants '' and 'tiny', not {variant!r}.")
+    return config
+
+
+def _stage1():
+    spec = importlib.util.spec_from_file_location("stage1", pathlib.Path(__file__).with_name("stage1.py"))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module

@@ -1,0 +1,270 @@
+"""From a configuration to what a run needs: checked values, networks, parameters, the first state, the step."""
+
+from __future__ import annotations
+
+import dataclasses
+import itertools
+import json
+import pathlib
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from osv_jax.convert import weights
+from osv_jax.convert.architectures import ARCHITECTURES, expected_params
+from osv_jax.diffusion.edm import BOUNDARIES
+from osv_jax.distill import adversarial, stage1, stage2
+from osv_jax.distill.networks import Networks, Params, build_networks, random_params
+from osv_jax.distill.pixels import encode_batch
+from osv_jax.distill.state import TrainState, init_state, make_optimizer, start_state
+from osv_jax.errors import UserError
+from osv_jax.models import groups, lora
+from osv_jax.models.layers import ATTENTION_IMPLEMENTATIONS
+from osv_jax.models.svd_unet import REMAT_POLICIES
+from osv_jax.runtime import checkpoint, mesh
+
+OBJECTIVES = ("stage1", "stage2")
+Optimizers = tuple[optax.GradientTransformation, optax.GradientTransformation]
+
+
+@dataclasses.dataclass(frozen=True)
+class Phase:
+    """Steps `start` (done before) to `end` of a run, on clips of one size in pixels."""
+
+    start: int
+    end: int
+    height: int
+    width: int
+
+
+def check_config(config: ConfigDict) -> None:
+    """What can be known to be wrong from the configuration alone.
+
+    Raises:
+        UserError: naming the key, its value and what is allowed.
+    """
+    flat = flatten_dict(config.to_dict(), sep=".")
+    choices = {
+        "objective": OBJECTIVES,
+        "lora.targets": tuple(lora.TARGETS),
+        "dtype": ("float32", "bfloat16", "float16"),
+        "attention": ATTENTION_IMPLEMENTATIONS,
+        "remat": REMAT_POLICIES,
+        "boundary": BOUNDARIES,
+        "discriminator_input": ("latents", "decoded"),
+        "guidance.kind": stage2.GUIDANCE_KINDS,
+    }
+    for name, allowed in choices.items():
+        if name in flat and flat[name] not in allowed:
+            raise UserError(f"config.{name}={flat[name]!r} is not one of {', '.join(allowed)}.")
+    for name in config.trainable:
+        if name not in groups.TRAINABLE:
+            raise UserError(f"config.trainable has {name!r}, which is not one of {', '.join(groups.TRAINABLE)}.")
+    for name in ("batch_size", "grad_accum", "num_steps", "log_every", "picture_every", "checkpoint_every"):
+        if config[name] < 1:
+            raise UserError(f"config.{name}={config[name]} must be at least 1.")
+    if "solver_steps" in config and not 1 <= config.solver_steps < config.num_levels:
+        raise UserError(f"config.solver_steps={config.solver_steps} must lie in 1 .. {config.num_levels - 1}.")
+    if bool(config.weights) == bool(config.random_networks):
+        raise UserError(
+            "Exactly one of config.weights (a folder of converted weights) and config.random_networks must be set."
+        )
+    phases_of(config)
+
+
+def phases_of(config: ConfigDict) -> list[Phase]:
+    """The run's phases, from `config.data.resolutions`.
+
+    Raises:
+        UserError: on a malformed entry, steps out of order, or a size that the VAE cannot take.
+    """
+    where = f"config.data.resolutions={tuple(config.data.resolutions)}"
+    try:
+        entries = [(int(start), int(height), int(width)) for start, height, width in config.data.resolutions]
+    except (TypeError, ValueError) as error:
+        raise UserError(f"{where} must be (from step, height, width) triples, e.g. ((0, 320, 576),).") from error
+    starts = [start for start, _, _ in entries]
+    if not entries or starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
+        raise UserError(f"{where} must begin with step 0 and rise from entry to entry.")
+    for _, height, width in entries:
+        if min(height, width) <= 0 or height % 8 or width % 8:
+            raise UserError(f"{where}: {height} x {width} is not divisible by 8, and the VAE needs that.")
+    ends = [*starts[1:], config.num_steps]
+    phases = [Phase(start, min(end, config.num_steps), h, w) for (start, h, w), end in zip(entries, ends, strict=True)]
+    return [phase for phase in phases if phase.start < phase.end]
+
+
+def networks_of(config: ConfigDict) -> Networks:
+    """The modules, for the architectures beside the weights or those in the configuration.
+
+    Raises:
+        UserError: on missing weights, or a discriminator block that DINOv2 does not have.
+    """
+    if config.weights:
+        architectures = {name: weights.load_config(config.weights, name) for name in ARCHITECTURES}
+    else:
+        chosen = config.random_networks.to_dict()
+        architectures = {name: known.config(**chosen.get(name, {})) for name, known in ARCHITECTURES.items()}
+    depth = architectures["dinov2"].num_hidden_layers
+    if not all(0 <= block < depth for block in config.discriminator_blocks):
+        raise UserError(
+            f"config.discriminator_blocks={tuple(config.discriminator_blocks)} must lie in 0 .. {depth - 1}, the"
+            " blocks of this DINOv2."
+        )
+    return build_networks(
+        architectures,
+        discriminator_blocks=tuple(config.discriminator_blocks),
+        dtype=jnp.dtype(config.dtype),
+        param_dtype=jnp.dtype(config.dtype),
+        attention=config.attention,
+        remat=config.remat,
+    )
+
+
+def load_frozen(config: ConfigDict, networks: Networks, devices: jax.sharding.Mesh) -> dict[str, Params]:
+    """The frozen parameters, each read onto the devices that hold it."""
+    shapes = {name: unflatten_dict(expected_params(name, getattr(networks, name).config)) for name in ARCHITECTURES}
+    shardings = mesh.parameter_shardings(devices, shapes)
+    dtype = jnp.dtype(config.dtype)
+    if config.weights:
+        return {name: weights.load_params(config.weights, name, shardings[name], dtype) for name in ARCHITECTURES}
+    # A seed of their own: another seed for a run does not change the teacher.
+    return jax.device_put(random_params(shapes, 0, dtype), shardings)
+
+
+def optimizers_of(config: ConfigDict) -> Optimizers:
+    """Adam for the student and for the discriminator."""
+    chosen = config.optimizer
+    shared = (chosen.b1, chosen.b2, chosen.max_grad_norm or None)
+    return make_optimizer(chosen.learning_rate, *shared), make_optimizer(chosen.disc_learning_rate, *shared)
+
+
+def make_init(config: ConfigDict, networks: Networks, optimizers: Optimizers) -> Callable[..., TrainState]:
+    """`(key, UNet parameters) -> state` before the first step, of a student equal to the teacher."""
+
+    def init(key: jax.Array, unet_params: Params) -> TrainState:
+        return init_state(
+            key,
+            networks,
+            unet_params,
+            *optimizers,
+            config.lora.rank,
+            config.lora.targets,
+            tuple(config.trainable),
+        )
+
+    return init
+
+
+def start_from(workdir: pathlib.Path, state: TrainState, optimizers: Optimizers) -> TrainState:
+    """`state`, with the student's LoRA, its tuned parameters and the discriminator of another run's last checkpoint.
+
+    The optimizers start afresh, and so does the average, from the student (OSV section 4). Groups that the other run
+    did not train start from the base parameters.
+
+    Args:
+        workdir: one that `check_origin` accepts.
+
+    Raises:
+        UserError: when the checkpoint does not fit, saying what differs.
+    """
+    step = checkpoint.latest_step(workdir)
+    like: dict[str, Any] = {"student": {"lora": state.student.lora}, "disc": state.disc}
+    tuned = flatten_dict(state.student.tuned)
+    inherited = flatten_dict(checkpoint.stored_shapes(workdir, step)["student"].get("tuned") or {})
+    lost = sorted({groups.group_of(path) for path in inherited.keys() - tuned.keys()})
+    if lost:
+        raise UserError(
+            f"The run in {workdir} trained the groups {', '.join(lost)}, whose changes would be lost; add them to"
+            " config.trainable."
+        )
+    if inherited:
+        like["student"]["tuned"] = unflatten_dict({path: tuned[path] for path in inherited})
+    parts = checkpoint.restore_parts(workdir, step, like)
+    tuned |= flatten_dict(parts["student"].get("tuned", {}))
+    student = state.student.replace(lora=parts["student"]["lora"], tuned=unflatten_dict(tuned))
+    shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+    begin = jax.jit(lambda student, disc: start_state(student, disc, *optimizers), out_shardings=shardings)
+    return begin(student, parts["disc"])
+
+
+def check_origin(workdir: pathlib.Path, config: ConfigDict) -> None:
+    """Whether the run in `workdir` can be continued from with this configuration.
+
+    Raises:
+        UserError: not a workdir, nothing trained there yet, or values that must agree and do not.
+    """
+    try:
+        before = json.loads((workdir / "config.json").read_text())
+    except (OSError, json.JSONDecodeError) as error:
+        raise UserError(
+            f"config.init_from={workdir} is not the workdir of a run; train stage 1 first (configs/stage1.py)."
+        ) from error
+    if checkpoint.latest_step(workdir) is None:
+        raise UserError(f"config.init_from={workdir} has no checkpoint yet; let that run reach its first one.")
+    now = json.loads(json.dumps(config.to_dict()))
+    for key in ("lora", "discriminator_blocks", "weights", "random_networks"):
+        if before.get(key) != now[key]:
+            raise UserError(
+                f"config.{key} is {now[key]}, but the run in {workdir} has {before.get(key)}; they must be the same"
+                " to continue from it."
+            )
+
+
+def make_train_step(config: ConfigDict, networks: Networks, optimizers: Optimizers) -> Callable:
+    """`(state, frozen, {video, fps, clip_id}) -> (state, metrics)`: encoding and the objective, ready for `jit`."""
+    options = adversarial.AdversarialOptions(
+        adversarial_weight=config.adversarial_weight,
+        huber_c=config.huber_c,
+        ema_decay=config.ema_decay,
+        lora_scale=config.lora.alpha / config.lora.rank,
+        boundary=config.boundary,
+        grad_accum=config.grad_accum,
+        decode=config.discriminator_input == "decoded",
+    )
+    if config.objective == "stage1":
+        objective = stage1.make_step(networks, *optimizers, options, config.num_levels)
+    else:
+        own = stage2.Stage2Options(
+            num_levels=config.num_levels,
+            solver_steps=config.solver_steps,
+            guidance_kind=config.guidance.kind,
+            guidance_min=config.guidance.min,
+            guidance_max=config.guidance.max,
+            weight_exponent=config.weight_exponent,
+        )
+        objective = stage2.make_step(networks, *optimizers, options, own)
+
+    def train_step(
+        state: TrainState, frozen: Params, clips: Mapping[str, jax.Array]
+    ) -> tuple[TrainState, dict[str, jax.Array]]:
+        # All randomness is a function of the seed and the step: a resumed run repeats it.
+        encode_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
+        batch = encode_batch(networks, frozen, clips["video"], clips["fps"], encode_key, config.data.motion_bucket_id)
+        return objective(state, frozen, batch, step_key)
+
+    return train_step
+
+
+def describe(config: ConfigDict, state: TrainState, frozen: Mapping[str, Any], num_clips: int) -> str:
+    """What is about to run, in a few lines."""
+
+    def size(tree: Any) -> int:
+        return sum(leaf.size for leaf in jax.tree.leaves(tree))
+
+    frozen_sizes = ", ".join(f"{name} {size(params) / 1e6:.2f} M" for name, params in frozen.items())
+    sizes = ", ".join(f"{p.height} x {p.width} to step {p.end}" for p in phases_of(config))
+    data = config.data
+    return (
+        f"{config.objective} on {jax.device_count()} {jax.devices()[0].platform} device(s)\n"
+        f"  data      {num_clips} clips of {data.num_frames} frames at {data.fps:g} fps; {sizes}\n"
+        f"  frozen    {frozen_sizes}, {config.dtype}\n"
+        f"  training  student {size(state.student) / 1e6:.2f} M, discriminator {size(state.disc) / 1e6:.2f} M\n"
+        f"{groups.count_table(frozen['unet'], config.trainable, size(state.student.lora))}\n"
+        f"  steps     {int(state.step)} of {config.num_steps} done, batch {config.batch_size}"
+    )
