@@ -1,0 +1,266 @@
+"""From an image to a video: parity with diffusers' pipeline, the program, and what it says about bad input."""
+
+import os
+import re
+import subprocess
+import sys
+
+import av
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+import tiny_pipeline
+import torch
+from conftest import relative_error
+from flax.traverse_util import flatten_dict, unflatten_dict
+from PIL import Image
+
+from osv_jax import sample
+from osv_jax.data.video import cover
+from osv_jax.diffusion.conditioning import Conditioning
+from osv_jax.diffusion.edm import denoise
+from osv_jax.distill.state import Student, TrainState
+from osv_jax.errors import UserError
+from osv_jax.image_to_video import ImageToVideo, Noise, Options, to_uint8
+from osv_jax.models.lora import init_lora, target_modules
+from osv_jax.runtime import checkpoint
+
+HEIGHT, WIDTH, FRAMES = 24, 40, 3
+SIZE = [f"--height={HEIGHT}", f"--width={WIDTH}", f"--num_frames={FRAMES}", "--decode_chunk_size=2"]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("svd")
+
+
+@pytest.fixture(scope="module")
+def pipeline(folder):
+    return tiny_pipeline.save_pipeline(folder / "diffusers")
+
+
+@pytest.fixture(scope="module")
+def weights(pipeline, folder):
+    tiny_pipeline.import_all(folder / "diffusers", folder / "weights")
+    return folder / "weights"
+
+
+@pytest.fixture(scope="module")
+def model(weights):
+    return ImageToVideo.load(weights)
+
+
+@pytest.fixture(scope="module")
+def picture():
+    return np.random.default_rng(0).integers(0, 256, (HEIGHT, WIDTH, 3), np.uint8)
+
+
+@pytest.fixture(scope="module")
+def images(folder):
+    """A folder with two files of one picture, whose size is not the video's."""
+    pixels = np.random.default_rng(1).integers(0, 256, (70, 50, 3), np.uint8)
+    images = folder / "images"
+    images.mkdir()
+    for name in ("one.png", "two.png"):
+        Image.fromarray(pixels).save(images / name)
+    return images
+
+
+@pytest.fixture(scope="module")
+def workdir(model, folder):
+    """What a run leaves behind: a LoRA with alpha twice the rank, a tuned layer, and another average of both."""
+    workdir, params = folder / "run", model.params["unet"]
+
+    def student(seed):
+        rng = np.random.default_rng(seed)
+        lora = init_lora(jax.random.key(seed), params, 4, target_modules(params, "all"))
+        lora = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape, np.float32)), lora)
+        path = ("mid_block", "attentions_0", "proj_in", "kernel")
+        tuned = {path: jnp.asarray(rng.standard_normal(flatten_dict(params)[path].shape, np.float32))}
+        return Student(lora=lora, tuned=unflatten_dict(tuned))
+
+    state = TrainState(jnp.asarray(7), student(1), student(2), {"params": {"x": jnp.ones(3)}}, (), ())
+    data = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
+    config = {"lora": {"alpha": 8.0, "rank": 4}, "boundary": "exact", "num_levels": 10, "data": data}
+    checkpoint.write_config(workdir, config)
+    checkpoints = checkpoint.open_checkpoints(workdir, 1)
+    checkpoint.save(checkpoints, 7, state, {})
+    checkpoints.wait_until_finished()
+    checkpoints.close()
+    return workdir, state
+
+
+@pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers' scheduler
+def test_euler_is_the_pipeline_of_diffusers(pipeline, model, picture):
+    frames = 5
+    generator = torch.Generator().manual_seed(5)
+    noise = torch.randn(1, frames, 4, HEIGHT // 2, WIDTH // 2, generator=generator)
+    # The pipeline draws its image noise first of all.
+    image_noise = torch.randn(1, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(6))
+    options = {"height": HEIGHT, "width": WIDTH, "num_frames": frames, "fps": 9, "motion_bucket_id": 90}
+    options |= {"noise_aug_strength": 0.1, "max_guidance_scale": 2.5}
+    latents = pipeline(
+        Image.fromarray(picture),
+        num_inference_steps=25,
+        latents=noise,
+        generator=torch.Generator().manual_seed(6),
+        output_type="latent",
+        **options,
+    ).frames
+    with torch.no_grad():
+        decoded = pipeline.decode_latents(latents, frames, 2)
+        finished = pipeline.video_processor.postprocess_video(decoded, output_type="np")
+
+    ours = Noise(
+        jnp.asarray(image_noise.permute(0, 2, 3, 1).numpy()),
+        jnp.asarray(noise.permute(0, 1, 3, 4, 2).numpy()),
+        jax.random.key(0),
+    )
+    sampled = model.sample(picture, ours, model.complete(Options(sampler="euler", **options)))
+    assert relative_error(sampled, latents.permute(0, 1, 3, 4, 2)) <= 1e-4
+    # Each part as well as the whole: frames of the reference's latents, and of ours.
+    expected = decoded.permute(0, 2, 3, 4, 1)
+    assert relative_error(model.decode(jnp.asarray(latents.permute(0, 1, 3, 4, 2).numpy()), 2), expected) <= 1e-4
+    ours = model.decode(sampled, 2)
+    assert relative_error(ours, expected) <= 1e-3
+    assert np.abs(to_uint8(ours) - (255 * finished).round()).max() <= 1
+
+
+@pytest.mark.parametrize("ema", [False, True])
+def test_a_workdir_is_merged_before_sampling(model, weights, workdir, picture, ema):
+    folder, state = workdir
+    merged = ImageToVideo.load(weights, lora=folder, ema=ema)
+    options = merged.complete(Options(sampler="consistency"))
+    assert (options.height, options.width, options.num_frames) == (HEIGHT, WIDTH, FRAMES)
+    noise = merged.noise(jax.random.key(1), options)
+    actual = merged.sample(picture, noise, options)
+
+    pixels = jnp.asarray(picture, jnp.float32)[None] / 127.5 - 1
+    cond = Conditioning(
+        jax.jit(model._encode_image)(model.params["image_encoder"], pixels),
+        jax.jit(model._encode_mode)(model.params["vae"], pixels + 0.02 * noise.image),
+        jnp.array([[6.0, 127.0, 0.02]]),
+    )
+    student = (state.ema if ema else state.student).variables(model.params["unet"], lora_scale=2.0)
+
+    @jax.jit
+    def one_step(variables, cond, noise):
+        x, sigma = 700 * noise, jnp.full(1, 700.0)
+        return denoise(lambda *inputs: model.unet.apply(variables, *inputs), x, sigma, cond, "exact")
+
+    assert relative_error(actual, one_step(student, cond, noise.latents)) <= 1e-5
+    assert relative_error(actual, one_step({"params": model.params["unet"]}, cond, noise.latents)) > 1e-2
+    with pytest.raises(UserError, match="steps=10 is too many for tts: at most 9"):
+        merged.complete(Options(steps=10))
+
+
+def test_the_default_is_one_step_of_time_travel(model, picture):
+    options = model.complete(Options(height=HEIGHT, width=WIDTH, num_frames=FRAMES))
+    assert (options.sampler, options.steps, options.num_evaluations) == ("tts", 1, 2)
+    assert model.complete(Options(sampler="euler")).num_evaluations == 50
+    assert model.complete(Options(sampler="euler", max_guidance_scale=1.0)).num_evaluations == 25
+    assert (model.complete(Options()).height, model.complete(Options()).width) == (576, 1024)
+    frames = model(picture, height=HEIGHT, width=WIDTH, num_frames=FRAMES)
+    key = jax.random.fold_in(jax.random.key(0), 0)
+    sampled = model.sample(picture, model.noise(key, options), options)
+    np.testing.assert_array_equal(frames, to_uint8(model.decode(sampled, 7))[0])
+
+
+def decoded(path):
+    with av.open(str(path)) as container:
+        stream = container.streams.video[0]
+        return float(stream.average_rate), np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)])
+
+
+def test_the_program_makes_a_video_of_every_image(weights, images, tmp_path, capsys):
+    arguments = [f"--weights={weights}", *SIZE, "--fps=8", "--seed=3"]
+    sample.main([*arguments, f"--image={images}", f"--output={tmp_path}/clips/{{name}}.mp4"])
+    output = capsys.readouterr().out
+    assert "tts, 1 step(s), 2 network evaluations (NFE) a video" in output
+    one, two = (line for line in output.splitlines() if re.match(r"\[\d/2\]", line))
+    assert re.search(r"one.png -> \S+one.mp4: [\d.]+ s \(compile .*, CLIP .*, VAE encode .*, UNet .*, decode ", one)
+    assert "write" in two and "compile" not in two  # The compiled programs are used again.
+
+    rate, video = decoded(tmp_path / "clips" / "one.mp4")
+    assert rate == 8 and video.shape == (FRAMES, HEIGHT, WIDTH, 3)
+    # Two images have different noise, the same one has the same whenever it is run.
+    assert not np.array_equal(video, decoded(tmp_path / "clips" / "two.mp4")[1])
+    sample.main([*arguments, f"--image={images / 'one.png'}", f"--output={tmp_path}/again"])
+    pictures = [np.asarray(Image.open(tmp_path / "again" / f"{i:03d}.png")) for i in range(FRAMES)]
+    assert len(list((tmp_path / "again").iterdir())) == FRAMES
+
+    pixels = cover(np.asarray(Image.open(images / "one.png")), HEIGHT, WIDTH)
+    size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "decode_chunk_size": 2}
+    expected = ImageToVideo.load(weights)(pixels, seed=3, fps=8, **size)
+    np.testing.assert_array_equal(pictures, expected)
+    # Compression and 4:2:0 colours of noise cost much, but this is the video.
+    assert np.corrcoef(video.ravel(), expected.ravel())[0, 1] > 0.8
+
+    sample.main([*arguments, f"--image={images / 'one.png'}", f"--output={tmp_path}/one.gif"])
+    with Image.open(tmp_path / "one.gif") as gif:
+        assert gif.n_frames == FRAMES and gif.size == (WIDTH, HEIGHT)
+
+
+def test_several_images_make_folders_in_a_folder(images, tmp_path):
+    outputs = sample.plan_outputs(sorted(images.iterdir()), str(tmp_path / "out"))
+    assert outputs == [tmp_path / "out" / "one", tmp_path / "out" / "two"]
+    assert all(output.is_dir() and not list(output.iterdir()) for output in outputs)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--image=missing.png"], ["missing.png does not exist"]),
+        (["--image=corrupt.png"], ["corrupt.png cannot be read as an image"]),
+        (["--image=cut.png"], ["cut.png cannot be read as an image"]),
+        (["--image=empty"], ["empty holds no images"]),
+        (["--output=corrupt.png/clip.mp4"], ["corrupt.png cannot be written to", "--output"]),
+        (["--output=empty.mp4"], ["--output=empty.mp4 is a folder"]),
+        (["--output=clip.avi"], ["clip.avi", ".mp4", "PNG"]),
+        (["--image", "good.png", "other/good.png", "--output=a.mp4"], ["2 images", "{name}"]),
+        (["--image", "good.png", "other/good.png", "--output={name}.mp4"], ["good.mp4", "rename"]),
+        (["--height=25"], ["height=25 is not divisible by 2"]),
+        (["--width=-8"], ["width=-8"]),
+        (["--steps=0"], ["steps=0 must be at least 1"]),
+        (["--steps=100"], ["steps=100", "at most 99"]),
+        (["--steps=many"], ["many", "--steps"]),
+        (["--num_frames=0"], ["num_frames=0"]),
+        (["--decode_chunk_size=0"], ["decode_chunk_size=0"]),
+        (["--fps=0"], ["fps=0"]),
+        (["--fps=nan"], ["fps=nan"]),
+        (["--noise_aug_strength=-1"], ["noise_aug_strength=-1"]),
+        (["--sampler=ddim"], ["ddim", "tts", "euler"]),
+        (["--no_such_flag=1"], ["no_such_flag"]),
+        (["--weights=nowhere"], ["tools/convert_weights.py svd"]),
+        (["--lora=nowhere"], ["nowhere does not exist"]),
+        (["--lora=empty"], ["empty holds no LoRA", "adapter_config.json"]),
+        (["--lora=good.png", "--ema"], ["--ema"]),
+    ],
+)
+def test_bad_input_is_one_sentence_before_anything_is_compiled(arguments, words, weights, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(ImageToVideo, "_run", None)
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "empty.mp4").mkdir()
+    (tmp_path / "other").mkdir()
+    Image.new("RGB", (200, 100), "red").save("good.png")
+    Image.effect_noise((200, 100), 50).save("other/good.png")
+    (tmp_path / "corrupt.png").write_text("not a picture")
+    (tmp_path / "cut.png").write_bytes((tmp_path / "other" / "good.png").read_bytes()[:5000])
+    defaults = {"--image": "good.png", "--output": "clip.mp4", "--weights": str(weights)}
+    given = {argument.split("=")[0] for argument in arguments}
+    defaults = [f"{name}={value}" for name, value in defaults.items() if name not in given]
+    with pytest.raises(UserError) as error:
+        sample.main([*defaults, *SIZE, *arguments])
+    sentence = str(error.value)
+    assert all(word in sentence for word in words), sentence
+    assert "\n" not in sentence
+
+
+def test_the_program_ends_with_status_2_and_one_line(tmp_path):
+    command = [sys.executable, "-m", "osv_jax.sample", "--image=x.png", f"--output={tmp_path}/x.mp4", "--weights=w"]
+    environment = os.environ | {"JAX_PLATFORMS": "cpu"}
+    result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
+    assert result.returncode == 2
+    assert result.stderr == "error: x.png does not exist: give an image file.\n" and result.stdout == ""
