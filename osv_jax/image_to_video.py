@@ -28,6 +28,7 @@ from osv_jax.data.video import cover
 from osv_jax.diffusion import samplers
 from osv_jax.diffusion.conditioning import Conditioning, added_time_ids, clip_pixels
 from osv_jax.diffusion.edm import denoise
+from osv_jax.diffusion.ode import guided_denoiser
 from osv_jax.distill.state import Student
 from osv_jax.errors import UserError
 from osv_jax.models.clip_vision import CLIPVision
@@ -127,19 +128,20 @@ class ImageToVideo:
         self,
         configs: Mapping[str, Config],
         params: Mapping[str, Any],
-        run: Mapping[str, Any],
+        trained: Trained,
         dtype: Any,
         attention: str = "auto",
         notice: str = "",
     ):
-        """Networks and their parameters by component; `run` is the configuration that the UNet was trained with."""
+        """Networks and their parameters by component; `trained` is what has been merged into the UNet's."""
         options = {"dtype": dtype, "param_dtype": dtype, "attention": attention}
         self.unet = SVDUNet(configs["unet"], **options)
         self.vae = SVDVAE(configs["vae"], **options)
         self.image_encoder = CLIPVision(configs["image_encoder"], **options)
         self.params, self.notice = params, notice
-        self.boundary, self.num_levels = run.get("boundary", "svd"), run.get("num_levels", 100)
-        self._data = run.get("data", {})
+        self.boundary = trained.config.get("boundary", "svd")
+        self.num_levels = trained.config.get("num_levels", 100)
+        self._size = {"height": 576, "width": 1024, "num_frames": self.unet.config.num_frames} | trained.video_size
         self._programs: dict[Hashable, Callable] = {}
         self.seconds = dict.fromkeys(("compile", "CLIP", "VAE encode", "UNet", "decode"), 0.0)
         self.on_part: Callable[[str], None] = lambda part: None
@@ -173,8 +175,9 @@ class ImageToVideo:
         trained, notice = _load_trained(lora, ema, configs["unet"]) if lora else (Trained(Student({}, {})), "")
         params = {name: weights.load_params(weights_folder, name, dtype=jnp.dtype(dtype)) for name in COMPONENTS}
         with jax.default_matmul_precision("highest"):
-            params["unet"] = trained.merge_into(params["unet"])
-        return cls(configs, params, dict(trained.config), jnp.dtype(dtype), attention, notice)
+            # Tuned parameters come as NumPy arrays.
+            params["unet"] = jax.device_put(trained.merge_into(params["unet"]), jax.local_devices()[0])
+        return cls(configs, params, trained, jnp.dtype(dtype), attention, notice)
 
     def __call__(
         self, image: ImageLike, seed: int = 0, number: int = 0, **options: Any
@@ -202,12 +205,7 @@ class ImageToVideo:
         Raises:
             UserError: a size that the VAE cannot make, or more steps than the sampler has noise levels.
         """
-        own = {
-            "steps": DEFAULT_STEPS[options.sampler],
-            "height": self._data.get("height", 576),
-            "width": self._data.get("width", 1024),
-            "num_frames": self._data.get("num_frames", self.unet.config.num_frames),
-        }
+        own = {"steps": DEFAULT_STEPS[options.sampler], **self._size}
         own = {name: value for name, value in own.items() if getattr(options, name) is None}
         options = dataclasses.replace(options, **own)
         factor = self.vae.config.downscale
@@ -296,7 +294,7 @@ class ImageToVideo:
             return samplers.consistency(denoiser, noise, levels(options.steps, self.num_levels), key)
         if options.guided:
             weight = np.linspace(options.min_guidance_scale, options.max_guidance_scale, noise.shape[1])
-            denoiser = samplers.guided_denoiser(network, cond, weight.astype(np.float32), self.boundary)
+            denoiser = guided_denoiser(network, cond, weight.astype(np.float32), self.boundary)
         return samplers.euler(denoiser, noise, samplers.euler_levels(options.steps))
 
     def _run(self, part: str, component: str, function: Callable, *inputs: Any, static: Hashable = ()) -> Any:

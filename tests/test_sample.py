@@ -81,7 +81,8 @@ def workdir(model, folder):
         return Student(lora=lora, tuned=unflatten_dict(tuned))
 
     state = TrainState(jnp.asarray(7), student(1), student(2), {"params": {"x": jnp.ones(3)}}, (), ())
-    data = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
+    sizes = ((0, 16, 16), (5, HEIGHT, WIDTH), (7, 64, 64))  # The last one begins only after this checkpoint.
+    data = {"resolutions": sizes, "num_frames": FRAMES}
     config = {"lora": {"alpha": 8.0, "rank": 4}, "boundary": "exact", "num_levels": 10, "data": data}
     checkpoint.write_config(workdir, config)
     checkpoints = checkpoint.open_checkpoints(workdir, 1)

@@ -2,18 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
-
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from osv_jax.diffusion.conditioning import Conditioning
-from osv_jax.diffusion.edm import SIGMA_MAX, SIGMA_MIN, Network, denoise, sigma_grid
-
-# x [b f h w c] at noise levels sigma [b] -> the clean x_0 it is taken for, [b f h w c].
-Denoiser = Callable[[Array, Array], Array]
+from osv_jax.diffusion.edm import SIGMA_MAX, SIGMA_MIN, sigma_grid
+from osv_jax.diffusion.ode import Denoiser, euler_solve
 
 SAMPLERS = ("tts", "consistency", "euler")
 
@@ -57,51 +52,20 @@ def euler_levels(steps: int) -> Float[np.ndarray, " k"]:
     return sigma_grid(steps, SIGMA_MAX, SIGMA_MIN)
 
 
-def guided_denoiser(
-    network: Network,
-    cond: Conditioning,
-    guidance: Float[Array, " f"] | Float[np.ndarray, " f"],
-    boundary: str = "svd",
-) -> Denoiser:
-    """Classifier-free guidance D_0 + w (D - D_0) with a weight for every frame, both in one batch of 2 b.
-
-    The guidance of denoised values is that of the network's outputs, because D is affine in F and the weights of
-    D and D_0 add up to 1.
-
-    Args:
-        guidance: w; SVD's is `linspace(1, 3, num_frames)`.
-    """
-    both = jax.tree.map(lambda *pair: jnp.concatenate(pair), cond.unconditional(), cond)
-    weight = jnp.asarray(guidance)[:, None, None, None]
-
-    def denoiser(x: Array, sigma: Array) -> Array:
-        x0 = denoise(network, jnp.concatenate([x, x]), jnp.concatenate([sigma, sigma]), both, boundary)
-        unconditional, conditional = jnp.split(x0, 2)
-        return unconditional + weight * (conditional - unconditional)
-
-    return denoiser
-
-
 def euler(
     denoiser: Denoiser, noise: Float[Array, "b f h w c"], levels: Float[np.ndarray, " k"]
 ) -> Float[Array, "b f h w c"]:
     """Deterministic Euler steps down to 0, as diffusers' `EulerDiscreteScheduler` takes them.
 
     Args:
+        denoiser: with guidance if it is wanted; see `ode.guided_denoiser`.
         noise: standard normal.
         levels: descending; see `euler_levels`.
     """
-    levels = jnp.asarray(levels)
     # SVD's scheduler starts with the standard deviation of noised unit-variance data.
-    x = noise * jnp.sqrt(levels[0] ** 2 + 1)
-
-    def step(x: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-        sigma, lower = pair
-        slope = (x - denoiser(x, _per_clip(sigma, x))) / sigma
-        return x + (lower - sigma) * slope, None
-
-    x, _ = jax.lax.scan(step, x, (levels, jnp.append(levels[1:], 0.0)))
-    return x
+    x = noise * np.sqrt(levels[0] ** 2 + 1)
+    down_to_0 = jnp.append(jnp.asarray(levels), 0.0)[:, None]
+    return euler_solve(denoiser, x, jnp.broadcast_to(down_to_0, (len(levels) + 1, len(x))))
 
 
 def consistency(

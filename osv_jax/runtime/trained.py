@@ -5,13 +5,13 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import pathlib
 from collections.abc import Mapping
 from typing import Any
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
-from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from osv_jax.convert.lora_files import check_lora
@@ -19,6 +19,7 @@ from osv_jax.convert.naming import Path, torch_name
 from osv_jax.distill.state import Student
 from osv_jax.errors import UserError
 from osv_jax.models.lora import merge_lora, scale_lora
+from osv_jax.runtime import checkpoint
 
 Params = Mapping[str, Any]
 
@@ -36,6 +37,14 @@ class Trained:
     student: Student
     step: int = 0
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def video_size(self) -> dict[str, int]:
+        """`height`, `width` and `num_frames` of the clips that the run saw last, as far as it is known."""
+        data = self.config.get("data", {})
+        sizes = [(height, width) for start, height, width in data.get("resolutions", ()) if start < self.step]
+        size = dict(zip(("height", "width"), sizes[-1], strict=True)) if sizes else {}
+        return size | ({"num_frames": data["num_frames"]} if "num_frames" in data else {})
 
     def check_fits(self, shapes: Mapping[Path, Any], source: Any) -> None:
         """Checks the student against the UNet it is to be merged into.
@@ -64,7 +73,7 @@ class Trained:
 
 def is_workdir(path: str | os.PathLike) -> bool:
     """Whether `path` looks like the workdir of a training run."""
-    return (epath.Path(path) / "checkpoints").is_dir()
+    return (pathlib.Path(path) / "checkpoints").is_dir()
 
 
 def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
@@ -80,34 +89,34 @@ def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
     Raises:
         UserError: not a workdir, no checkpoint in it yet, or a damaged one.
     """
-    workdir = epath.Path(workdir)
+    workdir = pathlib.Path(workdir)
     try:
         config = json.loads((workdir / "config.json").read_text())
         scale = config["lora"]["alpha"] / config["lora"]["rank"]
-    except FileNotFoundError as error:
+    except OSError as error:
         raise UserError(f"{workdir} has no config.json: give the --workdir of a training run.") from error
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(f"{workdir / 'config.json'} is damaged: restore it, or give another workdir.") from error
-    folder = workdir / "checkpoints"
-    # A checkpoint that is still being written has another name.
-    steps = [int(path.name) for path in folder.iterdir() if path.name.isdigit()] if folder.is_dir() else []
-    if not steps:
+    step = checkpoint.latest_step(workdir)
+    if step is None:
         raise UserError(f"{workdir} has no checkpoint: let the run reach its first one (config.checkpoint_every).")
-    checkpoint = folder / str(max(steps))
-    try:
-        student = _read(checkpoint / "state", "ema" if ema else "student")
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"The checkpoint {checkpoint} is damaged: delete that folder to use the one before.") from error
-    return Trained(Student(lora=scale_lora(student["lora"], scale), tuned=student["tuned"]), max(steps), config)
+    student = _read(workdir, step, "ema" if ema else "student")
+    return Trained(Student(lora=scale_lora(student["lora"], scale), tuned=student["tuned"]), step, config)
 
 
-def _read(state: epath.Path, part: str) -> dict[str, Any]:
+def _read(workdir: pathlib.Path, step: int, part: str) -> dict[str, Any]:
     """One field of a saved `TrainState` as NumPy arrays."""
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
-        stored = checkpointer.metadata(state.resolve()).item_metadata.tree[part]
-        wanted = flatten_dict({part: stored})
+    folder = workdir / "checkpoints" / str(step)
+    try:
+        wanted = flatten_dict({part: checkpoint.stored_shapes(workdir, step)[part]})
         restore = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in wanted}
         args = ocp.args.PyTreeRestore(
             item=unflatten_dict(wanted), restore_args=unflatten_dict(restore), partial_restore=True
         )
-        return {"tuned": {}} | checkpointer.restore(state.resolve(), args=args)[part]
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            # (A field without arrays is not there.)
+            return {"tuned": {}} | checkpointer.restore((folder / "state").absolute(), args=args)[part]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"The checkpoint {folder} is damaged: restore it, or delete it to use the one before."
+        ) from error

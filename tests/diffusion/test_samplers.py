@@ -11,6 +11,7 @@ from diffusers import EulerDiscreteScheduler
 from osv_jax.diffusion import samplers
 from osv_jax.diffusion.conditioning import Conditioning
 from osv_jax.diffusion.edm import denoise, sigma_grid
+from osv_jax.diffusion.ode import guided_denoiser
 
 SHAPE = (2, 3, 5, 7, 4)
 
@@ -173,7 +174,7 @@ def test_euler_is_diffusers_scheduler_with_guidance_per_frame(cond, noise, steps
         jax.debug.callback(lambda: batches.append(len(sample)))
         return toy_network(sample, *rest)
 
-    denoiser = samplers.guided_denoiser(network, cond, np.linspace(1, 3, SHAPE[1], dtype=np.float32))
+    denoiser = guided_denoiser(network, cond, np.linspace(1, 3, SHAPE[1], dtype=np.float32))
     actual = jax.jit(lambda noise: samplers.euler(denoiser, noise, samplers.euler_levels(steps)))(noise)
     jax.effects_barrier()
     assert relative_error(actual, latents) <= 2e-4
