@@ -12,7 +12,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.objective = "stage1"
     config.seed = 0
 
-    # A workdir whose student and discriminator this run starts from; empty: from the teacher.
+    # A workdir whose student and discriminator this run starts from, or a LoRA trained elsewhere (PEFT folder or
+    # .safetensors), which replaces stage 1; empty: from the teacher.
     config.init_from = ""
     # A folder that tools/convert_weights.py wrote: unet/, vae/, image_encoder/, dinov2/.
     config.weights = "weights/svd"

@@ -15,13 +15,13 @@ import optax
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
-from osv_jax.convert import weights
+from osv_jax.convert import lora_files, weights
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.diffusion.edm import BOUNDARIES
 from osv_jax.distill import adversarial, stage1, stage2
 from osv_jax.distill.networks import Networks, Params, build_networks, random_params
 from osv_jax.distill.pixels import encode_batch
-from osv_jax.distill.state import TrainState, init_state, make_optimizer, start_state
+from osv_jax.distill.state import Student, TrainState, init_state, make_optimizer, start_state
 from osv_jax.errors import UserError
 from osv_jax.models import groups, lora
 from osv_jax.models.layers import ATTENTION_IMPLEMENTATIONS
@@ -137,6 +137,11 @@ def load_frozen(config: ConfigDict, networks: Networks, devices: jax.sharding.Me
     return jax.device_put(random_params(shapes, 0, dtype), shardings)
 
 
+def lora_scale(config: ConfigDict) -> float:
+    """alpha / rank."""
+    return config.lora.alpha / config.lora.rank
+
+
 def optimizers_of(config: ConfigDict) -> Optimizers:
     """Adam for the student and for the discriminator."""
     chosen = config.optimizer
@@ -188,17 +193,60 @@ def start_from(workdir: pathlib.Path, state: TrainState, optimizers: Optimizers)
     parts = checkpoint.restore_parts(workdir, step, like)
     tuned |= flatten_dict(parts["student"].get("tuned", {}))
     student = state.student.replace(lora=parts["student"]["lora"], tuned=unflatten_dict(tuned))
+    return _begin(state, student, parts["disc"], optimizers)
+
+
+def _begin(state: TrainState, student: Student, disc: dict[str, Params], optimizers: Optimizers) -> TrainState:
+    """The first state of `student` and `disc`, laid out as `state`."""
     shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
     begin = jax.jit(lambda student, disc: start_state(student, disc, *optimizers), out_shardings=shardings)
-    return begin(student, parts["disc"])
+    return begin(student, disc)
+
+
+def start_from_lora(
+    path: pathlib.Path, config: ConfigDict, state: TrainState, unet_params: Params, optimizers: Optimizers
+) -> tuple[TrainState, str]:
+    """`state`, with a student whose LoRA was trained elsewhere: what can replace stage 1 (OSV section 4).
+
+    Modules that the file does not cover keep their initial LoRA, which changes nothing; the discriminator is fresh.
+
+    Args:
+        path: a PEFT adapter folder or a LoRA file.
+
+    Returns:
+        The state, and what there is to know about the file.
+
+    Raises:
+        UserError: a file that does not fit the UNet, or this configuration.
+    """
+    read = lora_files.read_lora(path, flatten_dict(unet_params))
+    wrong = sorted(set(lora_files.ranks(read.lora).values()) - {config.lora.rank})
+    if wrong:
+        raise UserError(
+            f"{path} has LoRA of rank {', '.join(map(str, wrong))}, but config.lora.rank={config.lora.rank}: they must"
+            " be the same, for all modules."
+        )
+    own, given = flatten_dict(state.student.lora), flatten_dict(lora.scale_lora(read.lora, 1 / lora_scale(config)))
+    lost = sorted({"/".join(key[:-1]) for key in given.keys() - own.keys()})
+    if lost:
+        raise UserError(
+            f"{path} covers {len(lost)} modules that config.lora.targets={config.lora.targets!r} does not:"
+            f" {', '.join(lost[:10])}; their changes would be lost, so choose other targets or another LoRA."
+        )
+    student = state.student.replace(lora=unflatten_dict(own | given))
+    return _begin(state, student, state.disc, optimizers), read.notice
 
 
 def check_origin(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Whether the run in `workdir` can be continued from with this configuration.
 
+    A LoRA file is checked by `start_from_lora`, which knows the UNet.
+
     Raises:
         UserError: not a workdir, nothing trained there yet, or values that must agree and do not.
     """
+    if lora_files.is_lora(workdir):
+        return
     try:
         before = json.loads((workdir / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -222,7 +270,7 @@ def make_train_step(config: ConfigDict, networks: Networks, optimizers: Optimize
         adversarial_weight=config.adversarial_weight,
         huber_c=config.huber_c,
         ema_decay=config.ema_decay,
-        lora_scale=config.lora.alpha / config.lora.rank,
+        lora_scale=lora_scale(config),
         boundary=config.boundary,
         grad_accum=config.grad_accum,
         decode=config.discriminator_input == "decoded",

@@ -24,6 +24,7 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from osv_jax import experiment
+from osv_jax.convert import lora_files
 from osv_jax.data import demo, pixels
 from osv_jax.diffusion.edm import SIGMA_MAX, denoise
 from osv_jax.distill.networks import Networks, Params
@@ -102,7 +103,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
             print(f"Resuming from step {start}.")
         else:
             state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed), frozen["unet"])
-            if origin:
+            if origin and lora_files.is_lora(origin):
+                state, notice = experiment.start_from_lora(origin, config, state, frozen["unet"], optimizers)
+                print(f"Starting from the LoRA {origin}, instead of stage 1. {notice}".rstrip())
+            elif origin:
                 state = experiment.start_from(origin, state, optimizers)
                 print(f"Starting from step {checkpoint.latest_step(origin)} of {origin}.")
         print(experiment.describe(config, state, frozen, len(index.clips)))

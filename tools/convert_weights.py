@@ -69,7 +69,7 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("--dtype", default="float32", choices=importers.DTYPES, help="of the whole UNet (%(default)s)")
     lora = commands.add_parser("import-lora", help="a LoRA trained elsewhere, to start training from or to sample with")
     lora.add_argument("source", metavar="LORA", help="PEFT adapter folder or LoRA .safetensors file")
-    lora.add_argument("output", metavar="OUTPUT", help="folder to write, for config.init_lora and sample.py --lora")
+    lora.add_argument("output", metavar="OUTPUT", help="folder to write, for config.init_from and sample.py --lora")
     lora.add_argument("--weights", help="weights folder with the UNet it is for (default: the released SVD's sizes)")
     for command in (export, lora):
         command.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")

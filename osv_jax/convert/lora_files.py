@@ -61,6 +61,12 @@ class LoraFile:
         )
 
 
+def is_lora(path: str | pathlib.Path) -> bool:
+    """Whether `path` looks like what `read_lora` reads."""
+    path = pathlib.Path(path)
+    return path.suffix == ".safetensors" or any((path / name).is_file() for name in (PEFT_CONFIG, DIFFUSERS_WEIGHTS))
+
+
 def ranks(lora: Params) -> dict[Path, int]:
     """The rank of every module of a LoRA tree."""
     return {path[:-1]: leaf.shape[-1] for path, leaf in sorted(flatten_dict(lora).items()) if path[-1] == "a"}
