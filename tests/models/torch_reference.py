@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import jax
-import numpy as np
+import jax.numpy as jnp
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from flax.traverse_util import unflatten_dict
 
 from osv_jax.convert import naming
+from osv_jax.convert.architectures import expected_params
 from osv_jax.models.svd_unet import UNetConfig
 
 
@@ -43,3 +43,14 @@ def torch_unet(config: UNetConfig, seed: int = 0) -> UNetSpatioTemporalCondition
         num_frames=config.num_frames,
     )
     return randomise(model, seed)
+
+
+def flax_params(model: torch.nn.Module, component: str, config) -> dict:
+    """The weights of a PyTorch network as the tree of our `component`, each copied; none may be left over."""
+    state = dict(model.state_dict())
+    params = {
+        path: jnp.array(naming.to_flax(path, state.pop(naming.torch_name(path)).numpy()))
+        for path in expected_params(component, config)
+    }
+    assert not state, f"left over: {sorted(state)}"
+    return unflatten_dict(params)
