@@ -194,10 +194,10 @@ def make_step(
         updates, opt_student = optimizer_student.update(g_student, state.opt_student, state.student)
         student = optax.apply_updates(state.student, updates)
         metrics |= {
-            "grad_norm/student": optax.global_norm(g_student),
-            "grad_norm/disc": optax.global_norm(g_disc),
-            "param_norm/student": optax.global_norm(student),
-            "param_norm/disc": optax.global_norm(disc["params"]),
+            "grad_norm/student": optax.tree.norm(g_student),
+            "grad_norm/disc": optax.tree.norm(g_disc),
+            "param_norm/student": optax.tree.norm(student),
+            "param_norm/disc": optax.tree.norm(disc["params"]),
         }
         new_state = TrainState(
             step=state.step + 1,
