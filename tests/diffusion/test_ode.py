@@ -23,8 +23,12 @@ FRAMES, HEIGHT, WIDTH = 3, 5, 7
 @pytest.fixture(scope="module")
 def teacher():
     """PyTorch's UNet, and ours with its weights as (network, parameters)."""
+    # So small a network runs twenty times slower on threads that have to wait for each other on a busy machine.
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
     model = torch_unet(tiny.CONFIGS["unet"])
-    return model, build_networks(tiny.CONFIGS), flax_params(model, "unet", tiny.CONFIGS["unet"])
+    yield model, build_networks(tiny.CONFIGS), flax_params(model, "unet", tiny.CONFIGS["unet"])
+    torch.set_num_threads(threads)
 
 
 @pytest.fixture(scope="module")
