@@ -82,7 +82,7 @@ def make_tiny(config: ConfigDict) -> None:
                 "block_out_channels": (32, 64),
                 "layers_per_block": 1,
                 "num_attention_heads": (1, 2),
-                "has_attention": (True, True),
+                "has_attention": (True, False),
                 "cross_attention_dim": 32,
                 "addition_time_embed_dim": 16,
             },
@@ -105,6 +105,7 @@ def make_tiny(config: ConfigDict) -> None:
     config.optimizer.learning_rate = 2e-3
     config.optimizer.disc_learning_rate = 1e-3
     config.lora.rank = config.lora.alpha = 8
+    config.lora.targets = "attention"
     config.discriminator_blocks = (0, 1)
     config.dtype = "float32"
     config.remat = "none"

@@ -1,0 +1,81 @@
+"""Optimizer steps of the full-size networks with random weights, on whatever device there is.
+
+    python benchmarks/full_size_steps.py --config=configs/stage1.py --height=64 --width=64 --steps=2
+
+Prints compilation time, seconds a step, and the peak memory of the process (and of the device, where it tells).
+The configuration is the real one: only weights and clips are made up.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import pathlib
+import resource
+import time
+
+import jax
+import numpy as np
+
+from osv_jax import experiment
+from osv_jax.runtime import mesh
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--config", default="configs/stage1.py")
+    parser.add_argument("--height", type=int, default=64)
+    parser.add_argument("--width", type=int, default=64)
+    parser.add_argument("--batch-size", type=int, default=1)
+    parser.add_argument("--steps", type=int, default=2)
+    arguments = parser.parse_args()
+    spec = importlib.util.spec_from_file_location("config", pathlib.Path(arguments.config))
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    config = module.get_config()
+    config.weights, config.random_networks.unet = "", {}
+    config.batch_size = arguments.batch_size
+
+    devices = mesh.make_mesh(-1, 1)
+    networks = experiment.networks_of(config)
+    optimizers = experiment.optimizers_of(config)
+    with jax.set_mesh(devices):
+        start = time.perf_counter()
+        frozen = experiment.load_frozen(config, networks, devices)
+        init = experiment.make_init(config, networks, optimizers)
+        state = jax.block_until_ready(jax.jit(init)(jax.random.key(0), frozen["unet"]))
+        print(f"random weights and state: {time.perf_counter() - start:.0f} s, {_host_gib():.1f} GiB", flush=True)
+        print(experiment.describe(config, state, frozen, 0), flush=True)
+
+        shape = (config.batch_size, config.data.num_frames, arguments.height, arguments.width, 3)
+        rng = np.random.default_rng(0)
+        batch = {
+            "video": rng.integers(0, 256, shape, np.uint8),
+            "fps": np.full(config.batch_size, config.data.fps, np.float32),
+            "clip_id": np.zeros(config.batch_size, np.int32),
+        }
+        batch = jax.device_put(batch, mesh.batch_sharding(devices))
+        start = time.perf_counter()
+        step = jax.jit(experiment.make_train_step(config, networks, optimizers), donate_argnums=0)
+        step = step.lower(state, frozen, batch).compile()
+        print(f"compiled in {time.perf_counter() - start:.0f} s, {_host_gib():.1f} GiB", flush=True)
+        print(step.memory_analysis(), flush=True)
+        for number in range(1, arguments.steps + 1):
+            start = time.perf_counter()
+            state, metrics = jax.block_until_ready(step(state, frozen, batch))
+            seconds = time.perf_counter() - start
+            losses = {name: float(metrics[name]) for name in ("loss_huber", "loss_adversarial", "loss_disc")}
+            print(f"step {number}: {seconds:.1f} s, {losses}, {_host_gib():.1f} GiB", flush=True)
+            assert all(np.isfinite(value) for value in losses.values()), "a loss is not finite"
+    stats = jax.devices()[0].memory_stats() or {}
+    if "peak_bytes_in_use" in stats:
+        print(f"peak of device memory: {stats['peak_bytes_in_use'] / 2**30:.1f} GiB")
+
+
+def _host_gib() -> float:
+    """Peak resident memory of this process so far."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+
+
+if __name__ == "__main__":
+    main()
