@@ -6,7 +6,8 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 .PHONY: demo test test-full-size lint clean
 
 demo: $(VENV)/.demo
-	$(VENV)/bin/python -m osv_jax.train --config=configs/stage1.py:tiny --workdir=runs/demo
+	$(VENV)/bin/python -m osv_jax.train --config=configs/stage1.py:tiny --workdir=runs/demo/stage1
+	$(VENV)/bin/python -m osv_jax.train --config=configs/stage2.py:tiny --workdir=runs/demo/stage2
 
 test: $(VENV)/.test lint
 	$(VENV)/bin/pytest

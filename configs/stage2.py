@@ -29,7 +29,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "tiny":
         stage1.make_tiny(config)
         config.num_steps = 40
-        config.data.resolutions = ((0, 16, 24), (20, 32, 48))
+        config.data.resolutions = ((0, 32, 48),)
         config.init_from = "runs/demo/stage1"
     elif variant:
         raise ValueError(f"configs/stage2.py has the variants '' and 'tiny', not {variant!r}.")
