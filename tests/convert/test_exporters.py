@@ -1,0 +1,247 @@
+"""What a run trained, exported and loaded by PEFT and diffusers, is the student."""
+
+import json
+import pathlib
+import re
+import runpy
+
+import jax
+import micro_stage1
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+import tiny
+import tiny_pipeline
+from conftest import relative_error
+from flax.traverse_util import flatten_dict, unflatten_dict
+from torch_forward import run_flax, run_torch
+
+from osv_jax import experiment
+from osv_jax.convert import exporters
+from osv_jax.convert.architectures import ARCHITECTURES, expected_params
+from osv_jax.convert.lora_files import ranks, read_lora
+from osv_jax.convert.weights import load_params
+from osv_jax.distill import stage1
+from osv_jax.distill.adversarial import AdversarialOptions
+from osv_jax.distill.state import Student, TrainState
+from osv_jax.errors import UserError
+from osv_jax.models.lora import merge_lora, scale_lora
+from osv_jax.models.svd_unet import UNetConfig
+from osv_jax.runtime import checkpoint
+
+ROOT = pathlib.Path(__file__).parents[2]
+SHAPES = expected_params("unet", tiny.CONFIGS["unet"])
+SCALE = 3.0
+convert = runpy.run_path(str(ROOT / "tools" / "convert_weights.py"))["main"]
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder as docs/sampling.md has it: `svd`, `weights/svd`, and the run `runs/stage2` of three steps.
+
+    LoRA is on every kind of module, alpha is not the rank, and the steps are large, so that everything has moved.
+    """
+    home = tmp_path_factory.mktemp("home")
+    tiny_pipeline.save_pipeline(home / "svd")
+    tiny_pipeline.save_dinov2(home / "svd" / "dinov2")
+    tiny_pipeline.import_all(home / "svd", home / "weights" / "svd")
+    config = micro_stage1.get_config()
+    config.weights, config.random_networks = str(home / "weights" / "svd"), {}
+    config.lora.targets, config.lora.rank, config.lora.alpha = "all", 2, 2 * SCALE
+    config.optimizer.learning_rate = 0.02
+    networks, optimizers = experiment.networks_of(config), experiment.optimizers_of(config)
+    frozen = {name: load_params(config.weights, name) for name in ("unet", "dinov2")}
+    key = jax.random.key(0)
+    state = jax.jit(experiment.make_init(config, networks, optimizers))(key, frozen["unet"])
+    step = jax.jit(stage1.make_step(networks, *optimizers, AdversarialOptions(lora_scale=SCALE)))
+    for number in range(3):
+        state, _ = step(state, frozen, tiny.tiny_batch(), jax.random.fold_in(key, number))
+    checkpoint.write_config(home / "runs" / "stage2", config.to_dict())
+    with checkpoint.open_checkpoints(home / "runs" / "stage2", 1) as checkpoints:
+        checkpoint.save(checkpoints, 3, state, {})
+    return home
+
+
+@pytest.fixture(autouse=True)
+def at_home(home, monkeypatch):
+    monkeypatch.chdir(home)
+
+
+@pytest.fixture(scope="module")
+def base(home):
+    return jax.tree.map(np.asarray, load_params(home / "weights" / "svd", "unet"))
+
+
+@pytest.fixture(scope="module")
+def state(home):
+    """The run's last checkpoint, whole, as nested dicts."""
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        return jax.tree.map(np.asarray, checkpointer.restore(home / "runs" / "stage2" / "checkpoints" / "3" / "state"))
+
+
+@pytest.fixture(scope="module")
+def tuned_run(home, state):
+    """The same run, as if it had trained the temporal transformers of one block as well."""
+    kernels = {path: leaf for path, leaf in SHAPES.items() if "mid_block" in path and "_blocks_0" in path[2]}
+    rng = np.random.default_rng(3)
+    tuned = {path: 0.1 * rng.standard_normal(leaf.shape, np.float32) for path, leaf in kernels.items()}
+    student = Student(lora=state["student"]["lora"], tuned=unflatten_dict(tuned))
+    workdir = home / "runs" / "tuned"
+    checkpoint.write_config(workdir, json.loads((home / "runs" / "stage2" / "config.json").read_text()))
+    with checkpoint.open_checkpoints(workdir, 1) as checkpoints:
+        checkpoint.save(checkpoints, 5, TrainState(np.int32(5), student, student, {}, (), ()), {})
+    return workdir, student
+
+
+def export(source, output, kind, *options):
+    return convert(["export-lora", str(source), str(output), f"--format={kind}", *options])
+
+
+def documented_lines(heading):
+    """The Python lines of docs/sampling.md after the line that begins with `heading`."""
+    text = (ROOT / "docs" / "sampling.md").read_text()
+    return re.search(rf"^{heading}.*?^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
+
+
+LINES = {
+    "peft": "The PEFT folder",
+    "diffusers": "The file with diffusers' keys",
+    "unet": "The merged UNet",
+}
+
+
+@pytest.mark.parametrize("kind", exporters.FORMATS)
+@pytest.mark.parametrize("part", ["student", "ema"])
+def test_the_documented_lines_load_the_student(home, base, state, kind, part, capsys):
+    assert export("runs/stage2", f"exported/{kind}", kind, "--overwrite", *["--ema"] * (part == "ema")) == 0
+    assert "average" in capsys.readouterr().out or part == "student"
+    loaded = {}
+    exec(documented_lines(LINES[kind]), loaded)
+    student = run_flax({"params": base, "lora": scale_lora(state[part]["lora"], SCALE)})
+    assert relative_error(run_torch(loaded["unet"]), student) <= 1e-4
+    # The run has moved something, in linear layers, spatial and temporal convolutions, or this would say nothing.
+    assert relative_error(run_flax({"params": base}), student) > 1e-2
+    assert {SHAPES[(*path, "kernel")].ndim for path in ranks(state[part]["lora"])} == {2, 4, 5}
+
+
+def test_student_and_average_differ(base, state):
+    student, ema = (run_flax({"params": base, "lora": state[part]["lora"]}) for part in ("student", "ema"))
+    assert relative_error(ema, student) > 1e-3
+
+
+def test_import_after_export_is_bit_identical(home, state, capsys):
+    expected = flatten_dict(scale_lora(state["student"]["lora"], SCALE))
+    export("runs/stage2", "round/peft", "peft", "--overwrite")
+    export("runs/stage2", "round/diffusers", "diffusers", "--overwrite")
+    sources = ["round/peft", "round/diffusers", "round/diffusers/pytorch_lora_weights.safetensors", "round/imported"]
+    assert convert(["import-lora", "round/diffusers", "round/imported", "--weights=weights/svd"]) == 0
+    assert f"{len(expected) // 2} modules of rank 2, alpha = rank." in capsys.readouterr().out
+    for source in sources:
+        read = read_lora(source, SHAPES)
+        actual = flatten_dict(read.lora)
+        assert read.dropped == [] and actual.keys() == expected.keys()
+        for path, leaf in expected.items():
+            np.testing.assert_array_equal(actual[path], leaf)
+            assert actual[path].dtype == leaf.dtype
+
+
+def test_tuned_layers_are_in_the_merged_unet_and_their_absence_elsewhere_is_said(base, tuned_run, capsys):
+    workdir, student = tuned_run
+    assert export(workdir, "exported/tuned", "unet", "--dtype=float32") == 0
+    from diffusers import UNetSpatioTemporalConditionModel
+
+    unet = UNetSpatioTemporalConditionModel.from_pretrained("exported/tuned")
+    expected = run_flax(student.variables(base, SCALE))
+    assert relative_error(run_torch(unet), expected) <= 1e-4
+    assert relative_error(run_flax({"params": base, "lora": scale_lora(student.lora, SCALE)}), expected) > 1e-2
+    capsys.readouterr()
+    for kind in ("peft", "diffusers"):
+        assert export(workdir, f"exported/tuned_{kind}", kind) == 0
+        told = capsys.readouterr().out
+        size = sum(leaf.size for leaf in jax.tree.leaves(student.tuned))
+        assert "only the LoRA part" in told and f"{size:,} base parameters" in told and "--format=unet" in told
+
+
+def test_the_merged_unet_is_the_base_where_nothing_was_trained(base, state, tmp_path):
+    lora = scale_lora(state["student"]["lora"], SCALE)
+    exporters.export_unet(tiny.CONFIGS["unet"], merge_lora(base, lora), tmp_path / "unet", "bfloat16")
+    description = json.loads((tmp_path / "unet" / "config.json").read_text())
+    assert ARCHITECTURES["unet"].from_json(description) == tiny.CONFIGS["unet"]
+    from safetensors.torch import load_file
+
+    tensors = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
+    assert {str(tensor.dtype) for tensor in tensors.values()} == {"torch.bfloat16"}
+    assert relative_error(tensors["conv_in.weight"].float().permute(2, 3, 1, 0), base["conv_in"]["kernel"]) < 4e-3
+
+
+def test_the_released_configuration_is_written_as_diffusers_writes_it(tmp_path):
+    exporters.export_unet(UNetConfig(num_frames=25), {"x": {"bias": np.zeros(3, np.float32)}}, tmp_path / "unet")
+    description = json.loads((tmp_path / "unet" / "config.json").read_text())
+    # From the unet/config.json of stable-video-diffusion-img2vid-xt.
+    assert description["down_block_types"] == ["CrossAttnDownBlockSpatioTemporal"] * 3 + ["DownBlockSpatioTemporal"]
+    assert description["up_block_types"] == ["UpBlockSpatioTemporal"] + ["CrossAttnUpBlockSpatioTemporal"] * 3
+    assert description["projection_class_embeddings_input_dim"] == 768
+    assert ARCHITECTURES["unet"].from_json(description) == UNetConfig(num_frames=25)
+
+
+def test_peft_targets_are_named_one_by_one(state):
+    export("runs/stage2", "exported/named", "peft", "--overwrite")
+    config = json.loads(pathlib.Path("exported/named/adapter_config.json").read_text())
+    assert config["r"] == config["lora_alpha"] == 2
+    assert len(config["target_modules"]) == len(ranks(state["student"]["lora"]))
+    assert "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v" in config["target_modules"]
+    assert not any(re.search(r"attn2\.to_[qk]$", name) for name in config["target_modules"])
+
+
+def test_a_float16_overflow_is_refused(tmp_path):
+    params = {"x": {"kernel": np.full((2, 3), 1e5, np.float32)}}
+    with pytest.raises(UserError, match=r"x\.weight has values beyond float16"):
+        exporters.export_unet(tiny.CONFIGS["unet"], params, tmp_path / "unet", "float16")
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["runs/stage2", "svd", "--format=peft"], ["svd exists", "--overwrite"]),
+        (["runs/stage2", "svd/model_index.json/x", "--format=peft"], ["cannot be written"]),
+        (["weights", "out", "--format=peft"], ["weights has no config.json", "--workdir"]),
+        (["runs/empty", "out", "--format=peft"], ["runs/empty has no checkpoint"]),
+        (["runs/broken", "out", "--format=peft"], ["runs/broken/checkpoints/3 is damaged"]),
+        (["runs/garbled", "out", "--format=peft"], ["config.json is damaged"]),
+        (["runs/stage2", "out", "--format=unet", "--weights=nowhere"], ["tools/convert_weights.py svd"]),
+        (["runs/homeless", "out", "--format=unet"], ["--weights"]),
+        (["runs/stage2", "out", "--format=unet", "--weights=weights/other"], ["runs/stage2 does not fit", "sizes"]),
+    ],
+)
+def test_bad_requests_are_one_line(home, state, arguments, words, capsys):
+    config = json.loads(pathlib.Path("runs/stage2/config.json").read_text())
+    for name, content in (
+        ("empty", config),
+        ("broken", config),
+        ("homeless", config | {"weights": ""}),
+        ("garbled", {}),
+    ):
+        checkpoint.write_config(pathlib.Path("runs", name), content)
+    pathlib.Path("runs/broken/checkpoints/3/state").mkdir(parents=True, exist_ok=True)
+    if not pathlib.Path("runs/homeless/checkpoints").exists():
+        pathlib.Path("runs/homeless/checkpoints").symlink_to(home / "runs" / "stage2" / "checkpoints")
+    if "--weights=weights/other" in arguments:
+        _other_weights(pathlib.Path("weights/other"))
+    assert convert(["export-lora", *arguments]) == 2
+    told = capsys.readouterr()
+    assert all(word in told.err for word in words), told.err
+    assert told.err.count("\n") == 1 and told.out == ""
+    assert not pathlib.Path("out").exists()
+
+
+def _other_weights(folder):
+    """A UNet with another width."""
+    import dataclasses
+
+    from osv_jax.convert.weights import save_component
+    from osv_jax.distill.networks import random_params
+
+    config = dataclasses.replace(tiny.CONFIGS["unet"], block_out_channels=(32, 64))
+    params = random_params(unflatten_dict(expected_params("unet", config)), 0, np.float32)
+    save_component(folder / "unet", "unet", config, params, folder)
