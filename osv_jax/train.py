@@ -44,7 +44,7 @@ _CURVES = ("loss_huber", "loss_adversarial", "loss_disc")
 
 
 def main(argv: list[str]) -> None:
-    logging.set_verbosity(logging.WARNING)  # Orbax tells 20 lines about every checkpoint.
+    logging.set_verbosity(logging.ERROR)  # Orbax tells 20 lines about every checkpoint.
     if argv[1:]:
         raise UserError(f"Unexpected argument {argv[1]!r}; options look like --config.batch_size=4.")
     if _CONFIG.value is None or _WORKDIR.value is None:
