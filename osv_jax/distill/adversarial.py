@@ -121,7 +121,7 @@ def make_step(
         arguments = (networks.discriminator, networks.dinov2, disc, frozen["dinov2"])
         if not options.decode:
             return discriminate(*arguments, latents, update_stats)
-        pixels = (networks.decode_video(frozen["vae"], latents) + 1) / 2
+        pixels = (networks.decode_video(jax.lax.stop_gradient(frozen["vae"]), latents) + 1) / 2
         return discriminate_pixels(*arguments, pixels, update_stats)
 
     def disc_gradient(

@@ -1,0 +1,523 @@
+"""The step of stage 2 against OSV's Eq. 8 to 10 written out plainly, and who learns from it."""
+
+import dataclasses
+import itertools
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from conftest import relative_error
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.flatten_util import ravel_pytree
+
+from osv_jax.convert.architectures import expected_params
+from osv_jax.diffusion.edm import denoise
+from osv_jax.distill import adversarial, stage2
+from osv_jax.distill.adversarial import AdversarialOptions
+from osv_jax.distill.networks import build_networks, random_params
+from osv_jax.distill.stage2 import Stage2Options
+from osv_jax.distill.state import Student, init_state, update_ema
+from osv_jax.models import groups
+from osv_jax.models.discriminator import discriminate, discriminate_pixels
+from osv_jax.models.layers import Dense, FeedForward
+from osv_jax.models.svd_unet import SVDUNet
+
+TRAINABLE = ("lora", "temporal_transformer")
+# Plain descent: Adam's first step is the gradient's sign, and that of a rounding error is anybody's guess.
+RATES = {"student": 0.5, "disc": 0.25}
+# Relative error of gradients in float32: the heads' norms over three frames amplify that of their input 200 times.
+GRADIENT = 1e-3
+SGD = (optax.sgd(RATES["student"]), optax.sgd(RATES["disc"]))
+# One level, and one transformer, in the middle. Two channels for each group of a norm: with one, the norm takes away
+# again what the time embedding adds.
+UNET = dataclasses.replace(
+    tiny.CONFIGS["unet"], block_out_channels=(64,), num_attention_heads=(2,), has_attention=(False,)
+)
+
+
+def one_level_networks_and_frozen():
+    configs = tiny.CONFIGS | {"unet": UNET}
+    shapes = {"unet": unflatten_dict(expected_params("unet", UNET))}
+    frozen = tiny.tiny_frozen() | jax.tree.map(jnp.asarray, random_params(shapes, 0, np.float32))
+    return build_networks(configs, discriminator_blocks=(0,)), frozen
+
+
+class _Block(nn.Module):
+    dtype: object
+    param_dtype: object
+
+    @nn.compact
+    def __call__(self, x):
+        return x + FeedForward(self.dtype, self.param_dtype, name="ff")(x)
+
+
+class _Attention(nn.Module):
+    dtype: object
+    param_dtype: object
+
+    @nn.compact
+    def __call__(self, x):
+        return _Block(self.dtype, self.param_dtype, name="temporal_transformer_blocks_0")(x)
+
+
+class ToyUNet(SVDUNet):
+    """Stands in for the UNet where only the objective matters: it depends on all its inputs and compiles at once."""
+
+    @nn.compact
+    def __call__(self, sample, timestep, image_embedding, added_time_ids):
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        shift = timestep + image_embedding.mean(axis=-1) + 0.01 * added_time_ids.sum(axis=-1)
+        x = Dense(16, name="proj_in", **dtypes)(sample) + shift[:, None, None, None, None].astype(self.dtype)
+        x = _Attention(name="attentions_0", **dtypes)(jnp.sin(x))
+        return Dense(4, name="conv_out", **dtypes)(x + x[:, ::-1]).astype(jnp.float32)
+
+
+def toy_networks_and_frozen(dtype=jnp.float32):
+    networks = build_networks(tiny.CONFIGS, discriminator_blocks=(0,), dtype=dtype, param_dtype=dtype)
+    networks = dataclasses.replace(networks, unet=ToyUNet(tiny.CONFIGS["unet"], dtype, dtype))
+    batch = tiny.tiny_batch()
+    sample = jnp.concatenate([batch.latents, batch.latents], axis=-1)
+    cond = (batch.cond.image_embedding, batch.cond.added_time_ids)
+    shapes = jax.eval_shape(networks.unet.init, jax.random.key(0), sample, jnp.zeros(2), *cond)["params"]
+    unet = jax.tree.map(jnp.asarray, random_params({"unet": shapes}, 0, dtype))
+    return networks, tiny.tiny_frozen(dtype) | unet
+
+
+def perturbed(tree, seed):
+    """Every leaf moved a little; LoRA's b is zero at first, and hides most of what could go wrong."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape, np.float32), tree)
+
+
+def trained_state(networks, frozen):
+    """A state in which student and average have both gone their ways."""
+    init = jax.jit(lambda key, unet: init_state(key, networks, unet, *SGD, 4, "all", TRAINABLE))
+    state = init(jax.random.key(0), frozen["unet"])
+    return state.replace(student=perturbed(state.student, 1), ema=perturbed(state.ema, 2))
+
+
+def draw_and_pose(networks, options=AdversarialOptions(), own=Stage2Options()):  # noqa: B008
+    """What stage 2 gives to the step that the stages share."""
+    given = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(adversarial, "make_step", lambda *args: given.extend(args) or print)
+        stage2.make_step(networks, *SGD, options, own)
+    return given[-2:]
+
+
+# ---- Eq. 8 to 10, with nothing of diffusion/ and distill/.
+
+
+def plain_sigmas(index, num_levels=100):
+    """t_{index + 1} of the grid, in float64."""
+    low, high = 0.002 ** (1 / 7), 700.0 ** (1 / 7)
+    return (low + np.asarray(index, np.float64) / (num_levels - 1) * (high - low)) ** 7
+
+
+def column(values):
+    return jnp.asarray(values, jnp.float32)[:, None, None, None, None]
+
+
+def plain_denoiser(networks):
+    @jax.jit
+    def denoiser(variables, x, sigma, cond):
+        s, sigma = column(sigma), jnp.asarray(sigma, jnp.float32)
+        images = jnp.repeat(cond.image_latents[:, None], x.shape[1], axis=1)
+        sample = jnp.concatenate([x / jnp.sqrt(s**2 + 1), images], axis=-1)
+        prediction = networks.unet.apply(
+            variables, sample, 0.25 * jnp.log(sigma), cond.image_embedding, cond.added_time_ids
+        )
+        return x / (s**2 + 1) - s / jnp.sqrt(s**2 + 1) * prediction
+
+    return denoiser
+
+
+def plain_variables(base, student):
+    params = flatten_dict(base) | flatten_dict(student.tuned)
+    nested = {}
+    for path, leaf in params.items():
+        node = nested
+        for name in path[:-1]:
+            node = node.setdefault(name, {})
+        node[path[-1]] = leaf
+    return {"params": nested, "lora": student.lora}
+
+
+def plain_question(denoiser, state, frozen, batch, index, noise, guidance, steps=5):
+    """x at t_{n+m}, its sigma, the target f_ema(x_tn, t_n) and lambda(t_n); guidance [b f]."""
+    sigmas = [plain_sigmas(np.asarray(index) + steps - i) for i in range(steps + 1)]
+    weight = jnp.asarray(guidance)[:, :, None, None, None]
+    dropped = dataclasses.replace(
+        batch.cond,
+        image_embedding=0 * batch.cond.image_embedding,
+        image_latents=0 * batch.cond.image_latents,
+    )
+    start = x = batch.latents + column(sigmas[0]) * noise
+    for sigma, lower in itertools.pairwise(sigmas):
+        unconditional, conditional = (denoiser({"params": frozen["unet"]}, x, sigma, c) for c in (dropped, batch.cond))
+        guided = (1 - weight) * unconditional + weight * conditional
+        x = x + column(lower - sigma) * (x - guided) / column(sigma)
+    target = denoiser(plain_variables(frozen["unet"], state.ema), x, sigmas[-1], batch.cond)
+    return start, sigmas[0], target, (1 / (sigmas[0] - sigmas[-1])) ** 0.1
+
+
+def plain_logits(networks, disc, frozen, latents, update_stats):
+    logits, spectral = discriminate(
+        networks.discriminator, networks.dinov2, disc, frozen["dinov2"], latents, update_stats
+    )
+    return jnp.concatenate(jax.tree.leaves(logits), axis=1), spectral
+
+
+def plain_disc_gradient(networks, disc, frozen, real, fake):
+    """Eq. 9: its value, its gradient, and the spectral statistics."""
+
+    @jax.jit
+    def run(params, spectral, dinov2, real, fake):
+        def loss(params):
+            variables = {"params": params, "spectral": spectral}
+            judge = lambda latents: plain_logits(networks, variables, {"dinov2": dinov2}, latents, True)  # noqa: E731
+            (real_logits, updated), (fake_logits, _) = judge(real), judge(fake)
+            value = jnp.mean(jnp.maximum(0, 1 - real_logits)) + jnp.mean(jnp.maximum(0, 1 + fake_logits))
+            return value, updated
+
+        return jax.value_and_grad(loss, has_aux=True)(params)
+
+    (value, spectral), gradient = run(disc["params"], disc["spectral"], frozen["dinov2"], real, fake)
+    return value, gradient, spectral
+
+
+def plain_student_gradient(networks, denoiser, disc, state, frozen, question, cond, gan=0.1):
+    """Eq. 10: its two terms and the gradient of their sum, straight through everything."""
+    x, sigma, target, weight = question
+
+    @jax.jit
+    def run(student, disc, frozen, x, sigma, target, weight, cond):
+        def loss(student):
+            answer = denoiser(plain_variables(frozen["unet"], student), x, sigma, cond)
+            logits, _ = plain_logits(networks, disc, frozen, answer, False)
+            distance = jnp.sqrt((answer - target) ** 2 + 1e-6) - 1e-3
+            terms = jnp.mean(jnp.maximum(0, 1 - logits)), jnp.mean(weight * distance.mean(axis=(1, 2, 3, 4)))
+            return gan * terms[0] + terms[1], terms
+
+        return jax.grad(loss, has_aux=True)(student)
+
+    arguments = (jnp.asarray(sigma, jnp.float32), target, jnp.asarray(weight, jnp.float32), cond)
+    gradient, terms = run(state.student, disc, frozen, x, *arguments)
+    return terms, gradient
+
+
+def descend(tree, gradient, rate):
+    return jax.tree.map(lambda x, g: x - rate * g, tree, gradient)
+
+
+def differences(actual, expected, before=None):
+    """Relative error of all leaves together: of the values, and of their change from `before`."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    flat = [np.asarray(ravel_pytree(tree)[0], np.float64) for tree in (actual, expected, before or expected)]
+    change = relative_error(flat[0] - flat[2], flat[1] - flat[2]) if before is not None else 0.0
+    return relative_error(flat[0], flat[1]), change
+
+
+# ---- The real networks, one step.
+
+
+@pytest.fixture(scope="module")
+def real():
+    networks, frozen = one_level_networks_and_frozen()
+    return networks, frozen, tiny.tiny_batch(), trained_state(networks, frozen)
+
+
+@pytest.fixture(scope="module")
+def real_step(real):
+    """One step: its key, the new state, the metrics."""
+    networks, frozen, batch, state = real
+    step = jax.jit(stage2.make_step(networks, *SGD, AdversarialOptions(), Stage2Options()))
+    key = jax.random.key(3)
+    return key, *step(state, frozen, batch, key)
+
+
+def test_an_untrained_student_is_the_teacher(real):
+    networks, frozen, batch, _ = real
+    state = jax.jit(lambda key, unet: init_state(key, networks, unet, *SGD, 4, "all", TRAINABLE))(
+        jax.random.key(0), frozen["unet"]
+    )
+    assert flatten_dict(state.student.tuned) and flatten_dict(state.student.lora)
+    sigma = jnp.array([700.0, 0.3])
+    # Not compiled: the programs would differ, and with them the last bits.
+    answer = lambda variables: denoise(networks.unet_with(variables), batch.latents, sigma, batch.cond)  # noqa: E731
+    teacher = answer({"params": frozen["unet"]})
+    np.testing.assert_array_equal(answer(state.student.variables(frozen["unet"])), teacher)
+    np.testing.assert_array_equal(answer(state.ema.variables(frozen["unet"])), teacher)
+    trained = answer(perturbed(state.student, 1).variables(frozen["unet"]))
+    assert relative_error(trained, teacher) > 1e-3
+
+
+def test_step_is_equations_8_to_10(real, real_step):
+    networks, frozen, batch, state = real
+    key, new_state, metrics = real_step
+    draws = draw_and_pose(networks)[0](key, batch)
+    denoiser = plain_denoiser(networks)
+    guidance = np.tile(np.linspace(1, 3, batch.latents.shape[1]), (2, 1)).astype(np.float32)
+    question = plain_question(denoiser, state, frozen, batch, draws["index"], draws["noise"], guidance)
+
+    fake = denoiser(plain_variables(frozen["unet"], state.student), *question[:2], batch.cond)
+    loss_disc, g_disc, spectral = plain_disc_gradient(networks, state.disc, frozen, question[2], fake)
+    disc = {"params": descend(state.disc["params"], g_disc, RATES["disc"]), "spectral": spectral}
+    (gan, huber), g_student = plain_student_gradient(networks, denoiser, disc, state, frozen, question, batch.cond)
+    student = descend(state.student, g_student, RATES["student"])
+    ema = jax.tree.map(lambda old, new: 0.95 * old + 0.05 * new, state.ema, student)
+
+    expected = {
+        "loss_disc": loss_disc,
+        "loss_adversarial": gan,
+        "loss_huber": huber,
+        "loss_student": 0.1 * gan + huber,
+        "grad_norm/student": optax.tree.norm(g_student),
+        "grad_norm/disc": optax.tree.norm(g_disc),
+    }
+    for name, value in expected.items():
+        print(f"{name}: {metrics[name]:.6f}, relative error {abs(metrics[name] / value - 1):.1e}")
+        assert metrics[name] == pytest.approx(float(value), rel=1e-5 if name.startswith("loss") else GRADIENT)
+    for name, actual, wanted, before in (
+        ("student", new_state.student, student, state.student),
+        ("ema", new_state.ema, ema, state.ema),
+        ("disc", new_state.disc["params"], disc["params"], state.disc["params"]),
+        ("spectral", new_state.disc["spectral"], spectral, None),
+    ):
+        value, change = differences(actual, wanted, before)
+        print(f"{name}: relative error {value:.1e}, of the change {change:.1e}")
+        assert value <= 1e-5 and change <= GRADIENT
+    assert new_state.step == state.step + 1
+
+
+def test_what_is_selected_learns_and_nothing_else(real, real_step):
+    _, frozen, _, state = real
+    _, new_state, _ = real_step
+    selected = groups.select(frozen["unet"], TRAINABLE)
+    assert flatten_dict(new_state.student.tuned).keys() == flatten_dict(selected).keys()
+    assert {groups.group_of(path) for path in flatten_dict(new_state.student.tuned)} == {"temporal_transformer"}
+    for part, before in (("student", state.student), ("ema", state.ema), ("disc", state.disc["params"])):
+        after = new_state.disc["params"] if part == "disc" else getattr(new_state, part)
+        pairs = zip(jax.tree.leaves_with_path(before), jax.tree.leaves(after), strict=True)
+        still = [jax.tree_util.keystr(path) for (path, old), new in pairs if np.array_equal(old, new)]
+        assert not still, (part, still)
+    variables = flatten_dict(new_state.student.variables(frozen["unet"])["params"])
+    base = flatten_dict(frozen["unet"])
+    changed = {path for path in base if not np.array_equal(base[path], variables[path])}
+    assert variables.keys() == base.keys() and changed == flatten_dict(selected).keys()
+
+
+def gradients_of_inputs(networks, frozen, batch, state, options, wanted):
+    """d(loss_student + loss_disc) with respect to each input by itself: the teacher's parameters are the student's
+    base too, and are told apart here."""
+    draw, pose = draw_and_pose(networks, options)
+
+    def total(inputs, key):
+        def pose_with(state, frozen, batch, draws):
+            return pose(state.replace(ema=inputs["ema"]), frozen | {"unet": inputs["teacher"]}, batch, draws)
+
+        step = adversarial.make_step(networks, *SGD, options, draw, pose_with)
+        others = frozen | {"dinov2": inputs["dinov2"], "vae": inputs["vae"]}
+        _, metrics = step(state.replace(student=inputs["student"]), others, batch, key)
+        return metrics["loss_student"] + metrics["loss_disc"]
+
+    inputs = {"teacher": frozen["unet"], "dinov2": frozen["dinov2"], "vae": frozen["vae"]}
+    inputs |= {"ema": state.ema, "student": state.student}
+
+    @jax.jit
+    def run(inputs, key):
+        of = {name: inputs[name] for name in wanted}
+        return jax.grad(lambda of: total(inputs | of, key))(of)
+
+    return run(inputs, jax.random.key(3))
+
+
+def nonzero_leaves(tree):
+    return [jax.tree_util.keystr(path) for path, leaf in jax.tree.leaves_with_path(tree) if np.any(leaf)]
+
+
+def test_no_gradient_reaches_teacher_target_and_dinov2(real):
+    gradients = gradients_of_inputs(*real, AdversarialOptions(), ("teacher", "ema", "dinov2"))
+    assert len(jax.tree.leaves(gradients)) > 300
+    assert nonzero_leaves(gradients) == []
+
+
+# ---- A toy UNet, for everything else.
+
+
+@pytest.fixture(scope="module")
+def toy():
+    networks, frozen = toy_networks_and_frozen()
+    return networks, frozen, tiny.tiny_batch(), trained_state(networks, frozen)
+
+
+def test_through_the_decoder_too_only_the_student_gets_a_gradient(toy):
+    wanted = ("teacher", "ema", "dinov2", "vae", "student")
+    gradients = gradients_of_inputs(*toy, AdversarialOptions(decode=True), wanted)
+    assert len(nonzero_leaves(gradients.pop("student"))) == len(jax.tree.leaves(toy[-1].student))
+    assert nonzero_leaves(gradients) == []
+
+
+@pytest.mark.parametrize("kind", ["linspace", "constant", "range"])
+def test_question_and_target_for_every_guidance(toy, kind):
+    """At both ends of the grid: t_1 is reached, and t_N is started from."""
+    networks, frozen, batch, state = toy
+    own = Stage2Options(guidance_kind=kind, guidance_min=1.5, guidance_max=4.0, weight_exponent=0.1)
+    draw, pose = draw_and_pose(networks, own=own)
+    draws = draw(jax.random.key(5), batch) | {"index": jnp.array([0, 94])}
+    example = jax.jit(pose)(state, frozen, batch, draws)
+    np.testing.assert_allclose(example.sigma, plain_sigmas([5, 99]), rtol=1e-6)
+
+    uniform, frames = np.asarray(draws["uniform"]), batch.latents.shape[1]
+    guidance = {
+        "linspace": np.tile(np.linspace(1.5, 4.0, frames), (2, 1)),
+        "constant": np.full((2, frames), 4.0),
+        "range": np.repeat((1.5 + 2.5 * uniform)[:, None], frames, axis=1),
+    }[kind]
+    assert kind != "range" or abs(uniform[0] - uniform[1]) > 0.01
+    guidance = guidance.astype(np.float32)
+    x, _, target, weight = plain_question(
+        plain_denoiser(networks), state, frozen, batch, draws["index"], draws["noise"], guidance
+    )
+    assert relative_error(example.x, x) <= 1e-6
+    for clip in range(2):
+        assert relative_error(example.target[clip], target[clip]) <= 1e-5
+    np.testing.assert_allclose(example.weight, weight, rtol=1e-5)
+    assert example.cond is not None and jax.tree.all(jax.tree.map(np.array_equal, example.cond, batch.cond))
+
+
+def test_index_is_uniform_from_1_to_n_minus_m(toy):
+    draw, _ = draw_and_pose(toy[0])
+    clips = 95 * 400
+    batch = tiny.tiny_batch(1).replace(latents=jnp.zeros((clips, 1, 1, 1, 1)))
+    draws = draw(jax.random.key(0), batch)
+    counts = np.bincount(draws["index"], minlength=95)
+    # Five standard deviations of 20.
+    assert len(counts) == 95 and np.all(np.abs(counts - 400) < 100), counts
+    # The numbers of one clip tell nothing about each other.
+    columns = np.stack([draws["index"], draws["noise"].reshape(-1), draws["uniform"]])
+    assert np.abs(np.corrcoef(columns)[np.triu_indices(3, 1)]).max() < 0.03
+    one_step = draw_and_pose(toy[0], own=Stage2Options(solver_steps=1))[0](jax.random.key(0), batch)
+    assert one_step["index"].min() == 0 and one_step["index"].max() == 98
+
+
+def test_weight_of_the_distance():
+    high, low = np.array([700.0, 0.01], np.float32), np.array([500.0, 0.002], np.float32)
+    np.testing.assert_allclose(stage2.distance_weight(high, low, 0.1), [200.0**-0.1, 0.008**-0.1], rtol=1e-5)
+    np.testing.assert_allclose(stage2.distance_weight(high, low, 1.0), [1 / 200, 125], rtol=1e-5)
+    np.testing.assert_array_equal(stage2.distance_weight(high, low, 0.0), [1, 1])
+
+
+@pytest.fixture(scope="module")
+def toy_step(toy):
+    """`(options, stage 2's own) -> (new state, metrics)` of one step with the same key, compiled once for each."""
+    networks, frozen, batch, state = toy
+    done = {}
+
+    def run(options=AdversarialOptions(), own=Stage2Options()):  # noqa: B008
+        if (options, own) not in done:
+            step = jax.jit(stage2.make_step(networks, *SGD, options, own))
+            done[options, own] = step(state, frozen, batch, jax.random.key(3))
+        return done[options, own]
+
+    return run
+
+
+def test_decoded_clips_are_judged_instead_of_latents(toy, toy_step):
+    networks, frozen, batch, state = toy
+    plain, decoded = toy_step(), toy_step(AdversarialOptions(decode=True))
+    assert np.isfinite(ravel_pytree(decoded)[0]).all()
+    # The teacher's part is the same, the discriminator's another.
+    assert decoded[1]["loss_huber"] == pytest.approx(float(plain[1]["loss_huber"]), rel=1e-6)
+    assert abs(decoded[1]["loss_disc"] - plain[1]["loss_disc"]) > 1e-4
+    # The upsampler has nothing to do, and does not learn.
+    before, after = state.disc["params"]["upsampler"], decoded[0].disc["params"]["upsampler"]
+    assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
+    assert not np.array_equal(before["kernel"], plain[0].disc["params"]["upsampler"]["kernel"])
+
+    draw, pose = draw_and_pose(networks)
+
+    @jax.jit
+    def logits_of_target(state, frozen, batch):
+        target = pose(state, frozen, batch, draw(jax.random.key(3), batch)).target
+        pixels = networks.decode_video(frozen["vae"], target) / 2 + 0.5
+        assert pixels.shape == (*target.shape[:2], 2 * target.shape[2], 2 * target.shape[3], 3)
+        arguments = (networks.discriminator, networks.dinov2, state.disc, frozen["dinov2"], pixels)
+        return discriminate_pixels(*arguments, update_stats=True)[0]
+
+    logits = logits_of_target(state, frozen, batch)
+    for kind in ("spatial", "temporal"):
+        assert decoded[1][f"logits_real/{kind}"] == pytest.approx(float(logits[kind].mean()), rel=1e-4)
+
+
+def test_without_the_adversarial_loss(toy, toy_step):
+    """Table 2: the student follows the target alone, whatever the discriminator learns beside it."""
+    networks, frozen, batch, state = toy
+    new_state, metrics = toy_step(AdversarialOptions(adversarial_weight=0.0))
+    assert metrics["loss_student"] == metrics["loss_huber"] > 0 and metrics["loss_adversarial"] > 0
+    draw, pose = draw_and_pose(networks)
+    example = jax.jit(pose)(state, frozen, batch, draw(jax.random.key(3), batch))
+    question = (example.x, example.sigma, example.target, example.weight)
+    terms, gradient = plain_student_gradient(
+        networks, plain_denoiser(networks), state.disc, state, frozen, question, batch.cond, gan=0.0
+    )
+    assert metrics["loss_huber"] == pytest.approx(float(terms[1]), rel=1e-5)
+    expected = descend(state.student, gradient, RATES["student"])
+    assert max(differences(new_state.student, expected, state.student)) <= GRADIENT
+    assert max(differences(new_state.student, toy_step()[0].student, state.student)) > 1e-2
+
+
+def test_accumulated_gradients_are_the_batchs(toy, toy_step):
+    networks, frozen, batch, state = toy
+    new_state, metrics = toy_step(AdversarialOptions(grad_accum=2))
+    whole_state, whole = toy_step()
+    # The discriminator's update is the same; the student's is against the discriminator from before it.
+    assert max(differences(new_state.disc, whole_state.disc, state.disc)) <= GRADIENT
+    assert metrics["loss_disc"] == pytest.approx(float(whole["loss_disc"]), rel=1e-5)
+    draw, pose = draw_and_pose(networks)
+    example = jax.jit(pose)(state, frozen, batch, draw(jax.random.key(3), batch))
+    question = (example.x, example.sigma, example.target, example.weight)
+    terms, gradient = plain_student_gradient(
+        networks, plain_denoiser(networks), state.disc, state, frozen, question, batch.cond
+    )
+    assert metrics["loss_student"] == pytest.approx(float(0.1 * terms[0] + terms[1]), rel=1e-5)
+    expected = descend(state.student, gradient, RATES["student"])
+    assert max(differences(new_state.student, expected, state.student)) <= GRADIENT
+
+
+def test_half_precision_networks_keep_a_state_in_float32():
+    networks, frozen = toy_networks_and_frozen(jnp.bfloat16)
+    state = trained_state(networks, frozen)
+    step = jax.jit(stage2.make_step(networks, *SGD, AdversarialOptions(), Stage2Options()))
+    new_state, metrics = step(state, frozen, tiny.tiny_batch(), jax.random.key(3))
+    assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}
+    assert {leaf.dtype for leaf in jax.tree.leaves(new_state)} == {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
+    assert np.isfinite(ravel_pytree((new_state, metrics))[0]).all()
+    change = jax.tree.map(lambda new, old: new - old, new_state.student, state.student)
+    assert optax.tree.norm(change) > 0
+
+
+def test_average_keeps_changes_that_half_precision_would_lose():
+    average, student = Student({}, {"w": jnp.ones(3)}), Student({}, {"w": jnp.full(3, 1 + 1e-4)})
+    for _ in range(2):
+        average = update_ema(average, student, 0.95)
+    np.testing.assert_allclose(average.tuned["w"] - 1, 1e-4 * (1 - 0.95**2), rtol=0.02)
+    assert jnp.bfloat16(1 + 1e-4) == 1
+
+
+@pytest.mark.parametrize(
+    ("own", "words"),
+    [
+        (Stage2Options(guidance_kind="cosine"), "guidance_kind must be one of .*, got 'cosine'"),
+        (Stage2Options(solver_steps=0), r"solver_steps must lie in 1 \.\. 99, got 0"),
+        (Stage2Options(solver_steps=100), r"solver_steps must lie in 1 \.\. 99, got 100"),
+        (Stage2Options(num_levels=5), r"solver_steps must lie in 1 \.\. 4, got 5"),
+    ],
+)
+def test_impossible_options_are_refused(toy, own, words):
+    with pytest.raises(ValueError, match=words):
+        stage2.make_step(toy[0], *SGD, AdversarialOptions(), own)
