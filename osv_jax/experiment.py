@@ -65,9 +65,12 @@ def check_config(config: ConfigDict) -> None:
     for name in config.trainable:
         if name not in groups.TRAINABLE:
             raise UserError(f"config.trainable has {name!r}, which is not one of {', '.join(groups.TRAINABLE)}.")
-    for name in ("batch_size", "grad_accum", "num_steps", "log_every", "picture_every", "checkpoint_every"):
-        if config[name] < 1:
-            raise UserError(f"config.{name}={config[name]} must be at least 1.")
+    at_least_one = ("batch_size", "grad_accum", "num_steps", "log_every", "picture_every", "checkpoint_every")
+    for name in (*at_least_one, "keep_checkpoints", "data.num_frames", "lora.rank", "num_levels"):
+        if flat[name] < 1:
+            raise UserError(f"config.{name}={flat[name]} must be at least 1.")
+    if flat["data.fps"] <= 0:
+        raise UserError(f"config.data.fps={flat['data.fps']:g} must be positive.")
     if "solver_steps" in config and not 1 <= config.solver_steps < config.num_levels:
         raise UserError(f"config.solver_steps={config.solver_steps} must lie in 1 .. {config.num_levels - 1}.")
     if bool(config.weights) == bool(config.random_networks):

@@ -202,6 +202,8 @@ def refused(config, workdir) -> str:
         ("trainable", ("lora", "some"), ["config.trainable", "temporal_transformer"]),
         ("init_from", "nowhere", ["config.init_from=nowhere", "stage 1"]),
         ("batch_size", 0, ["config.batch_size=0"]),
+        ("lora.rank", 0, ["config.lora.rank=0"]),
+        ("data.fps", 0.0, ["config.data.fps=0"]),
         ("objective", "stage9", ["stage9", "stage1"]),
         ("lora.targets", "some", ["config.lora.targets", "attention"]),
         ("dtype", "float8", ["config.dtype", "bfloat16"]),
