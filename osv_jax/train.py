@@ -7,6 +7,7 @@ checkpoints/, metrics.jsonl, tensorboard/, pictures/ and losses.png.
 from __future__ import annotations
 
 import collections
+import contextlib
 import dataclasses
 import math
 import os
@@ -111,12 +112,11 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
                 print(f"Starting from step {checkpoint.latest_step(origin)} of {origin}.")
         print(experiment.describe(config, state, frozen, len(index.clips)))
 
-        writer = metrics.MetricsWriter(workdir, start, jax.process_index())
-        run = _Run(config, workdir, networks, optimizers, devices, index, frozen, shardings, checkpoints, writer)
-        for phase in experiment.phases_of(config):
-            if start < phase.end:
-                state = _run_phase(run, phase, max(start, phase.start), state)
-        writer.close()
+        with contextlib.closing(metrics.MetricsWriter(workdir, start, jax.process_index())) as writer:
+            run = _Run(config, workdir, networks, optimizers, devices, index, frozen, shardings, checkpoints, writer)
+            for phase in experiment.phases_of(config):
+                if start < phase.end:
+                    state = _run_phase(run, phase, max(start, phase.start), state)
     print(
         f"Done: {int(state.step)} steps.\n"
         f"  metrics      {workdir / 'metrics.jsonl'}, {workdir / 'losses.png'}, tensorboard --logdir {workdir}\n"

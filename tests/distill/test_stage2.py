@@ -1,18 +1,18 @@
 """The step of stage 2 against OSV's Eq. 8 to 10 written out plainly, and who learns from it."""
 
 import dataclasses
-import itertools
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import plain_stage2 as plain
 import pytest
 import tiny
 from conftest import relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.flatten_util import ravel_pytree
+from toy_unet import ToyUNet
 
 from osv_jax.convert.architectures import expected_params
 from osv_jax.diffusion.edm import denoise
@@ -22,9 +22,7 @@ from osv_jax.distill.networks import build_networks, random_params
 from osv_jax.distill.stage2 import Stage2Options
 from osv_jax.distill.state import Student, init_state, update_ema
 from osv_jax.models import groups
-from osv_jax.models.discriminator import discriminate, discriminate_pixels
-from osv_jax.models.layers import Dense, FeedForward
-from osv_jax.models.svd_unet import SVDUNet
+from osv_jax.models.discriminator import discriminate_pixels
 
 TRAINABLE = ("lora", "temporal_transformer")
 # Plain descent: Adam's first step is the gradient's sign, and that of a rounding error is anybody's guess.
@@ -44,36 +42,6 @@ def one_level_networks_and_frozen():
     shapes = {"unet": unflatten_dict(expected_params("unet", UNET))}
     frozen = tiny.tiny_frozen() | jax.tree.map(jnp.asarray, random_params(shapes, 0, np.float32))
     return build_networks(configs, discriminator_blocks=(0,)), frozen
-
-
-class _Block(nn.Module):
-    dtype: object
-    param_dtype: object
-
-    @nn.compact
-    def __call__(self, x):
-        return x + FeedForward(self.dtype, self.param_dtype, name="ff")(x)
-
-
-class _Attention(nn.Module):
-    dtype: object
-    param_dtype: object
-
-    @nn.compact
-    def __call__(self, x):
-        return _Block(self.dtype, self.param_dtype, name="temporal_transformer_blocks_0")(x)
-
-
-class ToyUNet(SVDUNet):
-    """Stands in for the UNet where only the objective matters: it depends on all its inputs and compiles at once."""
-
-    @nn.compact
-    def __call__(self, sample, timestep, image_embedding, added_time_ids):
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        shift = timestep + image_embedding.mean(axis=-1) + 0.01 * added_time_ids.sum(axis=-1)
-        x = Dense(16, name="proj_in", **dtypes)(sample) + shift[:, None, None, None, None].astype(self.dtype)
-        x = _Attention(name="attentions_0", **dtypes)(jnp.sin(x))
-        return Dense(4, name="conv_out", **dtypes)(x + x[:, ::-1]).astype(jnp.float32)
 
 
 def toy_networks_and_frozen(dtype=jnp.float32):
@@ -109,107 +77,6 @@ def draw_and_pose(networks, options=AdversarialOptions(), own=Stage2Options()): 
     return given[-2:]
 
 
-# ---- Eq. 8 to 10, with nothing of diffusion/ and distill/.
-
-
-def plain_sigmas(index, num_levels=100):
-    """t_{index + 1} of the grid, in float64."""
-    low, high = 0.002 ** (1 / 7), 700.0 ** (1 / 7)
-    return (low + np.asarray(index, np.float64) / (num_levels - 1) * (high - low)) ** 7
-
-
-def column(values):
-    return jnp.asarray(values, jnp.float32)[:, None, None, None, None]
-
-
-def plain_denoiser(networks):
-    @jax.jit
-    def denoiser(variables, x, sigma, cond):
-        s, sigma = column(sigma), jnp.asarray(sigma, jnp.float32)
-        images = jnp.repeat(cond.image_latents[:, None], x.shape[1], axis=1)
-        sample = jnp.concatenate([x / jnp.sqrt(s**2 + 1), images], axis=-1)
-        prediction = networks.unet.apply(
-            variables, sample, 0.25 * jnp.log(sigma), cond.image_embedding, cond.added_time_ids
-        )
-        return x / (s**2 + 1) - s / jnp.sqrt(s**2 + 1) * prediction
-
-    return denoiser
-
-
-def plain_variables(base, student):
-    params = flatten_dict(base) | flatten_dict(student.tuned)
-    nested = {}
-    for path, leaf in params.items():
-        node = nested
-        for name in path[:-1]:
-            node = node.setdefault(name, {})
-        node[path[-1]] = leaf
-    return {"params": nested, "lora": student.lora}
-
-
-def plain_question(denoiser, state, frozen, batch, index, noise, guidance, steps=5):
-    """x at t_{n+m}, its sigma, the target f_ema(x_tn, t_n) and lambda(t_n); guidance [b f]."""
-    sigmas = [plain_sigmas(np.asarray(index) + steps - i) for i in range(steps + 1)]
-    weight = jnp.asarray(guidance)[:, :, None, None, None]
-    dropped = dataclasses.replace(
-        batch.cond,
-        image_embedding=0 * batch.cond.image_embedding,
-        image_latents=0 * batch.cond.image_latents,
-    )
-    start = x = batch.latents + column(sigmas[0]) * noise
-    for sigma, lower in itertools.pairwise(sigmas):
-        unconditional, conditional = (denoiser({"params": frozen["unet"]}, x, sigma, c) for c in (dropped, batch.cond))
-        guided = (1 - weight) * unconditional + weight * conditional
-        x = x + column(lower - sigma) * (x - guided) / column(sigma)
-    target = denoiser(plain_variables(frozen["unet"], state.ema), x, sigmas[-1], batch.cond)
-    return start, sigmas[0], target, (1 / (sigmas[0] - sigmas[-1])) ** 0.1
-
-
-def plain_logits(networks, disc, frozen, latents, update_stats):
-    logits, spectral = discriminate(
-        networks.discriminator, networks.dinov2, disc, frozen["dinov2"], latents, update_stats
-    )
-    return jnp.concatenate(jax.tree.leaves(logits), axis=1), spectral
-
-
-def plain_disc_gradient(networks, disc, frozen, real, fake):
-    """Eq. 9: its value, its gradient, and the spectral statistics."""
-
-    @jax.jit
-    def run(params, spectral, dinov2, real, fake):
-        def loss(params):
-            variables = {"params": params, "spectral": spectral}
-            judge = lambda latents: plain_logits(networks, variables, {"dinov2": dinov2}, latents, True)  # noqa: E731
-            (real_logits, updated), (fake_logits, _) = judge(real), judge(fake)
-            value = jnp.mean(jnp.maximum(0, 1 - real_logits)) + jnp.mean(jnp.maximum(0, 1 + fake_logits))
-            return value, updated
-
-        return jax.value_and_grad(loss, has_aux=True)(params)
-
-    (value, spectral), gradient = run(disc["params"], disc["spectral"], frozen["dinov2"], real, fake)
-    return value, gradient, spectral
-
-
-def plain_student_gradient(networks, denoiser, disc, state, frozen, question, cond, gan=0.1):
-    """Eq. 10: its two terms and the gradient of their sum, straight through everything."""
-    x, sigma, target, weight = question
-
-    @jax.jit
-    def run(student, disc, frozen, x, sigma, target, weight, cond):
-        def loss(student):
-            answer = denoiser(plain_variables(frozen["unet"], student), x, sigma, cond)
-            logits, _ = plain_logits(networks, disc, frozen, answer, False)
-            distance = jnp.sqrt((answer - target) ** 2 + 1e-6) - 1e-3
-            terms = jnp.mean(jnp.maximum(0, 1 - logits)), jnp.mean(weight * distance.mean(axis=(1, 2, 3, 4)))
-            return gan * terms[0] + terms[1], terms
-
-        return jax.grad(loss, has_aux=True)(student)
-
-    arguments = (jnp.asarray(sigma, jnp.float32), target, jnp.asarray(weight, jnp.float32), cond)
-    gradient, terms = run(state.student, disc, frozen, x, *arguments)
-    return terms, gradient
-
-
 def descend(tree, gradient, rate):
     return jax.tree.map(lambda x, g: x - rate * g, tree, gradient)
 
@@ -222,7 +89,7 @@ def differences(actual, expected, before=None):
     return relative_error(flat[0], flat[1]), change
 
 
-# ---- The real networks, one step.
+# ---- The real UNet, one step.
 
 
 @pytest.fixture(scope="module")
@@ -260,14 +127,14 @@ def test_step_is_equations_8_to_10(real, real_step):
     networks, frozen, batch, state = real
     key, new_state, metrics = real_step
     draws = draw_and_pose(networks)[0](key, batch)
-    denoiser = plain_denoiser(networks)
+    denoiser = plain.denoiser(networks)
     guidance = np.tile(np.linspace(1, 3, batch.latents.shape[1]), (2, 1)).astype(np.float32)
-    question = plain_question(denoiser, state, frozen, batch, draws["index"], draws["noise"], guidance)
+    question = plain.question(denoiser, state, frozen, batch, draws["index"], draws["noise"], guidance)
 
-    fake = denoiser(plain_variables(frozen["unet"], state.student), *question[:2], batch.cond)
-    loss_disc, g_disc, spectral = plain_disc_gradient(networks, state.disc, frozen, question[2], fake)
+    fake = denoiser(plain.variables(frozen["unet"], state.student), *question[:2], batch.cond)
+    loss_disc, g_disc, spectral = plain.disc_gradient(networks, state.disc, frozen, question[2], fake)
     disc = {"params": descend(state.disc["params"], g_disc, RATES["disc"]), "spectral": spectral}
-    (gan, huber), g_student = plain_student_gradient(networks, denoiser, disc, state, frozen, question, batch.cond)
+    (gan, huber), g_student = plain.student_gradient(networks, denoiser, disc, state, frozen, question, batch.cond)
     student = descend(state.student, g_student, RATES["student"])
     ema = jax.tree.map(lambda old, new: 0.95 * old + 0.05 * new, state.ema, student)
 
@@ -370,7 +237,7 @@ def test_question_and_target_for_every_guidance(toy, kind):
     draw, pose = draw_and_pose(networks, own=own)
     draws = draw(jax.random.key(5), batch) | {"index": jnp.array([0, 94])}
     example = jax.jit(pose)(state, frozen, batch, draws)
-    np.testing.assert_allclose(example.sigma, plain_sigmas([5, 99]), rtol=1e-6)
+    np.testing.assert_allclose(example.sigma, plain.sigmas([5, 99]), rtol=1e-6)
 
     uniform, frames = np.asarray(draws["uniform"]), batch.latents.shape[1]
     guidance = {
@@ -380,8 +247,8 @@ def test_question_and_target_for_every_guidance(toy, kind):
     }[kind]
     assert kind != "range" or abs(uniform[0] - uniform[1]) > 0.01
     guidance = guidance.astype(np.float32)
-    x, _, target, weight = plain_question(
-        plain_denoiser(networks), state, frozen, batch, draws["index"], draws["noise"], guidance
+    x, _, target, weight = plain.question(
+        plain.denoiser(networks), state, frozen, batch, draws["index"], draws["noise"], guidance
     )
     assert relative_error(example.x, x) <= 1e-6
     for clip in range(2):
@@ -429,15 +296,15 @@ def toy_step(toy):
 
 def test_decoded_clips_are_judged_instead_of_latents(toy, toy_step):
     networks, frozen, batch, state = toy
-    plain, decoded = toy_step(), toy_step(AdversarialOptions(decode=True))
+    latents, decoded = toy_step(), toy_step(AdversarialOptions(decode=True))
     assert np.isfinite(ravel_pytree(decoded)[0]).all()
     # The teacher's part is the same, the discriminator's another.
-    assert decoded[1]["loss_huber"] == pytest.approx(float(plain[1]["loss_huber"]), rel=1e-6)
-    assert abs(decoded[1]["loss_disc"] - plain[1]["loss_disc"]) > 1e-4
+    assert decoded[1]["loss_huber"] == pytest.approx(float(latents[1]["loss_huber"]), rel=1e-6)
+    assert abs(decoded[1]["loss_disc"] - latents[1]["loss_disc"]) > 1e-4
     # The upsampler has nothing to do, and does not learn.
     before, after = state.disc["params"]["upsampler"], decoded[0].disc["params"]["upsampler"]
     assert jax.tree.all(jax.tree.map(np.array_equal, before, after))
-    assert not np.array_equal(before["kernel"], plain[0].disc["params"]["upsampler"]["kernel"])
+    assert not np.array_equal(before["kernel"], latents[0].disc["params"]["upsampler"]["kernel"])
 
     draw, pose = draw_and_pose(networks)
 
@@ -462,8 +329,8 @@ def test_without_the_adversarial_loss(toy, toy_step):
     draw, pose = draw_and_pose(networks)
     example = jax.jit(pose)(state, frozen, batch, draw(jax.random.key(3), batch))
     question = (example.x, example.sigma, example.target, example.weight)
-    terms, gradient = plain_student_gradient(
-        networks, plain_denoiser(networks), state.disc, state, frozen, question, batch.cond, gan=0.0
+    terms, gradient = plain.student_gradient(
+        networks, plain.denoiser(networks), state.disc, state, frozen, question, batch.cond, gan=0.0
     )
     assert metrics["loss_huber"] == pytest.approx(float(terms[1]), rel=1e-5)
     expected = descend(state.student, gradient, RATES["student"])
@@ -481,8 +348,8 @@ def test_accumulated_gradients_are_the_batchs(toy, toy_step):
     draw, pose = draw_and_pose(networks)
     example = jax.jit(pose)(state, frozen, batch, draw(jax.random.key(3), batch))
     question = (example.x, example.sigma, example.target, example.weight)
-    terms, gradient = plain_student_gradient(
-        networks, plain_denoiser(networks), state.disc, state, frozen, question, batch.cond
+    terms, gradient = plain.student_gradient(
+        networks, plain.denoiser(networks), state.disc, state, frozen, question, batch.cond
     )
     assert metrics["loss_student"] == pytest.approx(float(0.1 * terms[0] + terms[1]), rel=1e-5)
     expected = descend(state.student, gradient, RATES["student"])

@@ -1,0 +1,231 @@
+"""The training program's stage 2: started from stage 1, over two resolutions, stopped and resumed."""
+
+import dataclasses
+import json
+import pathlib
+import shutil
+
+import jax
+import micro_stage1
+import micro_stage2
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from flax.traverse_util import flatten_dict
+from jax.sharding import AxisType
+from toy_unet import ToyUNet
+
+from osv_jax import experiment, train
+from osv_jax.convert.architectures import ARCHITECTURES
+from osv_jax.distill import networks
+from osv_jax.errors import UserError
+
+STEPS, SWITCH = 4, 2
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """A mesh of one device, a toy for the UNet and no pictures: those compile slowly, and have their own tests."""
+    kinds = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=kinds, devices=jax.devices()[:1])
+
+    def build_networks(*args, **options):
+        made = networks.build_networks(*args, **options)
+        unet = made.unet
+        return dataclasses.replace(made, unet=ToyUNet(unet.config, unet.dtype, unet.param_dtype))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.mesh, "make_mesh", lambda data, fsdp: mesh)
+        patch.setattr(train, "make_picture", lambda *_: lambda *_: np.zeros((8, 8, 3), np.uint8))
+        patch.setattr(experiment, "build_networks", build_networks)
+        patch.setitem(ARCHITECTURES, "unet", dataclasses.replace(ARCHITECTURES["unet"], network=ToyUNet))
+        yield mesh
+
+
+@pytest.fixture(scope="module")
+def stage1(tmp_path_factory):
+    """The workdir of two steps of stage 1."""
+    workdir = tmp_path_factory.mktemp("stage1") / "run"
+    config = smallest(micro_stage1.get_config())
+    config.num_steps = 2
+    train.train(config, workdir)
+    return workdir
+
+
+def smallest(config):
+    """Fewer parts still, but LoRA on all of the toy's."""
+    config.discriminator_blocks, config.lora.targets = (0,), "all"
+    config.random_networks.dinov2.num_hidden_layers = 1
+    return config
+
+
+def stage2_config(origin, **changes):
+    config = smallest(micro_stage2.get_config())
+    config.init_from = str(origin)
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def straight(stage1, tmp_path_factory):
+    """A run of stage 2 that nothing stopped."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    train.train(stage2_config(stage1, num_steps=STEPS), workdir)
+    return workdir
+
+
+def state_of(workdir: pathlib.Path, step: int) -> dict:
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        return checkpointer.restore((workdir / "checkpoints" / str(step) / "state").absolute())
+
+
+def metrics_of(workdir: pathlib.Path) -> dict[int, dict]:
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timing = ("seconds_per_step", "clips_per_second")
+    return {row["step"]: {k: v for k, v in row.items() if k not in timing} for row in rows}
+
+
+def assert_same(actual, expected):
+    leaves, others = jax.tree.leaves_with_path(actual), jax.tree.leaves(expected)
+    assert len(leaves) == len(others) > 0
+    for (path, leaf), other in zip(leaves, others, strict=True):
+        np.testing.assert_array_equal(leaf, other, err_msg=jax.tree_util.keystr(path))
+
+
+# Before, at and after the change of resolution.
+@pytest.mark.parametrize("stop", [SWITCH - 1, SWITCH, SWITCH + 1])
+def test_a_stopped_run_continues_bit_for_bit(straight, stage1, stop, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    # What a run that is killed leaves: later metrics may be there, later checkpoints are not.
+    for step in range(stop + 1, STEPS + 1):
+        shutil.rmtree(workdir / "checkpoints" / str(step))
+    capsys.readouterr()
+    train.train(stage2_config(stage1, num_steps=STEPS), workdir)
+    output = capsys.readouterr().out
+    assert f"Resuming from step {stop}." in output and "Starting from" not in output
+    assert ("Compiling the step for 16 x 24" in output) == (stop < SWITCH)
+    assert "Compiling the step for 24 x 16" in output
+    assert_same(state_of(workdir, STEPS), state_of(straight, STEPS))
+    assert metrics_of(workdir) == metrics_of(straight)
+    assert sorted(metrics_of(workdir)) == list(range(1, STEPS + 1))
+
+
+def test_state_carries_over_to_the_second_resolution(straight):
+    before, after = state_of(straight, SWITCH), state_of(straight, SWITCH + 1)
+    assert after["step"] == SWITCH + 1
+    # Adam's moments too are continued, not begun again.
+    leaves = jax.tree.leaves_with_path(after)
+    counts = [int(leaf) for path, leaf in leaves if "count" in jax.tree_util.keystr(path[-1:])]
+    assert len(counts) == 2 and set(counts) == {SWITCH + 1}
+    old, new = (flatten_dict(state["student"]) for state in (before, after))
+    assert {path[0] for path in new} == {"lora", "tuned"}
+    # A step of Adam moves nothing by more than its learning rate, within a factor.
+    assert 0 < max(np.abs(new[path] - old[path]).max() for path in new) < 0.02
+
+
+def first_state(config, one):
+    """The state that a run of `config` begins with, and one that begins with the teacher."""
+    made, optimizers = experiment.networks_of(config), experiment.optimizers_of(config)
+    with jax.set_mesh(one):
+        frozen = experiment.load_frozen(config, made, one)
+        fresh = jax.jit(experiment.make_init(config, made, optimizers))(jax.random.key(0), frozen["unet"])
+        origin = pathlib.Path(config.init_from)
+        experiment.check_origin(origin, config)
+        return experiment.start_from(origin, fresh, optimizers), fresh
+
+
+def test_stage_2_begins_with_stage_1s_student_and_discriminator(stage1, one_device):
+    start, fresh = first_state(stage2_config(stage1), one_device)
+    trained = state_of(stage1, 2)
+    assert_same(start.student.lora, trained["student"]["lora"])
+    assert_same(start.disc, trained["disc"])
+    assert_same(start.ema.lora, trained["student"]["lora"])
+    assert any(np.any(leaf) for path, leaf in flatten_dict(start.student.lora).items() if path[-1] == "b")
+    # Stage 1 did not train these: they begin with the base, and the optimizers from nothing.
+    assert_same((start.student.tuned, start.ema.tuned), (fresh.student.tuned, fresh.student.tuned))
+    assert start.step == 0
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves((start.opt_student, start.opt_disc)))
+
+
+def test_a_run_says_where_it_starts_and_what_it_trains(stage1, tmp_path, capsys, monkeypatch):
+    class Stop(Exception):
+        pass
+
+    def stop(*_):
+        raise Stop
+
+    monkeypatch.setattr(train, "_run_phase", stop)
+    with pytest.raises(Stop):
+        train.train(stage2_config(stage1), tmp_path / "run")
+    output = capsys.readouterr().out
+    assert f"Starting from step 2 of {stage1}." in output
+    rows = {line.split()[0]: line.split() for line in output.splitlines() if line.split()[2::2] == ["M", "M"]}
+    assert list(rows) == ["lora", *experiment.groups.GROUPS]
+    trained = {name for name, row in rows.items() if float(row[3]) > 0}
+    assert trained == {"lora", "temporal_transformer"}
+    assert "16 x 24 to step 2, 24 x 16 to step 4" in output
+
+
+def refused(config, workdir) -> str:
+    with pytest.raises(UserError) as error:
+        train.train(config, workdir)
+    assert not list(workdir.glob("checkpoints/*"))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("changes", "words"),
+    [
+        ({"lora.rank": 8}, ["config.lora is", "'rank': 8", "'rank': 4"]),
+        ({"lora.targets": "attention"}, ["config.lora is", "attention"]),
+        (
+            {"random_networks.dinov2.num_hidden_layers": 2, "discriminator_blocks": (1,)},
+            ["config.discriminator_blocks is [1]", "has [0]"],
+        ),
+        ({"random_networks.unet.layers_per_block": 2}, ["config.random_networks is"]),
+    ],
+)
+def test_a_run_that_does_not_fit_is_refused(stage1, changes, words, tmp_path):
+    sentence = refused(stage2_config(stage1, **changes), tmp_path / "run")
+    assert all(word in sentence for word in [*words, str(stage1), "must be the same"]), sentence
+
+
+def test_groups_that_the_other_run_trained_must_not_be_dropped(straight, tmp_path):
+    sentence = refused(stage2_config(straight, trainable=("lora",)), tmp_path / "run")
+    assert f"The run in {straight} trained the groups temporal_transformer" in sentence
+    assert "config.trainable" in sentence
+
+
+def test_a_folder_that_is_no_workdir_is_refused(tmp_path):
+    (tmp_path / "other").mkdir()
+    for origin in (tmp_path / "other", tmp_path / "missing"):
+        sentence = refused(stage2_config(origin), tmp_path / "run")
+        assert f"config.init_from={origin} is not the workdir of a run" in sentence and "stage 1" in sentence
+
+
+def test_a_run_without_a_checkpoint_is_refused(stage1, tmp_path):
+    origin = tmp_path / "origin"
+    (origin / "checkpoints").mkdir(parents=True)
+    shutil.copy(stage1 / "config.json", origin)
+    assert f"config.init_from={origin} has no checkpoint yet" in refused(stage2_config(origin), tmp_path / "run")
+
+
+def test_a_checkpoint_of_other_shapes_is_refused(stage1, tmp_path):
+    """As a config.json that was edited, or exchanged, would have it."""
+    origin = tmp_path / "origin"
+    shutil.copytree(stage1, origin)
+    before = json.loads((origin / "config.json").read_text())
+    before["lora"] |= {"rank": 2, "alpha": 2.0}
+    (origin / "config.json").write_text(json.dumps(before))
+    sentence = refused(stage2_config(origin, **{"lora.rank": 2, "lora.alpha": 2.0}), tmp_path / "run")
+    assert f"The checkpoint of step 2 in {origin} does not fit this run" in sentence
+    assert "student/lora" in sentence and "use the configuration it was trained with" in sentence
+
+
+def test_a_damaged_checkpoint_of_stage_1_is_named(stage1, tmp_path):
+    origin = tmp_path / "origin"
+    shutil.copytree(stage1, origin)
+    shutil.rmtree(origin / "checkpoints" / "2" / "state")
+    sentence = refused(stage2_config(origin), tmp_path / "run")
+    assert f"The checkpoint {origin / 'checkpoints' / '2'} is damaged" in sentence
