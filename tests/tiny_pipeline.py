@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import pathlib
 
 import tiny
@@ -11,9 +12,13 @@ from torch_reference import randomise, torch_unet
 
 from osv_jax.convert.importers import import_dinov2, import_svd
 
+# In a network of 32 channels every group of a GroupNorm is one channel, which takes away what the time embedding adds.
+UNET = dataclasses.replace(tiny.CONFIGS["unet"], block_out_channels=(64, 32))
+CONFIGS = tiny.CONFIGS | {"unet": UNET}
+
 
 def save_pipeline(folder: pathlib.Path) -> StableVideoDiffusionPipeline:
-    """Saves a pipeline with the architectures of `tiny` (but CLIP at 224 pixels, which the pipeline insists on)."""
+    """Saves a pipeline with the architectures of `CONFIGS` (but CLIP at 224 pixels, which the pipeline insists on)."""
     vae, clip = tiny.CONFIGS["vae"], tiny.CONFIGS["image_encoder"]
     pipeline = StableVideoDiffusionPipeline(
         vae=randomise(
@@ -39,7 +44,7 @@ def save_pipeline(folder: pathlib.Path) -> StableVideoDiffusionPipeline:
             ),
             seed=2,
         ),
-        unet=torch_unet(tiny.CONFIGS["unet"], seed=3),
+        unet=torch_unet(UNET, seed=3),
         # The released scheduler_config.json.
         scheduler=EulerDiscreteScheduler(
             beta_start=0.00085,

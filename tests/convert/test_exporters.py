@@ -14,6 +14,7 @@ import tiny
 import tiny_pipeline
 from conftest import relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
+from PIL import Image
 from torch_forward import run_flax, run_torch
 
 from osv_jax import experiment
@@ -30,7 +31,7 @@ from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.runtime import checkpoint
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHAPES = expected_params("unet", tiny.CONFIGS["unet"])
+SHAPES = expected_params("unet", tiny_pipeline.UNET)
 SCALE = 3.0
 convert = runpy.run_path(str(ROOT / "tools" / "convert_weights.py"))["main"]
 
@@ -119,9 +120,29 @@ def test_the_documented_lines_load_the_student(home, base, state, kind, part, ca
     exec(documented_lines(LINES[kind]), loaded)
     student = run_flax({"params": base, "lora": scale_lora(state[part]["lora"], SCALE)})
     assert relative_error(run_torch(loaded["unet"]), student) <= 1e-4
-    # The run has moved something, in linear layers, spatial and temporal convolutions, or this would say nothing.
     assert relative_error(run_flax({"params": base}), student) > 1e-2
-    assert {SHAPES[(*path, "kernel")].ndim for path in ranks(state[part]["lora"])} == {2, 4, 5}
+
+
+def test_every_kind_of_module_has_learnt(base, state):
+    """Without this the comparison with PyTorch would say nothing about the modules whose LoRA does nothing."""
+    lora = flatten_dict(scale_lora(state["student"]["lora"], SCALE))
+    whole = run_flax({"params": base, "lora": unflatten_dict(lora)})
+    assert {SHAPES[(*path, "kernel")].ndim for path in ranks(unflatten_dict(lora))} == {2, 4, 5}
+    kinds = {path[-2] for path in lora}
+    assert kinds >= {"to_q", "to_v", "proj", "net_2", "proj_in", "conv", "conv1", "conv_shortcut", "time_emb_proj"}
+    for kind in kinds:
+        without = {path: 0 * leaf if path[-2] == kind else leaf for path, leaf in lora.items()}
+        difference = relative_error(run_flax({"params": base, "lora": unflatten_dict(without)}), whole)
+        assert difference > 1e-3, (kind, difference)
+
+
+def test_the_documented_lines_make_a_video(home):
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)).save("cat.png")
+    lines = {}
+    exec(documented_lines("The same in Python"), lines)
+    # The size that the run was trained at.
+    assert lines["frames"].shape == (3, 16, 24, 3) and lines["frames"].std() > 1
+    assert pathlib.Path("cat.mp4").stat().st_size > 500
 
 
 def test_student_and_average_differ(base, state):
@@ -164,9 +185,9 @@ def test_tuned_layers_are_in_the_merged_unet_and_their_absence_elsewhere_is_said
 
 def test_the_merged_unet_is_the_base_where_nothing_was_trained(base, state, tmp_path):
     lora = scale_lora(state["student"]["lora"], SCALE)
-    exporters.export_unet(tiny.CONFIGS["unet"], merge_lora(base, lora), tmp_path / "unet", "bfloat16")
+    exporters.export_unet(tiny_pipeline.UNET, merge_lora(base, lora), tmp_path / "unet", "bfloat16")
     description = json.loads((tmp_path / "unet" / "config.json").read_text())
-    assert ARCHITECTURES["unet"].from_json(description) == tiny.CONFIGS["unet"]
+    assert ARCHITECTURES["unet"].from_json(description) == tiny_pipeline.UNET
     from safetensors.torch import load_file
 
     tensors = load_file(tmp_path / "unet" / "diffusion_pytorch_model.safetensors")
@@ -196,7 +217,7 @@ def test_peft_targets_are_named_one_by_one(state):
 def test_a_float16_overflow_is_refused(tmp_path):
     params = {"x": {"kernel": np.full((2, 3), 1e5, np.float32)}}
     with pytest.raises(UserError, match=r"x\.weight has values beyond float16"):
-        exporters.export_unet(tiny.CONFIGS["unet"], params, tmp_path / "unet", "float16")
+        exporters.export_unet(tiny_pipeline.UNET, params, tmp_path / "unet", "float16")
     assert list(tmp_path.iterdir()) == []
 
 
@@ -242,6 +263,6 @@ def _other_weights(folder):
     from osv_jax.convert.weights import save_component
     from osv_jax.distill.networks import random_params
 
-    config = dataclasses.replace(tiny.CONFIGS["unet"], block_out_channels=(32, 64))
+    config = dataclasses.replace(tiny_pipeline.UNET, block_out_channels=(32, 64))
     params = random_params(unflatten_dict(expected_params("unet", config)), 0, np.float32)
     save_component(folder / "unet", "unet", config, params, folder)

@@ -4,16 +4,16 @@ from __future__ import annotations
 
 import jax
 import numpy as np
-import tiny
 import torch
+from tiny_pipeline import UNET
 
 from osv_jax.models.svd_unet import SVDUNet
 
 # Batch 2, odd sizes; a time and a noise strength of its own for each clip.
 _RNG = np.random.default_rng(0)
-_SHAPES = (2, 3, 5, 7, 8), (2,), (2, tiny.CONFIGS["unet"].cross_attention_dim), (2, 3)
+_SHAPES = (2, 3, 5, 7, 8), (2,), (2, UNET.cross_attention_dim), (2, 3)
 _INPUTS = [_RNG.standard_normal(shape, np.float32) for shape in _SHAPES]
-_apply = jax.jit(SVDUNet(tiny.CONFIGS["unet"]).apply)
+_apply = jax.jit(SVDUNet(UNET).apply)
 
 
 def run_flax(variables) -> np.ndarray:
