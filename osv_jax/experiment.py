@@ -140,11 +140,6 @@ def load_frozen(config: ConfigDict, networks: Networks, devices: jax.sharding.Me
     return jax.device_put(random_params(shapes, 0, dtype), shardings)
 
 
-def lora_scale(config: ConfigDict) -> float:
-    """alpha / rank."""
-    return config.lora.alpha / config.lora.rank
-
-
 def optimizers_of(config: ConfigDict) -> Optimizers:
     """Adam for the student and for the discriminator."""
     chosen = config.optimizer
@@ -206,50 +201,53 @@ def _begin(state: TrainState, student: Student, disc: dict[str, Params], optimiz
     return begin(student, disc)
 
 
-def start_from_lora(
-    path: pathlib.Path, config: ConfigDict, state: TrainState, unet_params: Params, optimizers: Optimizers
-) -> tuple[TrainState, str]:
-    """`state`, with a student whose LoRA was trained elsewhere: what can replace stage 1 (OSV section 4).
-
-    Modules that the file does not cover keep their initial LoRA, which changes nothing; the discriminator is fresh.
+def read_lora(path: pathlib.Path, config: ConfigDict, networks: Networks) -> lora_files.LoraFile:
+    """A LoRA trained elsewhere, for `start_from_lora`.
 
     Args:
         path: a PEFT adapter folder or a LoRA file.
 
-    Returns:
-        The state, and what there is to know about the file.
-
     Raises:
-        UserError: a file that does not fit the UNet, or this configuration.
+        UserError: a file that does not fit the UNet, or of which this configuration would lose a part.
     """
-    read = lora_files.read_lora(path, flatten_dict(unet_params))
-    wrong = sorted(set(lora_files.ranks(read.lora).values()) - {config.lora.rank})
+    shapes = expected_params("unet", networks.unet.config)
+    read = lora_files.read_lora(path, shapes)
+    ranks = lora_files.ranks(read.lora)
+    wrong = sorted(set(ranks.values()) - {config.lora.rank})
     if wrong:
         raise UserError(
             f"{path} has LoRA of rank {', '.join(map(str, wrong))}, but config.lora.rank={config.lora.rank}: they must"
             " be the same, for all modules."
         )
-    own, given = flatten_dict(state.student.lora), flatten_dict(lora.scale_lora(read.lora, 1 / lora_scale(config)))
-    lost = sorted({"/".join(key[:-1]) for key in given.keys() - own.keys()})
+    own = lora.target_modules(unflatten_dict(shapes), config.lora.targets)
+    lost = ["/".join(module) for module in ranks if module not in own]
     if lost:
         raise UserError(
             f"{path} covers {len(lost)} modules that config.lora.targets={config.lora.targets!r} does not:"
             f" {', '.join(lost[:10])}; their changes would be lost, so choose other targets or another LoRA."
         )
-    student = state.student.replace(lora=unflatten_dict(own | given))
-    return _begin(state, student, state.disc, optimizers), read.notice
+    return read
+
+
+def start_from_lora(given: Params, config: ConfigDict, state: TrainState, optimizers: Optimizers) -> TrainState:
+    """`state`, with a student whose LoRA was trained elsewhere: what can replace stage 1 (OSV section 4).
+
+    Modules that it does not cover keep their initial LoRA, which changes nothing; the discriminator is fresh.
+
+    Args:
+        given: the LoRA, with its own alpha = rank; see `read_lora`.
+    """
+    scaled = lora.scale_lora(given, config.lora.rank / config.lora.alpha)
+    own = flatten_dict(state.student.lora) | flatten_dict(scaled)
+    return _begin(state, state.student.replace(lora=unflatten_dict(own)), state.disc, optimizers)
 
 
 def check_origin(workdir: pathlib.Path, config: ConfigDict) -> None:
     """Whether the run in `workdir` can be continued from with this configuration.
 
-    A LoRA file is checked by `start_from_lora`, which knows the UNet.
-
     Raises:
         UserError: not a workdir, nothing trained there yet, or values that must agree and do not.
     """
-    if lora_files.is_lora(workdir):
-        return
     try:
         before = json.loads((workdir / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
@@ -273,7 +271,7 @@ def make_train_step(config: ConfigDict, networks: Networks, optimizers: Optimize
         adversarial_weight=config.adversarial_weight,
         huber_c=config.huber_c,
         ema_decay=config.ema_decay,
-        lora_scale=lora_scale(config),
+        lora_scale=config.lora.alpha / config.lora.rank,
         boundary=config.boundary,
         grad_accum=config.grad_accum,
         decode=config.discriminator_input == "decoded",

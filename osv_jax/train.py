@@ -80,7 +80,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     networks = experiment.networks_of(config)
     origin = pathlib.Path(config.init_from) if config.init_from else None
     start = checkpoint.latest_step(workdir) or 0
-    if origin and not start:
+    given = None
+    if origin and not start and lora_files.is_lora(origin):
+        given = experiment.read_lora(origin, config, networks)
+    elif origin and not start:
         experiment.check_origin(origin, config)
     index = index_videos(config, workdir)
     devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
@@ -104,9 +107,9 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
             print(f"Resuming from step {start}.")
         else:
             state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed), frozen["unet"])
-            if origin and lora_files.is_lora(origin):
-                state, notice = experiment.start_from_lora(origin, config, state, frozen["unet"], optimizers)
-                print(f"Starting from the LoRA {origin}, instead of stage 1. {notice}".rstrip())
+            if given:
+                state = experiment.start_from_lora(given.lora, config, state, optimizers)
+                print(f"Starting from the LoRA {origin}, instead of stage 1. {given.notice}".rstrip())
             elif origin:
                 state = experiment.start_from(origin, state, optimizers)
                 print(f"Starting from step {checkpoint.latest_step(origin)} of {origin}.")

@@ -260,30 +260,32 @@ def test_import_is_for_the_released_unet_by_default(tmp_path, capsys):
 
 
 @pytest.fixture(scope="module")
-def fresh_state(base):
-    """`(configuration, state before the first step, optimizers)` of a run with LoRA of rank 4."""
-    networks = build_networks(CONFIGS, discriminator_blocks=(0, 1))
-    config = ConfigDict({"lora": {"rank": 4, "alpha": 8.0, "targets": "all"}, "trainable": ("lora",)})
-    optimizers = (make_optimizer(1e-3, 0.9, 0.999, None),) * 2
-    init = experiment.make_init(config, networks, optimizers)
-    return config, jax.jit(init)(jax.random.key(0), base), optimizers
+def networks():
+    return build_networks(CONFIGS, discriminator_blocks=(0, 1))
 
 
-def test_training_starts_from_a_foreign_lora(base, adapter, fresh_state):
+def training_config(**changes):
+    """What matters here of a run with LoRA of rank 4 and alpha 8."""
+    chosen = {"rank": 4, "alpha": 8.0, "targets": "all"} | changes
+    return ConfigDict({"lora": chosen, "trainable": ("lora",)})
+
+
+def test_training_starts_from_a_foreign_lora(base, adapter, networks):
     folder, _, read = adapter
-    config, state, optimizers = fresh_state
-    experiment.check_origin(folder, config)  # Is not for LoRA files, and lets them pass.
-    begun, notice = experiment.start_from_lora(folder, config, state, base, optimizers)
-    assert notice == ""
-    expected = run_flax({"params": base, "lora": read.lora})
+    config, optimizers = training_config(), (make_optimizer(1e-3, 0.9, 0.999, None),) * 2
+    state = jax.jit(experiment.make_init(config, networks, optimizers))(jax.random.key(0), base)
+    given = experiment.read_lora(folder, config, networks)
+    begun = experiment.start_from_lora(given.lora, config, state, optimizers)
+    expected = run_flax({"params": merge_lora(base, read.lora)})
     # Under this run's own alpha / rank = 2, the student is what the file says, and so is its average.
-    assert relative_error(run_flax(begun.student.variables(base, 2.0)), expected) <= 1e-5
-    assert relative_error(run_flax(begun.ema.variables(base, 2.0)), expected) <= 1e-5
+    student = run_flax(begun.student.variables(base, 2.0))
+    assert relative_error(student, expected) <= 1e-5
+    jax.tree.map(np.testing.assert_array_equal, begun.ema, begun.student)
     # Modules that the file lacks train from where they would have started.
     assert ranks(begun.student.lora) == ranks(state.student.lora)
-    other = flatten_dict(begun.student.lora)[("mid_block", "resnets_0", "spatial_res_block", "conv2", "a")]
-    own = flatten_dict(state.student.lora)[("mid_block", "resnets_0", "spatial_res_block", "conv2", "a")]
-    np.testing.assert_array_equal(other, own)
+    own, other = (flatten_dict(s.student.lora) for s in (state, begun))
+    lacking = ("mid_block", "resnets_0", "spatial_res_block", "conv2", "a")
+    np.testing.assert_array_equal(other[lacking], own[lacking])
     jax.tree.map(np.testing.assert_array_equal, begun.disc, state.disc)
 
 
@@ -294,14 +296,7 @@ def test_training_starts_from_a_foreign_lora(base, adapter, fresh_state):
         ({"targets": "attention"}, ["config.lora.targets='attention'", "conv1", "lost"]),
     ],
 )
-def test_training_that_would_lose_a_part_of_the_lora_is_refused(base, adapter, fresh_state, changes, words):
-    config, state, optimizers = fresh_state
-    config = config.copy_and_resolve_references()
-    config.lora.update(changes)
-    if "targets" in changes:
-        lora = flatten_dict(state.student.lora)
-        kept = {path: leaf for path, leaf in lora.items() if "conv" not in path[-2]}
-        state = state.replace(student=state.student.replace(lora=unflatten_dict(kept)))
+def test_training_that_would_lose_a_part_of_the_lora_is_refused(adapter, networks, changes, words):
     with pytest.raises(UserError) as error:
-        experiment.start_from_lora(adapter[0], config, state, base, optimizers)
+        experiment.read_lora(adapter[0], training_config(**changes), networks)
     assert all(word in str(error.value) for word in words), str(error.value)
