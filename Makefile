@@ -9,8 +9,9 @@ demo: $(VENV)/.demo
 	$(VENV)/bin/python -m osv_jax.train --config=configs/stage1.py:tiny --workdir=runs/demo/stage1
 	$(VENV)/bin/python -m osv_jax.train --config=configs/stage2.py:tiny --workdir=runs/demo/stage2
 
+# Two processes; a file stays in one, for its fixtures, and the longest files come first.
 test: $(VENV)/.test lint
-	$(VENV)/bin/pytest
+	$(VENV)/bin/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/test_*.py tests/*/
 
 # Full-size networks: about 16 GiB of memory and half an hour.
 test-full-size: $(VENV)/.test

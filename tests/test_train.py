@@ -155,7 +155,8 @@ def test_a_save_that_was_cut_short_is_not_taken_for_a_checkpoint(killed_run, tmp
     workdir = tmp_path / "run"
     shutil.copytree(killed, workdir)
     cut_short = workdir / "checkpoints" / f"{step + 3}.orbax-checkpoint-tmp"
-    shutil.copytree(workdir / "checkpoints" / str(step), cut_short)
+    # The kill itself may have left one there, empty or not.
+    shutil.copytree(workdir / "checkpoints" / str(step), cut_short, dirs_exist_ok=True)
     result = run_program(f"--workdir={workdir}", f"--config.num_steps={step}")
     assert result.returncode == 0, result.stderr
     assert f"Resuming from step {step}." in result.stdout
