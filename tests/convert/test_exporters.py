@@ -38,7 +38,7 @@ convert = runpy.run_path(str(ROOT / "tools" / "convert_weights.py"))["main"]
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder as docs/sampling.md has it: `svd`, `weights/svd`, and the run `runs/stage2` of three steps.
+    """A folder as the README has it: `svd`, `weights/svd`, and the run `runs/stage2` of three steps.
 
     LoRA is on every kind of module, alpha is not the rank, and the steps are large, so that everything has moved.
     """
@@ -99,8 +99,8 @@ def export(source, output, kind, *options):
 
 
 def documented_lines(heading):
-    """The Python lines of docs/sampling.md after the line that begins with `heading`."""
-    text = (ROOT / "docs" / "sampling.md").read_text()
+    """The Python lines of the README after the line that begins with `heading`."""
+    text = (ROOT / "README.md").read_text()
     return re.search(rf"^{heading}.*?^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
 
 

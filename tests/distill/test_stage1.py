@@ -256,11 +256,10 @@ def test_accumulated_gradients_are_the_batch_s(networks, state, frozen, batch, s
         assert relative_error(metrics[name], alone_metrics[name]) < 1e-5, name
 
 
-@pytest.mark.parametrize("shape", [(8, 1), (2, 4)], ids=str)
-def test_devices_change_nothing(monkeypatch, networks, state, frozen, batch, result, shape):
+def test_devices_change_nothing(monkeypatch, networks, state, frozen, batch, result):
     # So that the tiny parameters are split at all.
     monkeypatch.setattr(mesh, "_MIN_SHARDED_ELEMENTS", 2**8)
-    devices = mesh.make_mesh(*shape)
+    devices = mesh.make_mesh(data=2, fsdp=4)
     shardings = mesh.parameter_shardings(devices, state)
     with jax.set_mesh(devices):
         step = jax.jit(
@@ -272,8 +271,7 @@ def test_devices_change_nothing(monkeypatch, networks, state, frozen, batch, res
             jax.device_put(batch, mesh.batch_sharding(devices)),
             KEY,
         )
-    split = [leaf for leaf in jax.tree.leaves(new) if not leaf.sharding.is_fully_replicated]
-    assert bool(split) == (shape[1] > 1)
+    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(new))
     expected, expected_metrics = result
     for name, value in expected_metrics.items():
         assert relative_error(metrics[name], value) < 1e-5, name
