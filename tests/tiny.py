@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -36,6 +38,12 @@ CONFIGS = {
     ),
     "dinov2": Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28),
 }
+
+# One level, and one transformer, in the middle. Two channels for each group of a norm: with one, the norm takes away
+# again what the time embedding adds.
+ONE_LEVEL_UNET = dataclasses.replace(
+    CONFIGS["unet"], block_out_channels=(64,), num_attention_heads=(2,), has_attention=(False,)
+)
 
 
 def tiny_networks(dtype=jnp.float32, **options) -> Networks:

@@ -98,9 +98,9 @@ def export(source, output, kind, *options):
     return convert(["export-lora", str(source), str(output), f"--format={kind}", *options])
 
 
-def documented_lines(heading):
-    """The Python lines of the README after the line that begins with `heading`."""
-    text = (ROOT / "README.md").read_text()
+def documented_lines(heading, page="README.md"):
+    """The Python lines of a page after the line that begins with `heading`."""
+    text = (ROOT / page).read_text()
     return re.search(rf"^{heading}.*?^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
 
 
@@ -139,7 +139,7 @@ def test_every_kind_of_module_has_learnt(base, state):
 def test_the_documented_lines_make_a_video(home):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)).save("cat.png")
     lines = {}
-    exec(documented_lines("The same in Python"), lines)
+    exec(documented_lines("The same in Python", "docs/sampling.md"), lines)
     # The size that the run was trained at.
     assert lines["frames"].shape == (3, 16, 24, 3) and lines["frames"].std() > 1
     assert pathlib.Path("cat.mp4").stat().st_size > 500

@@ -24,9 +24,12 @@ from osv_jax.distill.state import Student, init_state, make_optimizer, update_em
 from osv_jax.models.discriminator import discriminate
 from osv_jax.runtime import mesh
 
-# One level of heads, for speed, and two channels a normalisation group: the variance of one channel's three frames is
-# so small now and then that rounding shows.
-CONFIGS = {**tiny.CONFIGS, "dinov2": dataclasses.replace(tiny.CONFIGS["dinov2"], hidden_size=64, num_hidden_layers=1)}
+# One level of everything, for speed, and two channels a normalisation group: the variance of one channel's three frames
+# is so small now and then that rounding shows.
+CONFIGS = tiny.CONFIGS | {
+    "unet": tiny.ONE_LEVEL_UNET,
+    "dinov2": dataclasses.replace(tiny.CONFIGS["dinov2"], hidden_size=64, num_hidden_layers=1),
+}
 # Plain descent: Adam's first step is the gradient's sign, rounding errors' too. The rate is a part of its state.
 SGD = optax.inject_hyperparams(optax.sgd)(0.5)
 OPTIONS = AdversarialOptions(lora_scale=1.5, huber_c=0.03, adversarial_weight=0.3, ema_decay=0.9)
@@ -356,7 +359,7 @@ def test_half_precision_step_is_finite_and_multiplies_no_float32(state):
     step = jax.jit(stage1.make_step(half, SGD, SGD, OPTIONS))
     traced = step.trace(state, weights, clips, KEY)
     products = list(matrix_products(traced.jaxpr.jaxpr))
-    assert len(products) > 300
+    assert len(products) > 100
     # Spectral normalisation multiplies matrices with vectors. The gradient of XLA's attention has one side in float32.
     wide = [p for p in products if all(x.dtype == jnp.float32 and np.sum(np.array(x.shape) > 1) > 1 for x in p)]
     assert wide == []

@@ -30,11 +30,7 @@ RATES = {"student": 0.5, "disc": 0.25}
 # Relative error of gradients in float32: the heads' norms over three frames amplify that of their input 200 times.
 GRADIENT = 1e-3
 SGD = (optax.sgd(RATES["student"]), optax.sgd(RATES["disc"]))
-# One level, and one transformer, in the middle. Two channels for each group of a norm: with one, the norm takes away
-# again what the time embedding adds.
-UNET = dataclasses.replace(
-    tiny.CONFIGS["unet"], block_out_channels=(64,), num_attention_heads=(2,), has_attention=(False,)
-)
+UNET = tiny.ONE_LEVEL_UNET
 
 
 def one_level_networks_and_frozen():
