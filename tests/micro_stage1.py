@@ -14,8 +14,10 @@ def get_config() -> ConfigDict:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     config = module.get_config("tiny")
-    config.random_networks = ConfigDict({name: dataclasses.asdict(made) for name, made in tiny.CONFIGS.items()})
-    config.discriminator_blocks = (0, 1)
+    configs = tiny.CONFIGS | {"unet": tiny.ONE_LEVEL_UNET}
+    config.random_networks = ConfigDict({name: dataclasses.asdict(made) for name, made in configs.items()})
+    config.random_networks.dinov2.num_hidden_layers = 1
+    config.discriminator_blocks = (0,)
     config.data.resolutions, config.data.num_frames = ((0, 16, 24),), 3
     config.lora.rank = config.lora.alpha = 4
     config.checkpoint_every, config.picture_every, config.log_every = 3, 1000, 1

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from osv_jax.models.layers import Conv, Dense, Dtype, SelfAttention, layer_norm
+from osv_jax.models.layers import Conv, Dense, Dtype, SelfAttention, layer_norm, parameter
 
 _ACTIVATIONS = {
     "gelu": functools.partial(nn.gelu, approximate=False),
@@ -97,7 +97,7 @@ class _Embeddings(nn.Module):
         width, patch = config.hidden_size, config.patch_size
         patches = Conv(width, (patch, patch), patch, 0, use_bias=False, name="patch_embedding", **dtypes)(pixels)
         patches = patches.reshape(len(pixels), -1, width)
-        token = self.param("class_embedding", nn.initializers.normal(0.02), (width,), self.param_dtype)
+        token = parameter(self, "class_embedding", nn.initializers.normal(0.02), (width,), self.param_dtype)
         tokens = jnp.broadcast_to(token.astype(self.dtype), (len(pixels), 1, width))
         x = jnp.concatenate([tokens, patches], axis=1)
         length = x.shape[1]

@@ -11,7 +11,7 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from osv_jax.models.layers import Conv, Dense, Dtype, dot_product_attention, layer_norm
+from osv_jax.models.layers import Conv, Dense, Dtype, dot_product_attention, layer_norm, parameter
 from osv_jax.models.resize import resize_bicubic
 
 
@@ -104,7 +104,7 @@ class _Embeddings(nn.Module):
         channels, trained = config.hidden_size, config.image_size // config.patch_size
 
         def tokens(name: str, length: int) -> Float[Array, "1 length c"]:
-            return self.param(name, nn.initializers.normal(0.02), (1, length, channels), self.param_dtype)
+            return parameter(self, name, nn.initializers.normal(0.02), (1, length, channels), self.param_dtype)
 
         patches = _PatchEmbeddings(config, self.dtype, self.param_dtype, name="patch_embeddings")(pixels)
         n, *grid, _ = patches.shape
@@ -215,7 +215,7 @@ class _LayerScale(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n t c"]) -> Float[Array, "n t c"]:
-        return x * self.param("lambda1", nn.initializers.ones, x.shape[-1:], self.param_dtype).astype(self.dtype)
+        return x * parameter(self, "lambda1", nn.initializers.ones, x.shape[-1:], self.param_dtype).astype(self.dtype)
 
 
 class _MLP(nn.Module):

@@ -16,7 +16,7 @@ from jax import lax
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from osv_jax.errors import UserError
-from osv_jax.models.layers import Conv, Dtype, GroupNorm
+from osv_jax.models.layers import Conv, Dtype, GroupNorm, parameter
 
 # What each latent channel (rows) of Stable Diffusion contributes to red, green and blue in [-1, 1].
 _LATENT_TO_RGB = np.array(
@@ -110,7 +110,7 @@ class _Upsampler(nn.Module):
             return jnp.asarray(kernel, self.param_dtype)
 
         params = {"kernel": self.param("kernel", start)}
-        params["bias"] = self.param("bias", nn.initializers.zeros, (features,), self.param_dtype)
+        params["bias"] = parameter(self, "bias", nn.initializers.zeros, (features,), self.param_dtype)
         x = Conv(features, (3, 3), dtype=self.dtype, parent=None).apply({"params": params}, latents)
         return pixel_shuffle(x, self.upscale)
 
@@ -163,8 +163,8 @@ class _SpectralConv(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n *space c"], update_stats: bool) -> Float[Array, "n *space features"]:
         shape = (*self.window, x.shape[-1], self.features)
-        kernel = self.param("kernel", nn.initializers.lecun_normal(), shape, self.param_dtype).astype(jnp.float32)
-        bias = self.param("bias", nn.initializers.zeros, (self.features,), self.param_dtype)
+        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape, self.param_dtype).astype(jnp.float32)
+        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), self.param_dtype)
         matrix = kernel.reshape(-1, self.features)
 
         def start() -> Float[Array, " features"]:
