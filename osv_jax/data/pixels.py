@@ -1,8 +1,4 @@
-"""Pixel mode: training clips read straight from a small folder of videos, in an order that is a function of the seed.
-
-Record `i` of the endless sequence of records depends on (seed, i) only. Step s holds records s B .. s B + B - 1, and
-process p of P reads its contiguous B / P of them, so the position alone resumes a run on any number of processes.
-"""
+"""Pixel mode: training clips read straight from a small folder of videos, in the order of `data.order`."""
 
 from __future__ import annotations
 
@@ -18,13 +14,11 @@ import grain
 import numpy as np
 from tqdm import tqdm
 
-from osv_jax.data import video
+from osv_jax.data import order, video
+from osv_jax.data.cutting import Cutting
+from osv_jax.data.video import EXTENSIONS
 from osv_jax.errors import UserError
 
-EXTENSIONS = (
-    *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
-    *(".mpeg", ".mpg", ".mts", ".ogv", ".ts", ".webm", ".wmv"),
-)
 _NAMED_REASONS = 10
 
 
@@ -102,17 +96,15 @@ def index_clips(
         known = " ".join(EXTENSIONS)
         raise UserError(f"The folder {folder} holds no videos; put files in it that end in one of {known}.")
 
+    cutting = Cutting(num_frames, fps, height, width, stride=num_frames / fps)
     clips, skipped, contents = [], [], []
     for path, (size, result) in zip(paths, _probe_all(folder, paths, cache_file), strict=True):
-        reason = result if isinstance(result, str) else _unfit(result, num_frames, fps)
+        reason = result if isinstance(result, str) else cutting.unfit(result)
         if reason:
             skipped.append((path, reason))
             continue
         contents.append((path, size))
-        # A clip fits when its last frame is on screen before the video ends.
-        room = result.end - result.start - (num_frames - 1) / fps - 1e-6
-        count = 1 + int(room * fps / num_frames)
-        clips += [Clip(path, result.start + i * num_frames / fps) for i in range(count)]
+        clips += [Clip(path, start) for start in cutting.starts(result)]
     if not clips:
         reasons = "".join(f"\n  {path} {reason}" for path, reason in skipped[:_NAMED_REASONS])
         more = f"\n  and {len(skipped) - _NAMED_REASONS} more" if len(skipped) > _NAMED_REASONS else ""
@@ -122,16 +114,6 @@ def index_clips(
     description = json.dumps([contents, num_frames, float(fps)])
     content_hash = hashlib.sha256(description.encode()).hexdigest()[:16]
     return ClipIndex(folder, tuple(clips), tuple(skipped), num_frames, fps, height, width, content_hash)
-
-
-def _unfit(info: video.VideoInfo, num_frames: int, fps: float) -> str | None:
-    seconds = info.end - info.start
-    if seconds <= (num_frames - 1) / fps + 1e-6:
-        return f"is {seconds:.2f} s long, and a clip takes {num_frames / fps:.2f} s"
-    # A margin for rates such as 30000 / 1001, and for the odd dropped frame.
-    if info.fps < 0.98 * fps:
-        return f"has {info.fps:.2f} frames a second, and clips have {fps:g}"
-    return None
 
 
 def _probe_all(
@@ -199,17 +181,12 @@ def pixel_dataset(
     process_count: int = 1,
     num_threads: int = 8,
 ) -> grain.IterDataset:
-    """This process's part of the batches from `start_step` on; every epoch is a new permutation of the clips.
-
-    Batches run across the ends of epochs. With `num_epochs`, records that do not fill a last batch are left out.
+    """This process's part of the batches from `start_step` on; see `order.Order`.
 
     Args:
         index: the clips.
-        batch_size: B, of all processes together.
-        seed: of the order, 0 .. 2**32 - 1.
         start_step: the first step to read.
-        num_epochs: after how many passes to stop; endless by default.
-        process_index, process_count: which of how many equal parts of each batch to read.
+        batch_size, seed, num_epochs, process_index, process_count: see `order.Order`.
         num_threads: clips decoded at the same time. It does not change the order.
 
     Returns:
@@ -219,50 +196,19 @@ def pixel_dataset(
         UserError: if the batch does not split over the processes, or exceeds `num_epochs` passes.
         video.VideoError: while iterating, naming the file, if one has become unreadable.
     """
-    if batch_size % process_count:
-        raise UserError(
-            f"A batch of {batch_size} clips does not split over {process_count} processes; use a multiple of that."
-        )
-    part = batch_size // process_count
-    num_steps = sys.maxsize // batch_size if num_epochs is None else num_epochs * len(index.clips) // batch_size
-    if num_steps == 0:
-        raise UserError(
-            f"{num_epochs} epochs of {len(index.clips)} clips do not fill one batch of {batch_size};"
-            " use a smaller batch or more epochs."
-        )
-    order = grain.MapDataset.source(range(len(index.clips))).seed(seed).shuffle().repeat()
-
-    def read(local: int) -> dict[str, np.ndarray]:
-        step, offset = divmod(local, part)
-        return index.read(order[step * batch_size + process_index * part + offset])
-
-    records = grain.MapDataset.range(start_step * part, num_steps * part).map(read)
+    records = order.Order(len(index.clips), batch_size, seed, num_epochs, process_index, process_count)
+    part = records.part
+    positions = grain.MapDataset.range(start_step * part, records.num_steps * part)
     prefetch = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * part, num_threads))
-    return records.to_iter_dataset(prefetch).batch(part)
+    return positions.map(lambda local: index.read(records.record(local))).to_iter_dataset(prefetch).batch(part)
 
 
 def save_position(index: ClipIndex, batch_size: int, seed: int, step: int) -> dict[str, int | str]:
-    """What a checkpoint keeps of the data after `step` steps: a dict that JSON can hold."""
-    return {"position": step * batch_size, "seed": seed, "index_hash": index.content_hash}
+    """See `order.save_position`."""
+    return order.save_position(index.content_hash, batch_size, seed, step)
 
 
 def restore_step(state: dict[str, int | str], index: ClipIndex, batch_size: int, seed: int) -> int:
-    """The `start_step` at which `pixel_dataset` continues from what `save_position` returned.
-
-    Raises:
-        UserError: if the videos, the seed or the batch size are not those of the saved run, because the remaining
-            records would be others.
-    """
-    if state["index_hash"] != index.content_hash:
-        raise UserError(
-            f"The videos in {index.folder}, or the clip length or frame rate, are not those that the checkpoint was"
-            " trained on; restore them, or start a new run in an empty workdir."
-        )
-    if state["seed"] != seed:
-        raise UserError(f"The checkpoint was trained with data seed {state['seed']}, not {seed}; use the same seed.")
-    if state["position"] % batch_size:
-        raise UserError(
-            f"The checkpoint stands at record {state['position']}, which is not a whole number of batches of"
-            f" {batch_size}; use the batch size it was trained with."
-        )
-    return state["position"] // batch_size
+    """See `order.restore_step`."""
+    name = f"The videos in {index.folder}, or the clip length or frame rate,"
+    return order.restore_step(state, index.content_hash, name, batch_size, seed)

@@ -1,0 +1,224 @@
+"""From one video to clips: what a decoding worker does. Imports no JAX, so that workers start fast and stay small."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import io
+import os
+import zipfile
+import zlib
+from collections.abc import Sequence
+
+import numpy as np
+from jaxtyping import UInt8
+
+from osv_jax.data import video
+
+# Clips handed over at a time: more would fill the memory with clips that wait.
+CLIPS_AT_ONCE = 4
+# A bigger file is not read into memory whole, and no clip collection has one.
+_MAX_MEMBER_BYTES = 2**31
+
+
+@dataclasses.dataclass(frozen=True)
+class Cutting:
+    """How clips are cut.
+
+    Attributes:
+        num_frames, fps: length [frames] and frame rate [1/s] of a clip.
+        height, width: of a frame [px].
+        stride: from the start of a clip to that of the next [s].
+        max_clips: of one video; None for all.
+        min_motion: clips with less (see `motion_of`) are left out.
+    """
+
+    num_frames: int
+    fps: float
+    height: int
+    width: int
+    stride: float
+    max_clips: int | None = None
+    min_motion: float = 0.0
+
+    def starts(self, info: video.VideoInfo) -> list[float]:
+        """Where the clips of a video begin [s]. A clip fits when its last frame is on screen before the video ends."""
+        room = info.end - info.start - (self.num_frames - 1) / self.fps - 1e-6
+        count = 1 + int(room / self.stride) if room > 0 else 0
+        count = count if self.max_clips is None else min(count, self.max_clips)
+        return [info.start + i * self.stride for i in range(count)]
+
+    def unfit(self, info: video.VideoInfo) -> str | None:
+        """Why a video gives no clip, or None."""
+        seconds = info.end - info.start
+        if seconds <= (self.num_frames - 1) / self.fps + 1e-6:
+            return f"is {seconds:.2f} s long, and a clip takes {self.num_frames / self.fps:.2f} s"
+        # A margin for rates such as 30000 / 1001, and for the odd dropped frame.
+        if info.fps < 0.98 * self.fps:
+            return f"has {info.fps:.2f} frames a second, and clips have {self.fps:g}"
+        return None
+
+
+@dataclasses.dataclass(frozen=True)
+class Location:
+    """Where the bytes of a video are: a file, or a member of a zip archive.
+
+    Attributes:
+        files: the file, or the archive, which may have been split into parts.
+        member: the position in the archive's directory (names need not be unique).
+    """
+
+    files: tuple[str, ...]
+    member: int | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Task:
+    """A stretch of a video's clips: `CLIPS_AT_ONCE` from number `first` on.
+
+    Attributes:
+        whole: decode all of the video, to know how many clips it has and that it is intact; else it is known.
+    """
+
+    name: str
+    location: Location
+    cutting: Cutting
+    first: int = 0
+    whole: bool = True
+    start: float = 0.0
+
+
+@dataclasses.dataclass(frozen=True)
+class Clip:
+    """A clip, or the reason why it is left out.
+
+    Attributes:
+        number: among the clips of its video.
+        start: in the video [s].
+    """
+
+    number: int
+    start: float
+    frames: UInt8[np.ndarray, "f h w 3"] | None
+    motion: float
+    reason: str | None = None
+
+
+@dataclasses.dataclass(frozen=True)
+class Cut:
+    """What became of a task: clips, and of a whole video their number and start, or why there are none."""
+
+    clips: Sequence[Clip] = ()
+    num_clips: int = 0
+    start: float = 0.0
+    reason: str | None = None
+
+
+def cut(task: Task) -> Cut:
+    """Decodes a stretch of a video. Whatever is wrong with the file becomes the reason of the result."""
+    try:
+        return _cut(task)
+    except video.VideoError as error:
+        return Cut(reason=error.reason)
+    except (ValueError, RuntimeError, NotImplementedError, ArithmeticError, MemoryError, EOFError, OSError) as error:
+        # What PyAV, Pillow and zipfile say about damage that ffmpeg does not see.
+        return Cut(reason=f"cannot be decoded ({type(error).__name__}: {error})")
+    except (zipfile.BadZipFile, zlib.error) as error:
+        return Cut(reason=f"cannot be unpacked ({error})")
+
+
+def _cut(task: Task) -> Cut:
+    cutting, size = task.cutting, (task.cutting.num_frames, task.cutting.fps, task.cutting.height, task.cutting.width)
+    file = open_location(task.location, task.name)
+    numbers = range(task.first, task.first + CLIPS_AT_ONCE)
+    if cutting.max_clips is not None:
+        numbers = range(task.first, min(numbers.stop, cutting.max_clips))
+    if not task.whole:
+        starts = [task.start + number * cutting.stride for number in numbers]
+        clips = [video.read_clip(file, start, *size) for start in starts]
+        return Cut([_judge(*item, cutting) for item in zip(numbers, starts, clips, strict=True)])
+    info, clips = video.probe_and_read(file, [number * cutting.stride for number in numbers], *size)
+    reason = cutting.unfit(info)
+    if reason:
+        return Cut(reason=reason)
+    starts = cutting.starts(info)
+    numbers = range(task.first, min(numbers.stop, len(starts)))
+    judged = [_judge(number, starts[number], clip, cutting) for number, clip in zip(numbers, clips, strict=False)]
+    return Cut(judged, len(starts), info.start)
+
+
+def _judge(number: int, start: float, frames: UInt8[np.ndarray, "f h w 3"], cutting: Cutting) -> Clip:
+    motion = motion_of(frames)
+    if motion < cutting.min_motion:
+        reason = f"does not move from {start:.2f} s on (motion {motion:.2f})"
+        return Clip(number, start, None, motion, reason)
+    return Clip(number, start, frames, motion)
+
+
+def motion_of(frames: UInt8[np.ndarray, "f h w 3"]) -> float:
+    """How much changes from frame to frame: the mean absolute difference of brightness, 0 to 255."""
+    grey = frames.astype(np.float32).mean(-1)
+    return float(np.abs(np.diff(grey, axis=0)).mean()) if len(grey) > 1 else 0.0
+
+
+def open_location(location: Location, name: str) -> video.VideoFile:
+    """A file as ffmpeg reads it; a member of an archive is unpacked into memory, never onto a disk.
+
+    Raises:
+        VideoError: for a member that is encrypted or too large.
+        zipfile.BadZipFile, zlib.error, OSError: damage.
+    """
+    if location.member is None:
+        return location.files[0]
+    archive = open_archive(location.files)
+    member = archive.infolist()[location.member]
+    if member.flag_bits & 1:
+        raise video.VideoError(name, "is encrypted")
+    if member.file_size > _MAX_MEMBER_BYTES:
+        raise video.VideoError(name, f"is {member.file_size / 2**30:.1f} GiB long, which is too large")
+    return video.NamedBytes(archive.read(member), name)
+
+
+@functools.lru_cache(maxsize=2)
+def open_archive(files: tuple[str, ...]) -> zipfile.ZipFile:
+    """A zip archive that may have been split into parts."""
+    return zipfile.ZipFile(files[0] if len(files) == 1 else io.BufferedReader(_Joined(files)))
+
+
+class _Joined(io.RawIOBase):
+    """Several files, one after the other, as one that can be read."""
+
+    def __init__(self, files: Sequence[str]):
+        self._files = [open(file, "rb") for file in files]  # noqa: SIM115
+        self._ends = np.cumsum([os.path.getsize(file) for file in files]).tolist()
+        self._position = 0
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        origin = {io.SEEK_SET: 0, io.SEEK_CUR: self._position, io.SEEK_END: self._ends[-1]}[whence]
+        if origin + offset < 0:
+            raise OSError("negative position")
+        self._position = origin + offset
+        return self._position
+
+    def readinto(self, buffer: memoryview) -> int:
+        """Reads up to the end of one part; the buffered reader around this asks again."""
+        begin = 0
+        for file, end in zip(self._files, self._ends, strict=True):
+            if self._position < end:
+                file.seek(self._position - begin)
+                count = file.readinto(memoryview(buffer)[: end - self._position])
+                self._position += count
+                return count
+            begin = end
+        return 0
+
+    def close(self) -> None:
+        for file in self._files:
+            file.close()
+        super().close()

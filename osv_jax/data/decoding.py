@@ -1,0 +1,104 @@
+"""Decoding in worker processes, ahead of whoever takes the clips, and in the order of the videos."""
+
+from __future__ import annotations
+
+import collections
+import concurrent.futures
+import contextlib
+import dataclasses
+import multiprocessing
+import os
+import signal
+import threading
+from collections.abc import Callable, Iterable, Iterator
+from concurrent.futures.process import BrokenProcessPool
+
+from osv_jax.data import cutting
+from osv_jax.data.cutting import CLIPS_AT_ONCE, Cut, Task
+
+
+class Decoder:
+    """Worker processes that cut videos. Closing it, or the end of a `with` block, ends them.
+
+    Args:
+        num_workers: processes.
+        function: what they do; a parameter for tests.
+    """
+
+    def __init__(self, num_workers: int, function: Callable[[Task], Cut] = cutting.cut):
+        self._num_workers, self._function = num_workers, function
+        self._pool = self._new_pool(num_workers)
+
+    def __enter__(self) -> Decoder:
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        self.close()
+
+    def close(self) -> None:
+        self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def cuts(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Cut]]:
+        """The results of whole videos in their order, each followed by the rest of a video with many clips.
+
+        Two videos more than there are workers are decoded ahead.
+        """
+        for task, result in self._in_order(tasks):
+            yield task, result
+            more = range(task.first + CLIPS_AT_ONCE, result.num_clips, CLIPS_AT_ONCE)
+            # The count is known now, and the last stretch must not ask for more than there is.
+            limited = dataclasses.replace(task.cutting, max_clips=result.num_clips)
+            rest = (
+                dataclasses.replace(task, cutting=limited, first=first, whole=False, start=result.start)
+                for first in more
+            )
+            yield from self._in_order(rest)
+
+    def _in_order(self, tasks: Iterable[Task]) -> Iterator[tuple[Task, Cut]]:
+        tasks = iter(tasks)
+        waiting: collections.deque[tuple[Task, concurrent.futures.Future]] = collections.deque()
+        while True:
+            while len(waiting) < self._num_workers + 2:
+                task = next(tasks, None)
+                if task is None:
+                    break
+                waiting.append((task, self._submit(task)))
+            if not waiting:
+                return
+            task, future = waiting.popleft()
+            yield task, self._result(task, future)
+
+    def _submit(self, task: Task) -> concurrent.futures.Future:
+        try:
+            return self._pool.submit(self._function, task)
+        except BrokenProcessPool:
+            self._pool.shutdown(wait=False)
+            self._pool = self._new_pool(self._num_workers)
+            return self._pool.submit(self._function, task)
+
+    def _result(self, task: Task, future: concurrent.futures.Future) -> Cut:
+        with contextlib.suppress(BrokenProcessPool):
+            return future.result()
+        # Some video has killed its worker, and all that were waiting with it. Whether it was this one shows alone.
+        with self._new_pool(1) as alone:
+            try:
+                return alone.submit(self._function, task).result()
+            except BrokenProcessPool:
+                return Cut(reason="crashes the decoder")
+
+    def _new_pool(self, num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
+        # A forked process would inherit JAX's threads in an unknown state.
+        context = multiprocessing.get_context("spawn")
+        return concurrent.futures.ProcessPoolExecutor(num_workers, context, initializer=_begin_worker)
+
+
+def _begin_worker() -> None:
+    # Ctrl-C is the main process's business, which then ends its workers.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=_end_with_parent, daemon=True).start()
+
+
+def _end_with_parent() -> None:
+    """A worker whose parent was killed would wait for work for ever."""
+    multiprocessing.parent_process().join()
+    os._exit(1)
