@@ -1,0 +1,267 @@
+"""Prepared datasets: clips as latents and conditions, in TFDS's layout with ArrayRecord files; no TensorFlow needed.
+
+    for batch in latent_batches(open_dataset("latents"), batch_size=8, seed=0): ...
+    tfds.builder_from_directory("latents").as_data_source("train")[0]  # the same records, as TFDS shows them
+
+TFDS has no bfloat16 without TensorFlow: such arrays are stored as uint16, bit for bit.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+import json
+import pathlib
+import shutil
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+import grain
+import ml_dtypes
+import numpy as np
+
+from osv_jax.data import order
+from osv_jax.errors import UserError
+
+NAME = "osv_latents"
+FORMAT = 1
+# What ArrayRecord is told: one record a group, for random access; weak compression takes a fifth off latents.
+WRITER_OPTIONS = "group_size:1,zstd:1"
+_BFLOAT16 = ("latents", "image_latents")
+_FOR_TRAINING = (*_BFLOAT16, "image_embedding", "noise_aug_strength", "fps")
+
+
+@dataclasses.dataclass(frozen=True)
+class Schema:
+    """The sizes of a record's arrays.
+
+    Attributes:
+        num_frames, latent_height, latent_width, latent_channels: `latents`, scaled (`f h w c`, bfloat16).
+        embedding_size: `image_embedding`, CLIP's of the clean first frame (float32).
+        num_augmented: K of `image_latents` (`k h w c`, bfloat16), the unscaled latents of the first frame with noise of
+            the strengths `noise_aug_strength` (`k`, float32).
+    """
+
+    num_frames: int
+    latent_height: int
+    latent_width: int
+    latent_channels: int
+    embedding_size: int
+    num_augmented: int
+
+    def features(self) -> Any:
+        """`tfds.features.FeaturesDict`. Tensors are stored as bytes: as numbers they take longer and more space."""
+        # A second to import, which training from videos need not wait for; so everywhere in this module.
+        import tensorflow_datasets as tfds
+
+        def tensor(dtype: type, *shape: int) -> Any:
+            return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
+
+        size = (self.latent_height, self.latent_width, self.latent_channels)
+        return tfds.features.FeaturesDict(
+            {
+                "latents": tensor(np.uint16, self.num_frames, *size),
+                "image_embedding": tensor(np.float32, self.embedding_size),
+                "image_latents": tensor(np.uint16, self.num_augmented, *size),
+                "noise_aug_strength": tensor(np.float32, self.num_augmented),
+                "caption": tfds.features.Text(),
+                "source": tfds.features.Text(),
+                "fps": tfds.features.Scalar(np.float32),
+                "clip_start": tfds.features.Scalar(np.float32),
+                "motion": tfds.features.Scalar(np.float32),
+            }
+        )
+
+
+def serialize(features: Any, record: Mapping[str, Any]) -> bytes:
+    """A record as its bytes in a file. `latents` and `image_latents` may be of any float type."""
+    from tensorflow_datasets.core import example_serializer
+
+    stored = {name: np.asarray(record[name]).astype(ml_dtypes.bfloat16).view(np.uint16) for name in _BFLOAT16}
+    serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
+    return serializer.get_tf_example(features.encode_example({**record, **stored})).SerializeToString(
+        deterministic=True
+    )
+
+
+def write_info(
+    folder: pathlib.Path,
+    schema: Schema,
+    shard_lengths: Mapping[str, list[int]],
+    num_bytes: Mapping[str, int],
+    metadata: Mapping[str, Any],
+) -> None:
+    """Writes what makes a folder of record files a dataset; `dataset_info.json`, which readers ask for, comes last.
+
+    Args:
+        folder: holds the files named by `shard_name`.
+        shard_lengths, num_bytes: records of each file, and bytes of all, by split.
+        metadata: goes to `metadata.json`.
+    """
+    import tensorflow_datasets as tfds
+    from tensorflow_datasets.core import dataset_info, file_adapters, naming
+
+    identity = dataset_info.DatasetIdentity(NAME, tfds.core.Version("1.0.0"), str(folder), "osv_jax.data.latents")
+    info = tfds.core.DatasetInfo(
+        builder=identity,
+        description="Clips for osv_jax: latents of Stable Video Diffusion and what it is conditioned on.",
+        features=schema.features(),
+        metadata=tfds.core.MetadataDict(metadata),
+    )
+    info.set_file_format(file_adapters.FileFormat.ARRAY_RECORD)
+    template = naming.ShardedFileTemplate(data_dir=folder, dataset_name=NAME, filetype_suffix="array_record")
+    splits = [
+        tfds.core.SplitInfo(name=split, shard_lengths=lengths, num_bytes=num_bytes[split], filename_template=template)
+        for split, lengths in shard_lengths.items()
+    ]
+    info.set_splits(tfds.core.SplitDict(splits))
+    temporary = folder / "info.tmp"
+    shutil.rmtree(temporary, ignore_errors=True)
+    temporary.mkdir()
+    info.write_to_directory(temporary)
+    for file in sorted(temporary.iterdir(), key=lambda file: file.name == "dataset_info.json"):
+        file.replace(folder / file.name)
+    temporary.rmdir()
+
+
+def shard_name(split: str, index: int, count: int) -> str:
+    """TFDS's name of a record file."""
+    return f"{NAME}-{split}.array_record-{index:05d}-of-{count:05d}"
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentDataset:
+    """The records of one split; see `open_dataset`.
+
+    Attributes:
+        folder: of the dataset.
+        schema: sizes of the arrays.
+        metadata: of `metadata.json`: `num_frames`, `fps`, `height` and `width` of the clips, how they were made.
+        files: paths and numbers of records.
+    """
+
+    folder: pathlib.Path
+    schema: Schema
+    metadata: Mapping[str, Any]
+    files: tuple[tuple[str, int], ...]
+
+    def __len__(self) -> int:
+        return sum(count for _, count in self.files)
+
+    @property
+    def content_hash(self) -> str:
+        """Of what decides which record a position means."""
+        return self.metadata["content_hash"]
+
+    def read(self, index: int) -> dict[str, Any]:
+        """One record, its texts as strings and bfloat16 arrays as such."""
+        record = _features(self.schema).deserialize_example_np(_source(self.files)[index])
+        record |= {name: record[name].view(ml_dtypes.bfloat16) for name in _BFLOAT16}
+        return record | {name: record[name].decode() for name in ("caption", "source")}
+
+
+def open_dataset(folder: str | pathlib.Path, split: str = "train") -> LatentDataset:
+    """Opens what `osv_jax.prepare` wrote.
+
+    Raises:
+        UserError: if the folder is something else or unfinished, a file is missing or cut short, or there is no such
+            split.
+    """
+    folder = pathlib.Path(folder)
+    metadata = read_metadata(folder)
+    import tensorflow_datasets as tfds
+
+    for name, size in metadata["files"].items():
+        file = folder / name
+        if not file.is_file() or file.stat().st_size != size:
+            raise UserError(f"{folder} is incomplete: {name} is missing or cut short; copy it again.")
+    splits = tfds.builder_from_directory(folder).info.splits
+    if split not in splits:
+        raise UserError(f"{folder} has no split {split!r}, only {', '.join(splits)}.")
+    files = tuple((str(i.filename), i.take) for i in splits[split].file_instructions)
+    return LatentDataset(folder, Schema(**metadata["schema"]), metadata, files)
+
+
+def read_metadata(folder: pathlib.Path) -> dict[str, Any]:
+    """The `metadata.json` of a finished dataset.
+
+    Raises:
+        UserError: see `open_dataset`.
+    """
+    if not (folder / "dataset_info.json").is_file():
+        if (folder / "plan.json").is_file():
+            raise UserError(f"{folder} is not finished; run the same `python -m osv_jax.prepare` command again.")
+        raise UserError(f"{folder} is not a dataset; make one with `python -m osv_jax.prepare`, see docs/data.md.")
+    try:
+        metadata = json.loads((folder / "metadata.json").read_text())
+        version = metadata["format"]
+    except (OSError, ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{folder} was not made by osv_jax.prepare: its metadata.json cannot be read.") from error
+    if version != FORMAT:
+        raise UserError(f"{folder} was made by another version of osv_jax (format {version}); prepare it again.")
+    return metadata
+
+
+# Opened once in every process that reads: neither readers nor features travel to worker processes.
+@functools.lru_cache(maxsize=4)
+def _source(files: tuple[tuple[str, int], ...]) -> Any:
+    return grain.sources.ArrayRecordDataSource([f"{path}[0:{count}]" for path, count in files])
+
+
+@functools.lru_cache(maxsize=4)
+def _features(schema: Schema) -> Any:
+    return schema.features()
+
+
+def latent_batches(
+    dataset: LatentDataset,
+    batch_size: int,
+    seed: int,
+    start_step: int = 0,
+    num_epochs: int | None = None,
+    process_index: int = 0,
+    process_count: int = 1,
+    num_workers: int = 0,
+    num_threads: int = 4,
+) -> grain.IterDataset:
+    """This process's part of the batches from `start_step` on; see `order.Order`.
+
+    Args:
+        dataset: the records.
+        start_step: the first step to read.
+        batch_size, seed, num_epochs, process_index, process_count: see `order.Order`.
+        num_workers: processes that read; 0 for threads of this one. It does not change the order.
+        num_threads: batches that each process reads at the same time.
+
+    Returns:
+        An iterable of {`latents`: bfloat16 [b f h w c], `image_embedding`: float32 [b e], `image_latents`: bfloat16
+        [b k h w c], `noise_aug_strength`: float32 [b k], `fps`: float32 [b], `clip_id`: int32 [b]}.
+
+    Raises:
+        UserError: if the batch does not split over the processes, or exceeds `num_epochs` passes.
+    """
+    records = order.Order(len(dataset), batch_size, seed, num_epochs, process_index, process_count)
+
+    def read(step: int) -> dict[str, np.ndarray]:
+        source, features = _source(dataset.files), _features(dataset.schema)
+        ids = [records.record(step * records.part + offset) for offset in range(records.part)]
+        # One after the other: a thread of its own for every file costs more than reading.
+        parsed = [features.deserialize_example_np(source[index]) for index in ids]
+        batch = {name: np.stack([record[name] for record in parsed]) for name in _FOR_TRAINING}
+        return batch | {"fps": batch["fps"].astype(np.float32), "clip_id": np.array(ids, np.int32)}
+
+    # A whole step is one element, so that worker processes, which take elements in turn, keep the order.
+    prefetch = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    steps = grain.MapDataset.range(start_step, records.num_steps).map(read).to_iter_dataset(prefetch)
+    if num_workers:
+        steps = steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2))
+    return steps.map(_as_bfloat16)
+
+
+def _as_bfloat16(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    return batch | {name: batch[name].view(ml_dtypes.bfloat16) for name in _BFLOAT16}
+
+
+def iterate(dataset: LatentDataset) -> Iterator[dict[str, Any]]:
+    """All records in the order of the files."""
+    return (dataset.read(index) for index in range(len(dataset)))
