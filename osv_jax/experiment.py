@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 
 from osv_jax.convert import lora_files, weights
-from osv_jax.convert.architectures import ARCHITECTURES, expected_params
+from osv_jax.convert.architectures import ARCHITECTURES, Config, expected_params
 from osv_jax.diffusion.edm import BOUNDARIES
 from osv_jax.distill import adversarial, stage1, stage2
 from osv_jax.distill.networks import Networks, Params, build_networks, random_params
@@ -108,11 +108,7 @@ def networks_of(config: ConfigDict) -> Networks:
     Raises:
         UserError: on missing weights, or a discriminator block that DINOv2 does not have.
     """
-    if config.weights:
-        architectures = {name: weights.load_config(config.weights, name) for name in ARCHITECTURES}
-    else:
-        chosen = config.random_networks.to_dict()
-        architectures = {name: known.config(**chosen.get(name, {})) for name, known in ARCHITECTURES.items()}
+    architectures = architectures_of(config)
     depth = architectures["dinov2"].num_hidden_layers
     if not all(0 <= block < depth for block in config.discriminator_blocks):
         raise UserError(
@@ -127,6 +123,24 @@ def networks_of(config: ConfigDict) -> Networks:
         attention=config.attention,
         remat=config.remat,
     )
+
+
+def architectures_of(config: ConfigDict) -> dict[str, Config]:
+    """Those beside the weights, or in the configuration.
+
+    Raises:
+        UserError: on missing weights.
+    """
+    if config.weights:
+        return {name: weights.load_config(config.weights, name) for name in ARCHITECTURES}
+    chosen = config.random_networks.to_dict()
+    return {name: known.config(**chosen.get(name, {})) for name, known in ARCHITECTURES.items()}
+
+
+def random_frozen(architectures: Mapping[str, Config], dtype: Any) -> dict[str, Params]:
+    """Parameters of the embedded networks, as NumPy arrays; the same for every seed of a run, and for preparing."""
+    shapes = {name: unflatten_dict(expected_params(name, made)) for name, made in architectures.items()}
+    return random_params(shapes, 0, dtype)
 
 
 def load_frozen(config: ConfigDict, networks: Networks, devices: jax.sharding.Mesh) -> dict[str, Params]:

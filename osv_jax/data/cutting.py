@@ -74,17 +74,20 @@ class Location:
 
 @dataclasses.dataclass(frozen=True)
 class Task:
-    """A stretch of a video's clips: `CLIPS_AT_ONCE` from number `first` on.
+    """A video of which all is decoded, to know how many clips it has and that it is intact, and its first clips.
 
     Attributes:
-        whole: decode all of the video, to know how many clips it has and that it is intact; else it is known.
+        key: what the asker knows it by.
+        skip: clips before this number are not needed.
+        rest: instead, only these further clips (their numbers) of a video that is known, and its start [s].
     """
 
+    key: tuple[int, int]
     name: str
     location: Location
     cutting: Cutting
-    first: int = 0
-    whole: bool = True
+    skip: int = 0
+    rest: range | None = None
     start: float = 0.0
 
 
@@ -115,7 +118,7 @@ class Cut:
 
 
 def cut(task: Task) -> Cut:
-    """Decodes a stretch of a video. Whatever is wrong with the file becomes the reason of the result."""
+    """Decodes a video. Whatever is wrong with the file becomes the reason of the result."""
     try:
         return _cut(task)
     except video.VideoError as error:
@@ -130,21 +133,25 @@ def cut(task: Task) -> Cut:
 def _cut(task: Task) -> Cut:
     cutting, size = task.cutting, (task.cutting.num_frames, task.cutting.fps, task.cutting.height, task.cutting.width)
     file = open_location(task.location, task.name)
-    numbers = range(task.first, task.first + CLIPS_AT_ONCE)
-    if cutting.max_clips is not None:
-        numbers = range(task.first, min(numbers.stop, cutting.max_clips))
-    if not task.whole:
-        starts = [task.start + number * cutting.stride for number in numbers]
-        clips = [video.read_clip(file, start, *size) for start in starts]
-        return Cut([_judge(*item, cutting) for item in zip(numbers, starts, clips, strict=True)])
+    if task.rest is not None:
+        starts = [task.start + number * cutting.stride for number in task.rest]
+        return Cut([_read(file, *item, cutting) for item in zip(task.rest, starts, strict=True)])
+    numbers = range(CLIPS_AT_ONCE if cutting.max_clips is None else min(CLIPS_AT_ONCE, cutting.max_clips))
     info, clips = video.probe_and_read(file, [number * cutting.stride for number in numbers], *size)
     reason = cutting.unfit(info)
     if reason:
         return Cut(reason=reason)
     starts = cutting.starts(info)
-    numbers = range(task.first, min(numbers.stop, len(starts)))
-    judged = [_judge(number, starts[number], clip, cutting) for number, clip in zip(numbers, clips, strict=False)]
+    judged = [_judge(*item, cutting) for item in zip(numbers, starts, clips, strict=False)]
     return Cut(judged, len(starts), info.start)
+
+
+def _read(file: video.VideoFile, number: int, start: float, cutting: Cutting) -> Clip:
+    try:
+        frames = video.read_clip(file, start, cutting.num_frames, cutting.fps, cutting.height, cutting.width)
+    except video.VideoError as error:
+        return Clip(number, start, None, 0.0, f"{error.reason}, in the clip from {start:.2f} s on")
+    return _judge(number, start, frames, cutting)
 
 
 def _judge(number: int, start: float, frames: UInt8[np.ndarray, "f h w 3"], cutting: Cutting) -> Clip:

@@ -45,12 +45,14 @@ class Decoder:
         """
         for task, result in self._in_order(tasks):
             yield task, result
-            more = range(task.first + CLIPS_AT_ONCE, result.num_clips, CLIPS_AT_ONCE)
-            # The count is known now, and the last stretch must not ask for more than there is.
-            limited = dataclasses.replace(task.cutting, max_clips=result.num_clips)
+            stretches = (
+                range(first, min(first + CLIPS_AT_ONCE, result.num_clips))
+                for first in range(CLIPS_AT_ONCE, result.num_clips, CLIPS_AT_ONCE)
+            )
             rest = (
-                dataclasses.replace(task, cutting=limited, first=first, whole=False, start=result.start)
-                for first in more
+                dataclasses.replace(task, rest=stretch, start=result.start)
+                for stretch in stretches
+                if stretch.stop > task.skip
             )
             yield from self._in_order(rest)
 

@@ -106,8 +106,8 @@ def check_plan(output: pathlib.Path, plan: Mapping[str, Any]) -> None:
     ]
     if differing:
         raise UserError(
-            f"{output} was started with other videos or settings: {'; '.join(differing)}. Use the same ones to continue,"
-            " or give another --output."
+            f"{output} was started with other videos or settings: {'; '.join(differing)}. Use the same ones to"
+            " continue, or give another --output."
         )
 
 
@@ -133,9 +133,16 @@ def progress_of(output: pathlib.Path, chunk: int) -> Progress:
     return Progress(len(numbers), *header["next"], header["complete"])
 
 
-def is_finished(output: pathlib.Path, chunk: int) -> bool:
-    """Whether a chunk's file has been written whole."""
-    return _chunk_info(output, chunk).exists()
+def resume(output: pathlib.Path, chunks: Sequence[Chunk]) -> dict[int, Progress]:
+    """How far each chunk has come; the files of those that a kill left complete are made up for."""
+    progress = {}
+    for chunk in chunks:
+        finished = _chunk_info(output, chunk.index).exists()
+        done = Progress(video=len(chunk.videos), complete=True) if finished else progress_of(output, chunk.index)
+        if done.complete and not finished:
+            finish_chunk(output, chunk)
+        progress[chunk.index] = done
+    return progress
 
 
 def commit_batch(

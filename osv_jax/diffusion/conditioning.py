@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Num
@@ -13,6 +14,10 @@ from osv_jax.models.resize import apply_per_axis, bicubic_matrix
 
 _CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
 _CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+
+# ln of SVD's noise augmentation strength in training: N(-3, 0.5^2).
+_NOISE_AUG_LOG_MEAN = -3.0
+_NOISE_AUG_LOG_STD = 0.5
 
 
 @flax.struct.dataclass
@@ -65,6 +70,11 @@ def condition_on_image(
         image_latents=encode_mode(augmented),
         added_time_ids=added_time_ids(fps, motion_bucket_id, noise_aug_strength),
     )
+
+
+def random_noise_aug_strength(key: jax.Array, shape: tuple[int, ...]) -> Float[Array, "..."]:
+    """Strengths as SVD was trained with."""
+    return jnp.exp(_NOISE_AUG_LOG_MEAN + _NOISE_AUG_LOG_STD * jax.random.normal(key, shape))
 
 
 def added_time_ids(

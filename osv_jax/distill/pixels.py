@@ -6,13 +6,9 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, UInt8
 
-from osv_jax.diffusion.conditioning import condition_on_image
+from osv_jax.diffusion.conditioning import condition_on_image, random_noise_aug_strength
 from osv_jax.distill.adversarial import Batch
 from osv_jax.distill.networks import Networks, Params
-
-# ln of SVD's noise augmentation strength in training: N(-3, 0.5^2).
-NOISE_AUG_LOG_MEAN = -3.0
-NOISE_AUG_LOG_STD = 0.5
 
 
 def encode_batch(
@@ -27,7 +23,7 @@ def encode_batch(
     strength_key, noise_key = jax.random.split(key)
     pixels = video.astype(jnp.float32) / 127.5 - 1
     first = pixels[:, 0]
-    strength = jnp.exp(NOISE_AUG_LOG_MEAN + NOISE_AUG_LOG_STD * jax.random.normal(strength_key, first.shape[:1]))
+    strength = random_noise_aug_strength(strength_key, first.shape[:1])
 
     def encode_image(image: Array) -> Array:
         return networks.image_encoder.apply({"params": frozen["image_encoder"]}, image).astype(jnp.float32)

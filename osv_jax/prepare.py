@@ -1,0 +1,98 @@
+"""Prepares a dataset of latents: `python -m osv_jax.prepare --source=videos --output=latents --weights=weights/svd`.
+
+--source is a folder of videos, or openvid:FOLDER with OpenVid-1M as it is published. Started again with the same
+arguments, a run continues where it was stopped. --shard=0/4 ... --shard=3/4 divide the work among machines, each with
+an --output of its own; --merge joins these. --inspect says what a dataset holds.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import pathlib
+import sys
+from collections.abc import Sequence
+from typing import NoReturn
+
+from osv_jax.errors import UserError
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Prepares, merges or inspects.
+
+    Raises:
+        UserError: on anything the user can mend, before anything is decoded where it can be known by then.
+    """
+    args = _parser().parse_args(arguments)
+    modes = [name for name in ("source", "merge", "inspect") if getattr(args, name)]
+    if len(modes) != 1:
+        raise UserError("Give one of --source (to prepare), --merge (to join shards) and --inspect; see --help.")
+    if modes[0] != "inspect" and not args.output:
+        raise UserError(f"--{modes[0]} needs --output, the folder of the dataset.")
+    # Every decoding process imports this module, because it is the program they were started from; JAX, which they
+    # have no use for, would take them seconds.
+    from osv_jax import preparation
+
+    {"source": preparation.prepare, "merge": preparation.merge, "inspect": preparation.inspect}[modes[0]](args)
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="python -m osv_jax.prepare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add = parser.add_argument
+    add("--source", metavar="DIR", help="folder of videos, or openvid:FOLDER")
+    add("--merge", nargs="+", metavar="PART", help="outputs of all shards, to be joined in --output")
+    add("--inspect", metavar="DATASET", help="report on a dataset; with --weights, draw samples")
+    add("--output", metavar="DIR", help="folder of the dataset")
+    add("--weights", metavar="DIR", help="folder that tools/convert_weights.py wrote")
+    add(
+        "--config",
+        metavar="FILE",
+        help="training configuration, e.g. configs/stage1.py:tiny, instead of --weights: its networks, and its num_frames,"
+        " fps, height and width where these are not given",
+    )
+    add("--height", type=int, metavar="PX", help="a multiple of 8 (default 576)")
+    add("--width", type=int, metavar="PX", help="a multiple of 8 (default 1024)")
+    add("--num_frames", type=int, help="of a clip (default 14)")
+    add("--fps", type=float, help="of a clip (default 7)")
+    add("--stride", type=float, metavar="S", help="seconds from clip to clip (default: clips follow each other)")
+    add("--max_clips", type=int, help="of one video (default: all)")
+    add("--min_motion", type=float, default=0.3, help="of a clip, see --inspect; less is static (default %(default)s)")
+    add("--num_augmented", type=int, default=4, help="noise-augmented first frames of a clip (default %(default)s)")
+    add("--seed", type=int, default=0, help="of the noise and of the split (default %(default)s)")
+    add("--test_videos", type=int, help="for the split `test` (default: 1000 of OpenVid-1M, 0 of a folder)")
+    add("--max_videos", type=int, help="of the split `train`, at random (default: all)")
+    for score in ("aesthetic_score", "motion_score", "temporal_consistency_score"):
+        add(f"--min_{score}", type=float, metavar="X", help="OpenVid-1M's, of a video")
+        add(f"--max_{score}", type=float, metavar="X", help=argparse.SUPPRESS)
+    add("--shard", default="0/1", metavar="I/N", help="prepare every N-th record file, from the I-th on")
+    add("--workers", type=int, default=os.cpu_count(), help="decoding processes (default: as many as there are cores)")
+    add("--batch_size", type=int, default=8, help="clips encoded at a time, over all devices (default %(default)s)")
+    add("--videos_per_file", type=int, default=256, help="videos whose clips share a file (default %(default)s)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of the networks (default: float32 on a CPU, else bfloat16)")
+    return parser
+
+
+def run() -> None:
+    """The program: what the user can mend is one sentence on stderr and exit status 2."""
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        # What is compiled once need not be compiled again by the next start.
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path("~/.cache/osv_jax/jax").expanduser())
+    run()
