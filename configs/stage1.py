@@ -22,6 +22,10 @@ def get_config(variant: str = "") -> ConfigDict:
 
     config.data = ConfigDict()
     config.data.videos = "videos"  # a folder; `demo` names the clips that come with the extra osv_jax[demo]
+    # Instead of videos: a dataset of osv_jax.prepare. {height} and {width} in it stand for the size of the clips, for
+    # runs with several resolutions.
+    config.data.dataset = ""
+    config.data.num_workers = 0  # processes that read a dataset; 0: threads, which are fast enough
     config.data.num_frames = 14
     config.data.fps = 7.0
     # (from step, height, width), ascending: what size clips have from which step on.

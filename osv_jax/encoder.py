@@ -57,6 +57,7 @@ class Encoder:
         self._split = NamedSharding(mesh, PartitionSpec("data"))
         whole = NamedSharding(mesh, PartitionSpec())
         self.params = jax.device_put({name: params[name] for name in ("vae", "image_encoder")}, whole)
+        self._decode_program = jax.jit(self._decode)
         video = jax.ShapeDtypeStruct((batch_size, schema.num_frames, height, width, 3), jnp.uint8, sharding=self._split)
         keys = jax.ShapeDtypeStruct((batch_size, 2), jnp.uint32, sharding=self._split)
         self._program = jax.jit(self._encode, out_shardings=self._split).lower(self.params, video, keys).compile()
@@ -108,14 +109,13 @@ class Encoder:
 
     def decode(self, latents: Float[np.ndarray, "f h w c"]) -> UInt8[np.ndarray, "f height width 3"]:
         """Frames of scaled latents, two at a time."""
-
-        @jax.jit
-        def decode(params: Any, part: Array) -> Array:
-            return self.vae.apply({"params": params}, part / self.vae.config.scaling_factor, method="decode")
-
-        parts = [decode(self.params["vae"], latents[None, i : i + 2]) for i in range(0, len(latents), 2)]
+        params = self.params["vae"]
+        parts = [self._decode_program(params, latents[None, i : i + 2]) for i in range(0, len(latents), 2)]
         frames = np.concatenate([np.asarray(part[0], np.float32) for part in parts])
         return ((frames.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+
+    def _decode(self, params: Any, latents: Float[Array, "1 f h w c"]) -> Float[Array, "1 f height width 3"]:
+        return self.vae.apply({"params": params}, latents / self.vae.config.scaling_factor, method="decode")
 
 
 def augmentation(key: UInt32[Array, "2"], count: int) -> tuple[Float[Array, " k"], Array]:

@@ -19,6 +19,7 @@ from osv_jax.convert import lora_files, weights
 from osv_jax.convert.architectures import ARCHITECTURES, Config, expected_params
 from osv_jax.diffusion.edm import BOUNDARIES
 from osv_jax.distill import adversarial, stage1, stage2
+from osv_jax.distill.latents import batch_of_records
 from osv_jax.distill.networks import Networks, Params, build_networks, random_params
 from osv_jax.distill.pixels import encode_batch
 from osv_jax.distill.state import Student, TrainState, init_state, make_optimizer, start_state
@@ -69,6 +70,8 @@ def check_config(config: ConfigDict) -> None:
     for name in (*at_least_one, "keep_checkpoints", "data.num_frames", "lora.rank", "num_levels"):
         if flat[name] < 1:
             raise UserError(f"config.{name}={flat[name]} must be at least 1.")
+    if flat["data.num_workers"] < 0:
+        raise UserError(f"config.data.num_workers={flat['data.num_workers']} must not be negative.")
     if flat["data.fps"] <= 0:
         raise UserError(f"config.data.fps={flat['data.fps']:g} must be positive.")
     if "solver_steps" in config and not 1 <= config.solver_steps < config.num_levels:
@@ -144,14 +147,16 @@ def random_frozen(architectures: Mapping[str, Config], dtype: Any) -> dict[str, 
 
 
 def load_frozen(config: ConfigDict, networks: Networks, devices: jax.sharding.Mesh) -> dict[str, Params]:
-    """The frozen parameters, each read onto the devices that hold it."""
-    shapes = {name: unflatten_dict(expected_params(name, getattr(networks, name).config)) for name in ARCHITECTURES}
+    """The frozen parameters, each read onto the devices that hold it; CLIP's only where clips are to be encoded."""
+    names = [name for name in ARCHITECTURES if not (config.data.dataset and name == "image_encoder")]
+    architectures = {name: getattr(networks, name).config for name in ARCHITECTURES}
+    shapes = {name: unflatten_dict(expected_params(name, architectures[name])) for name in names}
     shardings = mesh.parameter_shardings(devices, shapes)
     dtype = jnp.dtype(config.dtype)
     if config.weights:
-        return {name: weights.load_params(config.weights, name, shardings[name], dtype) for name in ARCHITECTURES}
-    # A seed of their own: another seed for a run does not change the teacher.
-    return jax.device_put(random_params(shapes, 0, dtype), shardings)
+        return {name: weights.load_params(config.weights, name, shardings[name], dtype) for name in names}
+    params = random_frozen(architectures, dtype)
+    return jax.device_put({name: params[name] for name in names}, shardings)
 
 
 def optimizers_of(config: ConfigDict) -> Optimizers:
@@ -279,8 +284,18 @@ def check_origin(workdir: pathlib.Path, config: ConfigDict) -> None:
             )
 
 
+def to_batch(
+    config: ConfigDict, networks: Networks, frozen: Params, clips: Mapping[str, jax.Array], key: jax.Array
+) -> adversarial.Batch:
+    """What an objective takes, of what `clips.open_clips` gives: videos are encoded, latents need not be."""
+    motion = config.data.motion_bucket_id
+    if config.data.dataset:
+        return batch_of_records(clips, key, motion)
+    return encode_batch(networks, frozen, clips["video"], clips["fps"], key, motion)
+
+
 def make_train_step(config: ConfigDict, networks: Networks, optimizers: Optimizers) -> Callable:
-    """`(state, frozen, {video, fps, clip_id}) -> (state, metrics)`: encoding and the objective, ready for `jit`."""
+    """`(state, frozen, clips) -> (state, metrics)`: `to_batch` and the objective, ready for `jit`."""
     options = adversarial.AdversarialOptions(
         adversarial_weight=config.adversarial_weight,
         huber_c=config.huber_c,
@@ -308,7 +323,7 @@ def make_train_step(config: ConfigDict, networks: Networks, optimizers: Optimize
     ) -> tuple[TrainState, dict[str, jax.Array]]:
         # All randomness is a function of the seed and the step: a resumed run repeats it.
         encode_key, step_key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
-        batch = encode_batch(networks, frozen, clips["video"], clips["fps"], encode_key, config.data.motion_bucket_id)
+        batch = to_batch(config, networks, frozen, clips, encode_key)
         return objective(state, frozen, batch, step_key)
 
     return train_step

@@ -72,7 +72,7 @@ def prepare(args: argparse.Namespace) -> None:
             return
         shards.write_source_chunk(output, source.skipped)
         progress = shards.resume(output, own)
-        encoder = _encoder(folder, networks, config, settings)
+        encoder = _encoder(folder, networks, settings)
         values = _run(args, own, progress, encoder, settings, output)
         metadata = {name: settings[name] for name in ("num_frames", "fps", "height", "width")}
         chunks = [shards.SOURCE_CHUNK, *(chunk.index for chunk in own)]
@@ -146,7 +146,7 @@ def inspect(args: argparse.Namespace) -> None:
     settings = latents.read_metadata(folder)["settings"]
     if _fingerprint(weights_folder, config) != settings["networks"]:
         print("These are not the weights that the dataset was made with: the samples may look wrong.")
-    _draw_sheet(folder, _encoder(weights_folder, networks, config, settings))
+    _draw_sheet(folder, _encoder(weights_folder, networks, settings))
 
 
 def _draw_sheet(folder: pathlib.Path, encoder: Encoder) -> None:
@@ -216,9 +216,7 @@ def _fingerprint(folder: str, config: ConfigDict | None) -> str:
     return hashlib.sha256(text.encode()).hexdigest()[:16]
 
 
-def _encoder(
-    folder: str, networks: Mapping[str, Any], config: ConfigDict | None, settings: Mapping[str, Any]
-) -> Encoder:
+def _encoder(folder: str, networks: Mapping[str, Any], settings: Mapping[str, Any]) -> Encoder:
     dtype = jnp.dtype(settings["dtype"])
     vae = SVDVAE(networks["vae"], dtype=dtype, param_dtype=dtype)
     image_encoder = CLIPVision(networks["image_encoder"], dtype=dtype, param_dtype=dtype)

@@ -57,8 +57,8 @@ def _parser() -> argparse.ArgumentParser:
     add(
         "--config",
         metavar="FILE",
-        help="training configuration, e.g. configs/stage1.py:tiny, instead of --weights: its networks, and its num_frames,"
-        " fps, height and width where these are not given",
+        help="training configuration, e.g. configs/stage1.py:tiny, instead of --weights: its networks, and its"
+        " num_frames, fps, height and width where these are not given",
     )
     add("--height", type=int, metavar="PX", help="a multiple of 8 (default 576)")
     add("--width", type=int, metavar="PX", help="a multiple of 8 (default 1024)")

@@ -14,7 +14,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -25,11 +25,10 @@ from absl import app, flags, logging
 from ml_collections import ConfigDict, config_flags
 
 from osv_jax import experiment
+from osv_jax.clips import LatentClips, PixelClips, open_clips
 from osv_jax.convert import lora_files
-from osv_jax.data import demo, pixels
 from osv_jax.diffusion.edm import SIGMA_MAX, denoise
 from osv_jax.distill.networks import Networks, Params
-from osv_jax.distill.pixels import encode_batch
 from osv_jax.distill.state import TrainState
 from osv_jax.errors import UserError
 from osv_jax.experiment import Optimizers, Phase
@@ -62,7 +61,7 @@ class _Run:
     networks: Networks
     optimizers: Optimizers
     devices: jax.sharding.Mesh
-    index: pixels.ClipIndex
+    clips: PixelClips | LatentClips
     frozen: Params
     shardings: Any
     checkpoints: ocp.CheckpointManager
@@ -85,7 +84,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         given = experiment.read_lora(origin, config, networks)
     elif origin and not start:
         experiment.check_origin(origin, config)
-    index = index_videos(config, workdir)
+    clips = open_clips(config, networks, workdir)
     devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
     if config.batch_size % (devices.size * config.grad_accum):
         raise UserError(
@@ -101,8 +100,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         shapes = jax.eval_shape(init, jax.random.key(0), frozen["unet"])
         shardings = mesh.parameter_shardings(devices, shapes)
         if start:
-            position = checkpoint.restore_data(checkpoints, start)
-            pixels.restore_step(position, index, config.batch_size, config.seed)
+            clips.check_position(_phase_before(config, start), checkpoint.restore_data(checkpoints, start))
             state = checkpoint.restore_state(checkpoints, start, checkpoint.abstract(shapes, shardings))
             print(f"Resuming from step {start}.")
         else:
@@ -113,10 +111,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
             elif origin:
                 state = experiment.start_from(origin, state, optimizers)
                 print(f"Starting from step {checkpoint.latest_step(origin)} of {origin}.")
-        print(experiment.describe(config, state, frozen, len(index.clips)))
+        print(experiment.describe(config, state, frozen, clips.count(experiment.phases_of(config)[0])))
 
         with contextlib.closing(metrics.MetricsWriter(workdir, start, jax.process_index())) as writer:
-            run = _Run(config, workdir, networks, optimizers, devices, index, frozen, shardings, checkpoints, writer)
+            run = _Run(config, workdir, networks, optimizers, devices, clips, frozen, shardings, checkpoints, writer)
             for phase in experiment.phases_of(config):
                 if start < phase.end:
                     state = _run_phase(run, phase, max(start, phase.start), state)
@@ -131,18 +129,13 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
 def _run_phase(run: _Run, phase: Phase, start: int, state: TrainState) -> TrainState:
     """Trains from step `start` to the end of the phase, on clips of its size."""
     config, writer = run.config, run.writer
-    index = dataclasses.replace(run.index, height=phase.height, width=phase.width)
-    process, processes = jax.process_index(), jax.process_count()
-    data = pixels.pixel_dataset(
-        index, config.batch_size, config.seed, start, process_index=process, process_count=processes
-    )
-    batches = iter(mesh.global_batches(data, run.devices))
+    batches = iter(mesh.global_batches(run.clips.batches(phase, start), run.devices))
     batch = next(batches)
     print(f"Compiling the step for {phase.height} x {phase.width} ...", flush=True)
     compile_start = time.perf_counter()
     names, step = compile_step(run, state, batch)
     print(f"Compiled in {time.perf_counter() - compile_start:.0f} s.")
-    draw_picture = make_picture(config, run.networks, index)
+    draw_picture = make_picture(config, run.networks, run.clips.example(phase))
     in_flight: collections.deque[tuple[int, jax.Array]] = collections.deque()
 
     def finish_one() -> None:
@@ -186,28 +179,20 @@ def _run_phase(run: _Run, phase: Phase, start: int, state: TrainState) -> TrainS
             batch = next(batches)
         if number % config.checkpoint_every == 0 or last:
             finish_all()  # A state whose metrics are not finite must not become a checkpoint.
-            position = pixels.save_position(index, config.batch_size, config.seed, number)
-            checkpoint.save(run.checkpoints, number, state, position)
+            checkpoint.save(run.checkpoints, number, state, run.clips.save_position(phase, number))
         if number % config.picture_every == 0 or last:
             finish_all()
             writer.write_picture("samples", number, draw_picture(state, run.frozen))
-            if process == 0:
+            if jax.process_index() == 0:
                 metrics.loss_curves(run.workdir / "metrics.jsonl", run.workdir / "losses.png", _CURVES)
         if not in_flight:
             last_done = time.perf_counter()  # Steps are not charged for checkpoints and pictures.
     return state
 
 
-def index_videos(config: ConfigDict, workdir: pathlib.Path) -> pixels.ClipIndex:
-    """The clips to train on, at the first resolution, with a line about files that were left out."""
-    data, first = config.data, experiment.phases_of(config)[0]
-    folder = demo.demo_videos() if data.videos == "demo" else data.videos
-    index = pixels.index_clips(folder, data.num_frames, data.fps, first.height, first.width, workdir / "clips.json")
-    if index.skipped:
-        print(f"{len(index.skipped)} videos were left out:", file=sys.stderr)
-        for path, reason in index.skipped[:10]:
-            print(f"  {path} {reason}", file=sys.stderr)
-    return index
+def _phase_before(config: ConfigDict, step: int) -> Phase:
+    """The phase that the steps up to `step` belong to."""
+    return [phase for phase in experiment.phases_of(config) if phase.start < step][-1]
 
 
 def compile_step(run: _Run, state: TrainState, batch: dict[str, jax.Array]) -> tuple[list[str], Callable]:
@@ -230,30 +215,39 @@ def compile_step(run: _Run, state: TrainState, batch: dict[str, jax.Array]) -> t
     return names, step
 
 
-def make_picture(config: ConfigDict, networks: Networks, index: pixels.ClipIndex) -> Callable[..., np.ndarray]:
-    """`(state, frozen) -> image`: the first clip, the frame the sample starts from, and a one-step sample."""
-    clip = index.read(0)
-    video, fps = clip["video"], jnp.asarray(clip["fps"])[None]
+def make_picture(
+    config: ConfigDict, networks: Networks, example: Mapping[str, np.ndarray]
+) -> Callable[..., np.ndarray]:
+    """`(state, frozen) -> image`: a clip, the frame the sample starts from, and a one-step sample.
+
+    Args:
+        example: a batch of one clip; of latents, the clip is shown as the VAE decodes it.
+    """
     # The same noise every time, so that pictures of different steps compare.
     encode_key, noise_key = jax.random.split(jax.random.key(config.seed))
     scale = config.lora.alpha / config.lora.rank
 
     @jax.jit
     def sample(state: TrainState, frozen: Params) -> jax.Array:
-        batch = encode_batch(networks, frozen, video[None], fps, encode_key, config.data.motion_bucket_id)
+        batch = experiment.to_batch(config, networks, frozen, example, encode_key)
         noise = jax.random.normal(noise_key, batch.latents.shape)
         network = networks.unet_with(state.student.variables(frozen["unet"], scale))
         return denoise(network, SIGMA_MAX * noise, jnp.full(1, SIGMA_MAX), batch.cond, config.boundary)
 
     decode = jax.jit(networks.decode_video)
 
-    def draw(state: TrainState, frozen: Params) -> np.ndarray:
-        latents = sample(state, frozen)
+    def frames_of(frozen: Params, latents: Any) -> np.ndarray:
         # Two frames at a time: decoding a whole clip at 576 x 1024 takes more memory than a training step.
         chunks = [decode(frozen["vae"], latents[:, i : i + 2]) for i in range(0, latents.shape[1], 2)]
         decoded = np.concatenate([np.asarray(chunk[0]) for chunk in chunks])
-        frames = ((decoded.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
-        return pictures.sample_grid({"condition": video[0], "real clip": video, "one-step sample": frames})
+        return ((decoded.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+
+    def draw(state: TrainState, frozen: Params) -> np.ndarray:
+        sampled = frames_of(frozen, sample(state, frozen))
+        is_video = "video" in example
+        clip = example["video"][0] if is_video else frames_of(frozen, example["latents"].astype(np.float32))
+        label = "real clip" if is_video else "real clip, decoded from its latents"
+        return pictures.sample_grid({"condition": clip[0], label: clip, "one-step sample": sampled})
 
     return draw
 

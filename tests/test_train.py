@@ -15,7 +15,7 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 
-from osv_jax import train
+from osv_jax import clips, train
 from osv_jax.errors import UserError
 
 TESTS = pathlib.Path(__file__).parent
@@ -257,7 +257,7 @@ def test_a_corrupt_video_among_good_ones_is_skipped_and_counted(tmp_path, capsys
     (folder / "broken.mp4").write_bytes(b"\0" * 1000)
     config = micro_stage1.get_config()
     config.data.videos = str(folder)
-    index = train.index_videos(config, tmp_path)
+    index = clips.index_videos(config, tmp_path)
     assert len(index.clips) > 1
     captured = capsys.readouterr().err
     assert "1 videos were left out" in captured and "broken.mp4" in captured
