@@ -14,7 +14,7 @@ import os
 import pathlib
 import sys
 import time
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import jax
@@ -128,8 +128,15 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
 
 def _run_phase(run: _Run, phase: Phase, start: int, state: TrainState) -> TrainState:
     """Trains from step `start` to the end of the phase, on clips of its size."""
+    # Closing ends the processes that read, if there are any.
+    with contextlib.closing(iter(run.clips.batches(phase, start))) as local_batches:
+        return _train(run, phase, start, state, iter(mesh.global_batches(local_batches, run.devices)))
+
+
+def _train(
+    run: _Run, phase: Phase, start: int, state: TrainState, batches: Iterator[dict[str, jax.Array]]
+) -> TrainState:
     config, writer = run.config, run.writer
-    batches = iter(mesh.global_batches(run.clips.batches(phase, start), run.devices))
     batch = next(batches)
     print(f"Compiling the step for {phase.height} x {phase.width} ...", flush=True)
     compile_start = time.perf_counter()

@@ -213,7 +213,7 @@ class _Joined(io.RawIOBase):
         self._position = origin + offset
         return self._position
 
-    def readinto(self, buffer: memoryview) -> int:
+    def readinto(self, buffer: bytearray | memoryview) -> int:
         """Reads up to the end of one part; the buffered reader around this asks again."""
         begin = 0
         for file, end in zip(self._files, self._ends, strict=True):

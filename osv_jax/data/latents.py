@@ -19,6 +19,7 @@ from typing import Any
 import grain
 import ml_dtypes
 import numpy as np
+from absl import flags
 
 from osv_jax.data import order
 from osv_jax.errors import UserError
@@ -241,21 +242,33 @@ def latent_batches(
         UserError: if the batch does not split over the processes, or exceeds `num_epochs` passes.
     """
     records = order.Order(len(dataset), batch_size, seed, num_epochs, process_index, process_count)
+    # A whole step is one element, so that worker processes, which take elements in turn, keep the order.
+    prefetch = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
+    steps = (
+        grain.MapDataset.range(start_step, records.num_steps).map(_ReadStep(dataset, records)).to_iter_dataset(prefetch)
+    )
+    if num_workers:
+        # Grain asks absl's flags, and programs without such never parse them.
+        if not flags.FLAGS.is_parsed():
+            flags.FLAGS.mark_as_parsed()
+        steps = steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2))
+    return steps.map(_as_bfloat16)
 
-    def read(step: int) -> dict[str, np.ndarray]:
-        source, features = _source(dataset.files), _features(dataset.schema)
-        ids = [records.record(step * records.part + offset) for offset in range(records.part)]
-        # One after the other: a thread of its own for every file costs more than reading.
+
+@dataclasses.dataclass(frozen=True)
+class _ReadStep:
+    """A step's number -> its batch; travels to worker processes."""
+
+    dataset: LatentDataset
+    order: order.Order
+
+    def __call__(self, step: int) -> dict[str, np.ndarray]:
+        source, features, part = _source(self.dataset.files), _features(self.dataset.schema), self.order.part
+        ids = [self.order.record(step * part + offset) for offset in range(part)]
+        # One after the other: handing them to threads of their own takes longer than reading.
         parsed = [features.deserialize_example_np(source[index]) for index in ids]
         batch = {name: np.stack([record[name] for record in parsed]) for name in _FOR_TRAINING}
         return batch | {"fps": batch["fps"].astype(np.float32), "clip_id": np.array(ids, np.int32)}
-
-    # A whole step is one element, so that worker processes, which take elements in turn, keep the order.
-    prefetch = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
-    steps = grain.MapDataset.range(start_step, records.num_steps).map(read).to_iter_dataset(prefetch)
-    if num_workers:
-        steps = steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2))
-    return steps.map(_as_bfloat16)
 
 
 def _as_bfloat16(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
