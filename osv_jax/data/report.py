@@ -5,7 +5,7 @@ from __future__ import annotations
 import collections
 import pathlib
 import re
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
@@ -51,7 +51,7 @@ def splits(folder: pathlib.Path) -> list[str]:
     return list(dict.fromkeys(chunk["split"] for chunk in shards.read_chunks(folder) if chunk["records"]))
 
 
-def _skipped_lines(folder: pathlib.Path, skipped: Iterable[tuple[str, str]]) -> list[str]:
+def _skipped_lines(folder: pathlib.Path, skipped: Iterable[Sequence[str]]) -> list[str]:
     """Counts of reasons; those that differ in a number or in what stands in brackets are one."""
     kinds: dict[str, list[str]] = collections.defaultdict(list)
     for name, reason in skipped:

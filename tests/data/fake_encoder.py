@@ -8,11 +8,12 @@ from collections.abc import Callable
 import numpy as np
 
 from osv_jax.data.latents import Schema
+from osv_jax.encoder import Encoder
 
 SCHEMA = Schema(4, 3, 4, 4, 8, 2)
 
 
-class FakeEncoder:
+class FakeEncoder(Encoder):
     def __init__(
         self,
         schema: Schema = SCHEMA,

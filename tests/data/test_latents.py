@@ -96,7 +96,7 @@ def test_no_tensorflow_and_a_quick_start(folder):
         "latents.serialize(dataset.schema.features(), dataset.read(0))\n"
         "next(iter(latents.latent_batches(dataset, 2, seed=0)))\n"
         "assert 'tensorflow_datasets' in sys.modules\n"
-        "assert not {'tensorflow', 'torch'} & set(sys.modules)\n"
+        "assert 'tensorflow' not in sys.modules\n"
     )
     subprocess.run([sys.executable, "-c", program], check=True, timeout=100)
 
