@@ -1,0 +1,94 @@
+"""What is stored of real clips equals what diffusers' and transformers' encoders make of the same frames."""
+
+import argparse
+
+import jax
+import numpy as np
+import pytest
+import tiny_pipeline
+import torch
+from conftest import relative_error
+from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+
+from osv_jax import preparation
+from osv_jax.data import demo, video
+from osv_jax.encoder import augmentation, noise_key
+
+SIZE = {"num_frames": 3, "fps": 7.0, "height": 32, "width": 48}
+TOLERANCE = 1e-4
+
+
+@pytest.fixture(scope="module")
+def pipeline(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("svd")
+    made = tiny_pipeline.save_pipeline(folder / "diffusers")
+    tiny_pipeline.import_all(folder / "diffusers", folder / "weights")
+    return made, str(folder / "weights")
+
+
+@pytest.fixture(scope="module")
+def encoder(pipeline):
+    _, networks = preparation._networks(argparse.Namespace(weights=pipeline[1]), None)
+    settings = {**SIZE, "num_augmented": 2, "batch_size": 8, "dtype": "float32"}
+    return preparation._encoder(pipeline[1], networks, settings)
+
+
+@pytest.fixture(scope="module")
+def clips():
+    """Real ones."""
+    names = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
+    return np.stack([video.read_clip(demo.demo_videos() / name, 1.0, **SIZE) for name in names])
+
+
+def to_torch(pixels):
+    return torch.from_numpy(np.asarray(pixels, np.float32)).movedim(-1, -3)
+
+
+def test_real_clips_are_encoded_as_the_originals_do(pipeline, encoder, clips):
+    reference, _ = pipeline
+    keys = np.stack([noise_key(5, "a.mp4", number) for number in range(len(clips))])
+    encoded = encoder(clips, keys)
+
+    def mode(pixels):
+        return reference.vae.encode(to_torch(pixels)).latent_dist.mode().movedim(1, -1)
+
+    pixels = clips.astype(np.float32) / 127.5 - 1
+    with torch.no_grad():
+        for i, frames in enumerate(pixels):
+            expected = mode(frames) * reference.vae.config.scaling_factor
+            assert relative_error(encoded["latents"][i], expected) <= TOLERANCE
+
+            # As in the pipeline's _encode_image.
+            resized = (_resize_with_antialiasing(to_torch(frames[:1]), (224, 224)) + 1) / 2
+            normalised = reference.feature_extractor(
+                images=resized,
+                do_normalize=True,
+                do_center_crop=False,
+                do_resize=False,
+                do_rescale=False,
+                return_tensors="pt",
+            ).pixel_values
+            expected = reference.image_encoder(normalised).image_embeds[0]
+            assert relative_error(encoded["image_embedding"][i], expected) <= TOLERANCE
+
+            strengths, noise_keys = augmentation(keys[i], 2)
+            np.testing.assert_allclose(encoded["noise_aug_strength"][i], strengths, rtol=1e-6)
+            assert 0.005 < strengths.min() < strengths.max() < 0.5 and strengths[0] != strengths[1]
+            for k in range(2):
+                noise = np.asarray(jax.random.normal(noise_keys[k], frames[0].shape))
+                expected = mode((frames[0] + np.asarray(strengths)[k] * noise)[None])[0]
+                assert relative_error(encoded["image_latents"][i, k], expected) <= TOLERANCE
+
+
+def test_a_clip_does_not_depend_on_its_batch(encoder, clips):
+    keys = np.stack([noise_key(0, "a.mp4", number) for number in range(8)])
+    many = encoder(np.concatenate([clips[1:], clips, clips]), keys)
+    alone = encoder(clips[1:2], keys[:1])
+    for name, value in alone.items():
+        np.testing.assert_array_equal(many[name][:1], value)
+
+
+def test_noise_depends_on_seed_video_and_number():
+    keys = {noise_key(seed, name, number).tobytes() for seed in (0, 1) for name in "ab" for number in (0, 1)}
+    assert len(keys) == 8
+    np.testing.assert_array_equal(noise_key(3, "a b.mp4", 12), noise_key(3, "a b.mp4", 12))
