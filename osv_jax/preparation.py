@@ -23,9 +23,9 @@ from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
 
-from osv_jax import experiment
+from osv_jax import dataset_report, experiment
 from osv_jax.convert import weights
-from osv_jax.data import batches, demo, latents, report, shards
+from osv_jax.data import batches, demo, latents, shards
 from osv_jax.data.cutting import Cutting
 from osv_jax.data.decoding import Decoder
 from osv_jax.data.openvid import SCORES, read_openvid
@@ -68,7 +68,7 @@ def prepare(args: argparse.Namespace) -> None:
         shards.check_plan(output, plan)
         if (output / "dataset_info.json").exists():
             shutil.rmtree(output / shards.UNFINISHED, ignore_errors=True)
-            print(f"{output} is complete.\n{report.describe(output)}")
+            print(f"{output} is complete.\n{dataset_report.describe(output)}")
             return
         shards.write_source_chunk(output, source.skipped)
         progress = shards.resume(output, own)
@@ -77,8 +77,8 @@ def prepare(args: argparse.Namespace) -> None:
         metadata = {name: settings[name] for name in ("num_frames", "fps", "height", "width")}
         chunks = [shards.SOURCE_CHUNK, *(chunk.index for chunk in own)]
         shards.publish(output, chunks, encoder.schema, metadata | {"settings": settings})
-    print(report.describe(output))
-    print(report.summary(values))
+    print(dataset_report.describe(output))
+    print(dataset_report.summary(values))
     _draw_sheet(output, encoder)
 
 
@@ -126,7 +126,7 @@ def merge(args: argparse.Namespace) -> None:
     logging.set_verbosity(logging.ERROR)
     output = pathlib.Path(args.output)
     shards.merge([pathlib.Path(part) for part in args.merge], output)
-    print(report.describe(output))
+    print(dataset_report.describe(output))
 
 
 def inspect(args: argparse.Namespace) -> None:
@@ -137,7 +137,7 @@ def inspect(args: argparse.Namespace) -> None:
     """
     logging.set_verbosity(logging.ERROR)
     folder = pathlib.Path(args.inspect)
-    print(report.describe(folder))
+    print(dataset_report.describe(folder))
     if not (args.weights or args.config):
         print(f"Give --weights (or --config) to draw decoded samples, {_SHEET}, too.")
         return
@@ -150,8 +150,8 @@ def inspect(args: argparse.Namespace) -> None:
 
 
 def _draw_sheet(folder: pathlib.Path, encoder: Encoder) -> None:
-    split = report.splits(folder)[0]
-    sheet = report.contact_sheet(latents.open_dataset(folder, split), encoder.decode)
+    split = dataset_report.splits(folder)[0]
+    sheet = dataset_report.contact_sheet(latents.open_dataset(folder, split), encoder.decode)
     Image.fromarray(sheet).save(folder / _SHEET)
     print(f"Decoded samples: {folder / _SHEET}")
 

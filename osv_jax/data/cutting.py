@@ -18,7 +18,7 @@ from osv_jax.data import video
 # Clips handed over at a time: more would fill the memory with clips that wait.
 CLIPS_AT_ONCE = 4
 # A bigger file is not read into memory whole, and no clip collection has one.
-_MAX_MEMBER_BYTES = 2**31
+_MAX_MEMBER_BYTES = 2**29
 
 
 @dataclasses.dataclass(frozen=True)
@@ -182,7 +182,9 @@ def open_location(location: Location, name: str) -> video.VideoFile:
     if member.flag_bits & 1:
         raise video.VideoError(name, "is encrypted")
     if member.file_size > _MAX_MEMBER_BYTES:
-        raise video.VideoError(name, f"is {member.file_size / 2**30:.1f} GiB long, which is too large")
+        raise video.VideoError(
+            name, f"is {member.file_size / 2**20:.0f} MiB long, and at most {_MAX_MEMBER_BYTES / 2**20:.0f} are read"
+        )
     return video.NamedBytes(archive.read(member), name)
 
 

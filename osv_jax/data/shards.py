@@ -74,14 +74,15 @@ def locked(output: pathlib.Path) -> Iterator[None]:
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        with (output / ".lock").open("w") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError as error:
-                raise UserError(f"Another process is writing to {output}; wait for it, or give another one.") from error
-            yield
-    except (FileExistsError, NotADirectoryError, PermissionError) as error:
+        lock = (output / ".lock").open("w")
+    except OSError as error:
         raise UserError(f"{output} cannot be written to ({error.strerror}); choose another --output.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"Another process is writing to {output}; wait for it, or give another one.") from error
+        yield
 
 
 def check_plan(output: pathlib.Path, plan: Mapping[str, Any]) -> None:
