@@ -142,20 +142,23 @@ def architectures_of(config: ConfigDict) -> dict[str, Config]:
 
 def random_frozen(architectures: Mapping[str, Config], dtype: Any) -> dict[str, Params]:
     """Parameters of the embedded networks, as NumPy arrays; the same for every seed of a run, and for preparing."""
-    shapes = {name: unflatten_dict(expected_params(name, made)) for name, made in architectures.items()}
-    return random_params(shapes, 0, dtype)
+    return random_params(_shapes_of(architectures), 0, dtype)
+
+
+def _shapes_of(architectures: Mapping[str, Config]) -> dict[str, Params]:
+    return {name: unflatten_dict(expected_params(name, made)) for name, made in architectures.items()}
 
 
 def load_frozen(config: ConfigDict, networks: Networks, devices: jax.sharding.Mesh) -> dict[str, Params]:
     """The frozen parameters, each read onto the devices that hold it; CLIP's only where clips are to be encoded."""
     names = [name for name in ARCHITECTURES if not (config.data.dataset and name == "image_encoder")]
-    architectures = {name: getattr(networks, name).config for name in ARCHITECTURES}
-    shapes = {name: unflatten_dict(expected_params(name, architectures[name])) for name in names}
-    shardings = mesh.parameter_shardings(devices, shapes)
+    shapes = _shapes_of({name: getattr(networks, name).config for name in ARCHITECTURES})
+    shardings = mesh.parameter_shardings(devices, {name: shapes[name] for name in names})
     dtype = jnp.dtype(config.dtype)
     if config.weights:
         return {name: weights.load_params(config.weights, name, shardings[name], dtype) for name in names}
-    params = random_frozen(architectures, dtype)
+    # All of them, or else which are loaded would decide what the others are.
+    params = random_params(shapes, 0, dtype)
     return jax.device_put({name: params[name] for name in names}, shardings)
 
 
