@@ -21,7 +21,7 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from osv_jax import experiment, train
+from osv_jax import clips, experiment
 from osv_jax.data import pixels
 from osv_jax.diffusion import samplers
 from osv_jax.diffusion.edm import SIGMA_MAX, denoise
@@ -58,10 +58,10 @@ def compare_losses(
         for name, state in states.items():
             losses = []
             for number in range(batches):
-                clips = [
+                read = [
                     index.read((number * config.batch_size + i) % len(index.clips)) for i in range(config.batch_size)
                 ]
-                batch = jax.tree.map(lambda *leaves: np.stack(leaves), *clips)
+                batch = jax.tree.map(lambda *leaves: np.stack(leaves), *read)
                 _, metrics = step(state.replace(step=jnp.int32(1_000_000 + number)), frozen, batch)
                 losses.append(float(metrics["loss_huber"]))
             print(f"Huber loss {name:<7} {np.mean(losses):.5f} over {batches} batches", flush=True)
@@ -76,7 +76,7 @@ def main() -> None:
     config = ConfigDict(json.loads((arguments.workdir / "config.json").read_text()))
     networks = experiment.networks_of(config)
     frozen = experiment.load_frozen(config, networks, mesh.make_mesh(-1, 1))
-    index = train.index_videos(config, arguments.workdir)
+    index = clips.index_videos(config, arguments.workdir)
     compare_losses(config, arguments.workdir, networks, frozen, index, arguments.clips)
 
     trained = load_trained(arguments.workdir)

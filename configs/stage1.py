@@ -107,7 +107,7 @@ def make_tiny(config: ConfigDict) -> None:
     config.batch_size = 2
     config.num_steps = 60
     # Gentle: this teacher is random, and what pulls the student to real latents pulls it away from the teacher.
-    config.optimizer.learning_rate = 5e-4
+    config.optimizer.learning_rate = 2e-4
     config.optimizer.disc_learning_rate = 1e-3
     config.lora.rank = config.lora.alpha = 8
     config.lora.targets = "attention"
