@@ -98,8 +98,7 @@ def assert_stopped_run_continues(config, workdir, stop, tmp_path):
 
 def test_stage_1_stopped_in_an_epoch_continues_bit_for_bit(prepared, stage1, tmp_path, capsys):
     assert [row["step"] for row in metrics_of(stage1)] == [1, 2, 3, 4]
-    # Reading processes do not belong to what a run computes.
-    config = configure(micro_stage1.get_config(), prepared, **{"data.num_workers": 1})
+    config = configure(micro_stage1.get_config(), prepared)
     assert_stopped_run_continues(config, stage1, 2, tmp_path)
     output = capsys.readouterr().out
     assert "Resuming from step 2." in output and "15 clips of 3 frames" in output
