@@ -18,7 +18,7 @@ from ml_collections import ConfigDict
 from osv_jax.convert import lora_files, weights
 from osv_jax.convert.architectures import ARCHITECTURES, Config, expected_params
 from osv_jax.diffusion.edm import BOUNDARIES
-from osv_jax.distill import adversarial, stage1, stage2
+from osv_jax.distill import adversarial, finetune, stage1, stage2
 from osv_jax.distill.latents import batch_of_records
 from osv_jax.distill.networks import Networks, Params, build_networks, random_params
 from osv_jax.distill.pixels import encode_batch
@@ -29,8 +29,9 @@ from osv_jax.models.layers import ATTENTION_IMPLEMENTATIONS
 from osv_jax.models.svd_unet import REMAT_POLICIES
 from osv_jax.runtime import checkpoint, mesh
 
-OBJECTIVES = ("stage1", "stage2")
-Optimizers = tuple[optax.GradientTransformation, optax.GradientTransformation]
+OBJECTIVES = ("stage1", "stage2", "finetune")
+# The student's, and the discriminator's where there is one.
+Optimizers = tuple[optax.GradientTransformation, optax.GradientTransformation | None]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -66,9 +67,11 @@ def check_config(config: ConfigDict) -> None:
     for name in config.trainable:
         if name not in groups.TRAINABLE:
             raise UserError(f"config.trainable has {name!r}, which is not one of {', '.join(groups.TRAINABLE)}.")
+    if not config.trainable:
+        raise UserError(f"config.trainable is empty; name some of {', '.join(groups.TRAINABLE)}.")
     at_least_one = ("batch_size", "grad_accum", "num_steps", "log_every", "picture_every", "checkpoint_every")
     for name in (*at_least_one, "keep_checkpoints", "data.num_frames", "lora.rank", "num_levels"):
-        if flat[name] < 1:
+        if name in flat and flat[name] < 1:
             raise UserError(f"config.{name}={flat[name]} must be at least 1.")
     if flat["data.num_workers"] < 0:
         raise UserError(f"config.data.num_workers={flat['data.num_workers']} must not be negative.")
@@ -76,11 +79,23 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"config.data.fps={flat['data.fps']:g} must be positive.")
     if "solver_steps" in config and not 1 <= config.solver_steps < config.num_levels:
         raise UserError(f"config.solver_steps={config.solver_steps} must lie in 1 .. {config.num_levels - 1}.")
+    if config.objective == "finetune":
+        _check_finetune(config)
     if bool(config.weights) == bool(config.random_networks):
         raise UserError(
             "Exactly one of config.weights (a folder of converted weights) and config.random_networks must be set."
         )
     phases_of(config)
+
+
+def _check_finetune(config: ConfigDict) -> None:
+    if config.sigma.log_std <= 0:
+        raise UserError(f"config.sigma.log_std={config.sigma.log_std:g} must be positive.")
+    if config.min_snr_gamma < 0:
+        raise UserError(f"config.min_snr_gamma={config.min_snr_gamma:g} must be positive, or 0 for none.")
+    dropout = config.dropout.to_dict()
+    if min(dropout.values()) < 0 or sum(dropout.values()) > 1:
+        raise UserError(f"config.dropout={dropout} must be probabilities with a sum of at most 1.")
 
 
 def phases_of(config: ConfigDict) -> list[Phase]:
@@ -112,15 +127,16 @@ def networks_of(config: ConfigDict) -> Networks:
         UserError: on missing weights, or a discriminator block that DINOv2 does not have.
     """
     architectures = architectures_of(config)
-    depth = architectures["dinov2"].num_hidden_layers
-    if not all(0 <= block < depth for block in config.discriminator_blocks):
-        raise UserError(
-            f"config.discriminator_blocks={tuple(config.discriminator_blocks)} must lie in 0 .. {depth - 1}, the"
-            " blocks of this DINOv2."
-        )
+    blocks = ()
+    if "dinov2" in architectures:
+        blocks, depth = tuple(config.discriminator_blocks), architectures["dinov2"].num_hidden_layers
+        if not all(0 <= block < depth for block in blocks):
+            raise UserError(
+                f"config.discriminator_blocks={blocks} must lie in 0 .. {depth - 1}, the blocks of this DINOv2."
+            )
     return build_networks(
         architectures,
-        discriminator_blocks=tuple(config.discriminator_blocks),
+        discriminator_blocks=blocks,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.dtype),
         attention=config.attention,
@@ -129,20 +145,26 @@ def networks_of(config: ConfigDict) -> Networks:
 
 
 def architectures_of(config: ConfigDict) -> dict[str, Config]:
-    """Those beside the weights, or in the configuration.
+    """Those beside the weights, or in the configuration; DINOv2's only where there is a discriminator.
 
     Raises:
         UserError: on missing weights.
     """
+    names = [name for name in ARCHITECTURES if not (config.objective == "finetune" and name == "dinov2")]
     if config.weights:
-        return {name: weights.load_config(config.weights, name) for name in ARCHITECTURES}
+        return {name: weights.load_config(config.weights, name) for name in names}
     chosen = config.random_networks.to_dict()
-    return {name: known.config(**chosen.get(name, {})) for name, known in ARCHITECTURES.items()}
+    return {name: ARCHITECTURES[name].config(**chosen.get(name, {})) for name in names}
 
 
 def random_frozen(architectures: Mapping[str, Config], dtype: Any) -> dict[str, Params]:
     """Parameters of the embedded networks, as NumPy arrays; the same for every seed of a run, and for preparing."""
-    return random_params(_shapes_of(architectures), 0, dtype)
+    return fill_randomly(_shapes_of(architectures), dtype)
+
+
+def fill_randomly(shapes: Mapping[str, Params], dtype: Any) -> dict[str, Params]:
+    """Each network is drawn by itself, or else which there are would decide what the others are."""
+    return {name: random_params(tree, 0, dtype) for name, tree in shapes.items()}
 
 
 def _shapes_of(architectures: Mapping[str, Config]) -> dict[str, Params]:
@@ -151,22 +173,22 @@ def _shapes_of(architectures: Mapping[str, Config]) -> dict[str, Params]:
 
 def load_frozen(config: ConfigDict, networks: Networks, devices: jax.sharding.Mesh) -> dict[str, Params]:
     """The frozen parameters, each read onto the devices that hold it; CLIP's only where clips are to be encoded."""
-    names = [name for name in ARCHITECTURES if not (config.data.dataset and name == "image_encoder")]
-    shapes = _shapes_of({name: getattr(networks, name).config for name in ARCHITECTURES})
-    shardings = mesh.parameter_shardings(devices, {name: shapes[name] for name in names})
+    needed = [name for name in ARCHITECTURES if not (config.data.dataset and name == "image_encoder")]
+    modules = {name: getattr(networks, name) for name in needed}
+    shapes = _shapes_of({name: module.config for name, module in modules.items() if module is not None})
+    shardings = mesh.parameter_shardings(devices, shapes)
     dtype = jnp.dtype(config.dtype)
     if config.weights:
-        return {name: weights.load_params(config.weights, name, shardings[name], dtype) for name in names}
-    # All of them, or else which are loaded would decide what the others are.
-    params = random_params(shapes, 0, dtype)
-    return jax.device_put({name: params[name] for name in names}, shardings)
+        return {name: weights.load_params(config.weights, name, shardings[name], dtype) for name in shapes}
+    return jax.device_put(fill_randomly(shapes, dtype), shardings)
 
 
 def optimizers_of(config: ConfigDict) -> Optimizers:
-    """Adam for the student and for the discriminator."""
+    """Adam for the student and for the discriminator, where there is one."""
     chosen = config.optimizer
     shared = (chosen.b1, chosen.b2, chosen.max_grad_norm or None)
-    return make_optimizer(chosen.learning_rate, *shared), make_optimizer(chosen.disc_learning_rate, *shared)
+    student = make_optimizer(chosen.learning_rate, *shared)
+    return student, None if config.objective == "finetune" else make_optimizer(chosen.disc_learning_rate, *shared)
 
 
 def make_init(config: ConfigDict, networks: Networks, optimizers: Optimizers) -> Callable[..., TrainState]:
@@ -189,8 +211,8 @@ def make_init(config: ConfigDict, networks: Networks, optimizers: Optimizers) ->
 def start_from(workdir: pathlib.Path, state: TrainState, optimizers: Optimizers) -> TrainState:
     """`state`, with the student's LoRA, its tuned parameters and the discriminator of another run's last checkpoint.
 
-    The optimizers start afresh, and so does the average, from the student (OSV section 4). Groups that the other run
-    did not train start from the base parameters.
+    The optimizers start afresh, and so does the average, from the student (OSV section 4). What the other run did not
+    train starts as in a run from the teacher.
 
     Args:
         workdir: one that `check_origin` accepts.
@@ -199,21 +221,29 @@ def start_from(workdir: pathlib.Path, state: TrainState, optimizers: Optimizers)
         UserError: when the checkpoint does not fit, saying what differs.
     """
     step = checkpoint.latest_step(workdir)
-    like: dict[str, Any] = {"student": {"lora": state.student.lora}, "disc": state.disc}
-    tuned = flatten_dict(state.student.tuned)
-    inherited = flatten_dict(checkpoint.stored_shapes(workdir, step)["student"].get("tuned") or {})
+    stored = checkpoint.stored_shapes(workdir, step)["student"]
+    own, tuned = flatten_dict(state.student.lora), flatten_dict(state.student.tuned)
+    adapter, inherited = (flatten_dict(stored.get(part) or {}) for part in ("lora", "tuned"))
     lost = sorted({groups.group_of(path) for path in inherited.keys() - tuned.keys()})
+    if adapter and not own:
+        lost = ["lora", *lost]
     if lost:
         raise UserError(
             f"The run in {workdir} trained the groups {', '.join(lost)}, whose changes would be lost; add them to"
             " config.trainable."
         )
+    like: dict[str, Any] = {"student": {}}
+    if adapter:
+        like["student"]["lora"] = state.student.lora
     if inherited:
         like["student"]["tuned"] = unflatten_dict({path: tuned[path] for path in inherited})
+    if state.disc:
+        like["disc"] = state.disc
     parts = checkpoint.restore_parts(workdir, step, like)
+    own |= flatten_dict(parts["student"].get("lora", {}))
     tuned |= flatten_dict(parts["student"].get("tuned", {}))
-    student = state.student.replace(lora=parts["student"]["lora"], tuned=unflatten_dict(tuned))
-    return _begin(state, student, parts["disc"], optimizers)
+    student = state.student.replace(lora=unflatten_dict(own), tuned=unflatten_dict(tuned))
+    return _begin(state, student, parts.get("disc", {}), optimizers)
 
 
 def _begin(state: TrainState, student: Student, disc: dict[str, Params], optimizers: Optimizers) -> TrainState:
@@ -232,6 +262,8 @@ def read_lora(path: pathlib.Path, config: ConfigDict, networks: Networks) -> lor
     Raises:
         UserError: a file that does not fit the UNet, or of which this configuration would lose a part.
     """
+    if "lora" not in config.trainable:
+        raise UserError(f"config.init_from={path} is a LoRA, so config.trainable must name lora.")
     shapes = expected_params("unet", networks.unet.config)
     read = lora_files.read_lora(path, shapes)
     ranks = lora_files.ranks(read.lora)
@@ -274,15 +306,22 @@ def check_origin(workdir: pathlib.Path, config: ConfigDict) -> None:
         before = json.loads((workdir / "config.json").read_text())
     except (OSError, json.JSONDecodeError) as error:
         raise UserError(
-            f"config.init_from={workdir} is not the workdir of a run; train stage 1 first (configs/stage1.py)."
+            f"config.init_from={workdir} is not the workdir of a run; train that first (stage 2's is stage 1,"
+            " configs/stage1.py)."
         ) from error
     if checkpoint.latest_step(workdir) is None:
         raise UserError(f"config.init_from={workdir} has no checkpoint yet; let that run reach its first one.")
     now = json.loads(json.dumps(config.to_dict()))
+    if (before.get("objective") == "finetune") != (config.objective == "finetune"):
+        raise UserError(
+            f"config.init_from={workdir} is a run of {before.get('objective')}, which {config.objective} cannot"
+            f" continue; `python tools/convert_weights.py merge {workdir} OUTPUT` makes weights of it to start"
+            " from, with config.weights=OUTPUT."
+        )
     for key in ("lora", "discriminator_blocks", "weights", "random_networks"):
-        if before.get(key) != now[key]:
+        if before.get(key) != now.get(key):
             raise UserError(
-                f"config.{key} is {now[key]}, but the run in {workdir} has {before.get(key)}; they must be the same"
+                f"config.{key} is {now.get(key)}, but the run in {workdir} has {before.get(key)}; they must be the same"
                 " to continue from it."
             )
 
@@ -299,27 +338,7 @@ def to_batch(
 
 def make_train_step(config: ConfigDict, networks: Networks, optimizers: Optimizers) -> Callable:
     """`(state, frozen, clips) -> (state, metrics)`: `to_batch` and the objective, ready for `jit`."""
-    options = adversarial.AdversarialOptions(
-        adversarial_weight=config.adversarial_weight,
-        huber_c=config.huber_c,
-        ema_decay=config.ema_decay,
-        lora_scale=config.lora.alpha / config.lora.rank,
-        boundary=config.boundary,
-        grad_accum=config.grad_accum,
-        decode=config.discriminator_input == "decoded",
-    )
-    if config.objective == "stage1":
-        objective = stage1.make_step(networks, *optimizers, options, config.num_levels)
-    else:
-        own = stage2.Stage2Options(
-            num_levels=config.num_levels,
-            solver_steps=config.solver_steps,
-            guidance_kind=config.guidance.kind,
-            guidance_min=config.guidance.min,
-            guidance_max=config.guidance.max,
-            weight_exponent=config.weight_exponent,
-        )
-        objective = stage2.make_step(networks, *optimizers, options, own)
+    objective = _make_objective(config, networks, optimizers)
 
     def train_step(
         state: TrainState, frozen: Params, clips: Mapping[str, jax.Array]
@@ -332,6 +351,43 @@ def make_train_step(config: ConfigDict, networks: Networks, optimizers: Optimize
     return train_step
 
 
+def _make_objective(config: ConfigDict, networks: Networks, optimizers: Optimizers) -> adversarial.Step:
+    lora_scale = config.lora.alpha / config.lora.rank
+    if config.objective == "finetune":
+        chosen = finetune.FinetuneOptions(
+            sigma_log_mean=config.sigma.log_mean,
+            sigma_log_std=config.sigma.log_std,
+            min_snr_gamma=config.min_snr_gamma,
+            drop_embedding=config.dropout.embedding,
+            drop_latents=config.dropout.latents,
+            drop_both=config.dropout.both,
+            ema_decay=config.ema_decay,
+            lora_scale=lora_scale,
+            grad_accum=config.grad_accum,
+        )
+        return finetune.make_step(networks, optimizers[0], chosen)
+    options = adversarial.AdversarialOptions(
+        adversarial_weight=config.adversarial_weight,
+        huber_c=config.huber_c,
+        ema_decay=config.ema_decay,
+        lora_scale=lora_scale,
+        boundary=config.boundary,
+        grad_accum=config.grad_accum,
+        decode=config.discriminator_input == "decoded",
+    )
+    if config.objective == "stage1":
+        return stage1.make_step(networks, *optimizers, options, config.num_levels)
+    own = stage2.Stage2Options(
+        num_levels=config.num_levels,
+        solver_steps=config.solver_steps,
+        guidance_kind=config.guidance.kind,
+        guidance_min=config.guidance.min,
+        guidance_max=config.guidance.max,
+        weight_exponent=config.weight_exponent,
+    )
+    return stage2.make_step(networks, *optimizers, options, own)
+
+
 def describe(config: ConfigDict, state: TrainState, frozen: Mapping[str, Any], num_clips: int) -> str:
     """What is about to run, in a few lines."""
 
@@ -339,13 +395,14 @@ def describe(config: ConfigDict, state: TrainState, frozen: Mapping[str, Any], n
         return sum(leaf.size for leaf in jax.tree.leaves(tree))
 
     frozen_sizes = ", ".join(f"{name} {size(params) / 1e6:.2f} M" for name, params in frozen.items())
+    disc = f", discriminator {size(state.disc) / 1e6:.2f} M" if state.disc else ""
     sizes = ", ".join(f"{p.height} x {p.width} to step {p.end}" for p in phases_of(config))
     data = config.data
     return (
         f"{config.objective} on {jax.device_count()} {jax.devices()[0].platform} device(s)\n"
         f"  data      {num_clips} clips of {data.num_frames} frames at {data.fps:g} fps; {sizes}\n"
         f"  frozen    {frozen_sizes}, {config.dtype}\n"
-        f"  training  student {size(state.student) / 1e6:.2f} M, discriminator {size(state.disc) / 1e6:.2f} M\n"
+        f"  training  student {size(state.student) / 1e6:.2f} M{disc}\n"
         f"{groups.count_table(frozen['unet'], config.trainable, size(state.student.lora))}\n"
         f"  steps     {int(state.step)} of {config.num_steps} done, batch {config.batch_size}"
     )

@@ -28,6 +28,9 @@ from osv_jax import experiment
 from osv_jax.clips import LatentClips, PixelClips, open_clips
 from osv_jax.convert import lora_files
 from osv_jax.diffusion.edm import SIGMA_MAX, denoise
+from osv_jax.diffusion.ode import guided_denoiser
+from osv_jax.diffusion.samplers import euler, euler_levels
+from osv_jax.distill.finetune import BAND_METRIC
 from osv_jax.distill.networks import Networks, Params
 from osv_jax.distill.state import TrainState
 from osv_jax.errors import UserError
@@ -40,7 +43,11 @@ _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics
 # Steps the host may be ahead of the devices: enough that they never wait for it, few enough that a value that is not
 # finite is noticed at once.
 _STEPS_IN_FLIGHT = 2
-_CURVES = ("loss_huber", "loss_adversarial", "loss_disc")
+_ADVERSARIAL_CURVES = ("loss_huber", "loss_adversarial", "loss_disc")
+_CURVES = {"stage1": _ADVERSARIAL_CURVES, "stage2": _ADVERSARIAL_CURVES, "finetune": ("loss", "grad_norm/student")}
+# What pictures of `finetune` are sampled with, as SVD's are.
+_EULER_STEPS = 25
+_MAX_GUIDANCE = 3.0
 
 
 def main(argv: list[str]) -> None:
@@ -107,7 +114,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
             state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed), frozen["unet"])
             if given:
                 state = experiment.start_from_lora(given.lora, config, state, optimizers)
-                print(f"Starting from the LoRA {origin}, instead of stage 1. {given.notice}".rstrip())
+                print(f"Starting from the LoRA {origin}. {given.notice}".rstrip())
             elif origin:
                 state = experiment.start_from(origin, state, optimizers)
                 print(f"Starting from step {checkpoint.latest_step(origin)} of {origin}.")
@@ -137,6 +144,7 @@ def _train(
     run: _Run, phase: Phase, start: int, state: TrainState, batches: Iterator[dict[str, jax.Array]]
 ) -> TrainState:
     config, writer = run.config, run.writer
+    curves = _CURVES[config.objective]
     batch = next(batches)
     print(f"Compiling the step for {phase.height} x {phase.width} ...", flush=True)
     compile_start = time.perf_counter()
@@ -150,11 +158,13 @@ def _train(
         nonlocal shown_at, last_done
         number, values = in_flight.popleft()
         row = dict(zip(names, np.asarray(values).tolist(), strict=True))
+        # Noise levels that no clip of the batch has have no loss; if theirs is the fault, `loss` is not finite either.
+        row = {name: row[name] for name in names if not (name.startswith(BAND_METRIC) and math.isnan(row[name]))}
         now = time.perf_counter()
         row |= {"seconds_per_step": now - last_done, "clips_per_second": config.batch_size / (now - last_done)}
         last_done = now
         writer.write(number, row)
-        bad = [name for name in names if not math.isfinite(row[name])]
+        bad = [name for name, value in row.items() if not math.isfinite(value)]
         if bad:
             kept = run.checkpoints.latest_step()
             where = f"the checkpoint of step {kept} is intact" if kept else "no checkpoint had been written yet"
@@ -164,8 +174,8 @@ def _train(
             )
         if number % config.log_every == 0 or number == phase.end:
             steps, seconds = number - shown_at[0], now - shown_at[1]
-            curves = {name: row[name] for name in _CURVES}
-            print(metrics.progress_line(number, config.num_steps, seconds / steps, config.batch_size, curves))
+            shown = {name: row[name] for name in curves}
+            print(metrics.progress_line(number, config.num_steps, seconds / steps, config.batch_size, shown))
             shown_at = (number, now)
 
     def finish_all() -> None:
@@ -191,7 +201,7 @@ def _train(
             finish_all()
             writer.write_picture("samples", number, draw_picture(state, run.frozen))
             if jax.process_index() == 0:
-                metrics.loss_curves(run.workdir / "metrics.jsonl", run.workdir / "losses.png", _CURVES)
+                metrics.loss_curves(run.workdir / "metrics.jsonl", run.workdir / "losses.png", curves)
         if not in_flight:
             last_done = time.perf_counter()  # Steps are not charged for checkpoints and pictures.
     return state
@@ -225,7 +235,9 @@ def compile_step(run: _Run, state: TrainState, batch: dict[str, jax.Array]) -> t
 def make_picture(
     config: ConfigDict, networks: Networks, example: Mapping[str, np.ndarray]
 ) -> Callable[..., np.ndarray]:
-    """`(state, frozen) -> image`: a clip, the frame the sample starts from, and a one-step sample.
+    """`(state, frozen) -> image`: a clip, the frame the sample starts from, and a sample.
+
+    It is a one-step sample of a student that learns that, and SVD's own Euler sample with guidance in `finetune`.
 
     Args:
         example: a batch of one clip; of latents, the clip is shown as the VAE decodes it.
@@ -239,6 +251,9 @@ def make_picture(
         batch = experiment.to_batch(config, networks, frozen, example, encode_key)
         noise = jax.random.normal(noise_key, batch.latents.shape)
         network = networks.unet_with(state.student.variables(frozen["unet"], scale))
+        if config.objective == "finetune":
+            guidance = jnp.linspace(1.0, _MAX_GUIDANCE, noise.shape[1])
+            return euler(guided_denoiser(network, batch.cond, guidance), noise, euler_levels(_EULER_STEPS))
         return denoise(network, SIGMA_MAX * noise, jnp.full(1, SIGMA_MAX), batch.cond, config.boundary)
 
     decode = jax.jit(networks.decode_video)
@@ -254,7 +269,8 @@ def make_picture(
         is_video = "video" in example
         clip = example["video"][0] if is_video else frames_of(frozen, example["latents"].astype(np.float32))
         label = "real clip" if is_video else "real clip, decoded from its latents"
-        return pictures.sample_grid({"condition": clip[0], label: clip, "one-step sample": sampled})
+        sampler = f"sample, {_EULER_STEPS} Euler steps" if config.objective == "finetune" else "one-step sample"
+        return pictures.sample_grid({"condition": clip[0], label: clip, sampler: sampled})
 
     return draw
 

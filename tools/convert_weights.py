@@ -4,10 +4,12 @@
     python tools/convert_weights.py dinov2       FOLDER_OR_PTH  OUTPUT
     python tools/convert_weights.py export-lora  WORKDIR        OUTPUT --format=peft|diffusers|unet
     python tools/convert_weights.py import-lora  LORA           OUTPUT
+    python tools/convert_weights.py merge        WORKDIR        OUTPUT
 
 FOLDER is a local Stable Video Diffusion folder in diffusers layout, or a transformers DINOv2 folder; FOLDER_OR_PTH may
 also be a torch-hub file such as dinov2_vits14_pretrain.pth. The first two commands may share one OUTPUT. WORKDIR is
-that of a training run; LORA is a PEFT adapter folder or a LoRA .safetensors file.
+that of a training run; LORA is a PEFT adapter folder or a LoRA .safetensors file. What merge writes is a weights folder
+again: a fine-tuned SVD becomes the teacher of stage 1 that way.
 """
 
 from __future__ import annotations
@@ -19,6 +21,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
+from osv_jax import merging
 from osv_jax.convert import exporters, importers, lora_files, weights
 from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.naming import flax_shape_to_torch
@@ -32,7 +35,13 @@ def main(arguments: list[str] | None = None) -> int:
     # Conversion is file work: an accelerator would only be occupied by it.
     jax.config.update("jax_platforms", "cpu")
     args = _parser().parse_args(arguments)
-    commands = {"svd": _import, "dinov2": _import, "export-lora": _export_lora, "import-lora": _import_lora}
+    commands = {
+        "svd": _import,
+        "dinov2": _import,
+        "export-lora": _export_lora,
+        "import-lora": _import_lora,
+        "merge": _merge,
+    }
     try:
         commands[args.command](args)
     except UserError as error:
@@ -71,7 +80,13 @@ def _parser() -> argparse.ArgumentParser:
     lora.add_argument("source", metavar="LORA", help="PEFT adapter folder or LoRA .safetensors file")
     lora.add_argument("output", metavar="OUTPUT", help="folder to write, for config.init_from and sample.py --lora")
     lora.add_argument("--weights", help="weights folder with the UNet it is for (default: the released SVD's sizes)")
-    for command in (export, lora):
+    merge = commands.add_parser("merge", help="what a run trained, merged into a new weights folder")
+    merge.add_argument("source", metavar="WORKDIR", help="the --workdir of a training run")
+    merge.add_argument("output", metavar="OUTPUT", help="weights folder to write")
+    merge.add_argument("--ema", action="store_true", help="the student's average instead of the student")
+    merge.add_argument("--weights", help="the base's weights folder (default: the run's own)")
+    merge.add_argument("--dtype", default="bfloat16", choices=importers.DTYPES, help="of the UNet (%(default)s)")
+    for command in (export, lora, merge):
         command.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     return parser
 
@@ -133,6 +148,8 @@ def _export_lora(args: argparse.Namespace) -> None:
         _export_unet(trained, args)
         print(f"{args.output}: the UNet with {which}, {modules} LoRA modules and {len(tuned)} tuned arrays merged.")
         return
+    if not modules:
+        raise UserError(f"{args.source} trained no LoRA: export the whole UNet with --format=unet.")
     write = {"peft": exporters.export_peft, "diffusers": exporters.export_diffusers}[args.format]
     write(trained.student.lora, args.output, overwrite=args.overwrite)
     print(f"{args.output}: the LoRA of {which}, {modules} modules, alpha = rank.")
@@ -151,6 +168,15 @@ def _export_unet(trained: Trained, args: argparse.Namespace) -> None:
     trained.check_fits(expected_params("unet", config), args.source)
     base = jax.tree.map(np.asarray, weights.load_params(folder, "unet", dtype=np.float32))
     exporters.export_unet(config, trained.merge_into(base), args.output, args.dtype, args.overwrite)
+
+
+def _merge(args: argparse.Namespace) -> None:
+    trained = load_trained(args.source, args.ema)
+    components = merging.merge_run(trained, args.source, args.output, args.weights, args.dtype, args.overwrite)
+    print(
+        f"{args.output}: {', '.join(components)}; the UNet is the {'average' if args.ema else 'student'} of step"
+        f" {trained.step}."
+    )
 
 
 def _import_lora(args: argparse.Namespace) -> None:

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from osv_jax.diffusion.conditioning import Conditioning
 from osv_jax.diffusion.edm import denoise
 from osv_jax.distill import losses
+from osv_jax.distill.accumulation import mean_over_parts, split_batch
 from osv_jax.distill.networks import Networks, Params
 from osv_jax.distill.state import TrainState, update_ema
 from osv_jax.models.discriminator import discriminate, discriminate_pixels
@@ -185,8 +186,8 @@ def make_step(
             g_student, metrics_student = student_gradient(disc, frozen, example, fake, pull_back)
             metrics |= metrics_student
         else:
-            parts = _split((batch, draws), options.grad_accum)
-            g_disc, spectral, g_student, metrics = _mean_over(
+            parts = split_batch((batch, draws), options.grad_accum)
+            g_disc, spectral, g_student, metrics = mean_over_parts(
                 lambda part: gradients_of_part(state, frozen, part), parts, options.grad_accum
             )
             disc, opt_disc = update_disc(state, g_disc, spectral)
@@ -215,20 +216,3 @@ def make_step(
 def _norm(tree: Any) -> jax.Array:
     """The global norm. (Optax's takes real and imaginary parts of every leaf, which doubles what tracing it costs.)"""
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
-
-
-def _split(batch: Any, parts: int) -> Any:
-    """Every part takes one clip from each device in turn, so that a sharded batch stays where it is."""
-    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
-
-
-def _mean_over(function: Callable[[Any], Any], parts: Any, num_parts: int) -> Any:
-    """The mean of `function` over the parts, one at a time, with one running sum in memory."""
-    first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
-
-    def add(total: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(part)), None
-
-    total, _ = jax.lax.scan(add, zeros, parts)
-    return jax.tree.map(lambda x: x / num_parts, total)

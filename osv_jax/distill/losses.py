@@ -21,6 +21,25 @@ def pseudo_huber(x: Float[Array, "b *rest"], y: Float[Array, "b *rest"], c: floa
     return distance.reshape(distance.shape[0], -1).mean(axis=1)
 
 
+def squared_error(x: Float[Array, "b *rest"], y: Float[Array, "b *rest"]) -> Float[Array, " b"]:
+    """||x - y||^2 of SF-V Eq. 1, as the mean over a clip's elements (EDM's own code does the same)."""
+    square = (x - y) ** 2
+    return square.reshape(square.shape[0], -1).mean(axis=1)
+
+
+def denoising_weight(sigma: Float[Array, " b"], min_snr_gamma: float = 0.0) -> Float[Array, " b"]:
+    """lambda_sigma of SF-V Eq. 1: (sigma^2 + 1) / sigma^2, which makes the loss that of v, of unit size at every sigma.
+
+    Args:
+        sigma: noise levels, above 0.
+        min_snr_gamma: gamma of min-SNR weighting (Hang et al. 2023, section 3.4), or 0 for none. The data having unit
+            variance, SNR = 1 / sigma^2, and the loss of v is SNR + 1 times the squared error of x_0; the paper's
+            factor for v, min(SNR, gamma) / (SNR + 1), turns that into min(SNR, gamma). High noise then counts little.
+    """
+    snr = 1 / sigma**2
+    return jnp.minimum(snr, min_snr_gamma) if min_snr_gamma else snr + 1
+
+
 def hinge_discriminator(real: Logits, fake: Logits) -> Float[Array, " b"]:
     """ReLU(1 - D(real)) + ReLU(1 + D(fake)), averaged over the logits of all heads (OSV Eq. 6 and 9)."""
     return _mean_over_logits(nn.relu(1 - _join(real))) + _mean_over_logits(nn.relu(1 + _join(fake)))

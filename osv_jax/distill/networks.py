@@ -1,4 +1,4 @@
-"""The five networks of a training run, as modules, and random parameters for the frozen ones."""
+"""The networks of a training run, as modules, and random parameters for the frozen ones."""
 
 from __future__ import annotations
 
@@ -30,15 +30,15 @@ class Networks:
         unet: teacher, student and EMA target at once; which one depends on the parameters it is applied with.
         vae: latents from pixels and back.
         image_encoder: CLIP.
-        dinov2: the discriminator's frozen features.
-        discriminator: its trainable part.
+        dinov2: the discriminator's frozen features; None for an objective without a discriminator.
+        discriminator: its trainable part, or None.
     """
 
     unet: SVDUNet
     vae: SVDVAE
     image_encoder: CLIPVision
-    dinov2: Dinov2
-    discriminator: Discriminator
+    dinov2: Dinov2 | None
+    discriminator: Discriminator | None
 
     def unet_with(self, variables: Params) -> Network:
         """The UNet as the function that `diffusion.edm.denoise` takes."""
@@ -77,7 +77,7 @@ def build_networks(
     attention: str = "auto",
     remat: str = "none",
 ) -> Networks:
-    """Modules for the architectures in `configs`: `unet`, `vae`, `image_encoder` and `dinov2`.
+    """Modules for the architectures in `configs`: `unet`, `vae`, `image_encoder`, and `dinov2` for a discriminator.
 
     The discriminator's trainable part keeps float32 parameters whatever `param_dtype` is.
     """
@@ -86,8 +86,8 @@ def build_networks(
         unet=SVDUNet(configs["unet"], remat=remat, **options),
         vae=SVDVAE(configs["vae"], **options),
         image_encoder=CLIPVision(configs["image_encoder"], **options),
-        dinov2=Dinov2(configs["dinov2"], **options),
-        discriminator=Discriminator(discriminator_blocks, dtype=dtype),
+        dinov2=Dinov2(configs["dinov2"], **options) if "dinov2" in configs else None,
+        discriminator=Discriminator(discriminator_blocks, dtype=dtype) if "dinov2" in configs else None,
     )
 
 

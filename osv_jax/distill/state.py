@@ -24,7 +24,7 @@ class Student:
     """The student's trainable parameters, float32.
 
     Attributes:
-        lora: the LoRA tree; see `models.lora`.
+        lora: the LoRA tree; see `models.lora`. Empty when it does not train.
         tuned: base parameters that train themselves: a part of the UNet's tree, empty when only LoRA trains.
     """
 
@@ -45,8 +45,8 @@ class TrainState:
         step: optimizer steps done.
         student: trained parameters.
         ema: their exponential moving average, float32 (in half precision small updates are lost).
-        disc: variables of the discriminator: `params` and `spectral`.
-        opt_student, opt_disc: states of the two optimizers.
+        disc: variables of the discriminator: `params` and `spectral`. Empty for an objective that has none.
+        opt_student, opt_disc: states of the two optimizers; the second is `()` without a discriminator.
     """
 
     step: Int[Array, ""]
@@ -62,22 +62,27 @@ def init_state(
     networks: Networks,
     unet_params: Params,
     optimizer_student: optax.GradientTransformation,
-    optimizer_disc: optax.GradientTransformation,
+    optimizer_disc: optax.GradientTransformation | None,
     lora_rank: int,
     lora_targets: str,
     trainable: Sequence[str] = ("lora",),
 ) -> TrainState:
-    """A student equal to the teacher and a fresh discriminator.
+    """A student equal to the teacher and a fresh discriminator, where there is one.
 
     Args:
+        networks: without a discriminator, if the objective has none.
         unet_params: the base parameters: their shapes, and the values that the tuned groups start from.
-        trainable: names of `models.groups.TRAINABLE`. LoRA always trains.
+        trainable: names of `models.groups.TRAINABLE`; without `lora` there is none.
     """
     lora_key, disc_key = jax.random.split(key)
-    modules = lora.target_modules(unet_params, lora_targets)
+    adapter, disc = {}, {}
+    if "lora" in trainable:
+        modules = lora.target_modules(unet_params, lora_targets)
+        adapter = lora.init_lora(lora_key, unet_params, lora_rank, modules)
     tuned = jax.tree.map(lambda x: x.astype(jnp.float32), groups.select(unet_params, trainable))
-    student = Student(lora=lora.init_lora(lora_key, unet_params, lora_rank, modules), tuned=tuned)
-    disc = init_discriminator(networks.discriminator, disc_key, networks.dinov2.config.hidden_size)
+    student = Student(lora=adapter, tuned=tuned)
+    if networks.discriminator is not None:
+        disc = init_discriminator(networks.discriminator, disc_key, networks.dinov2.config.hidden_size)
     return start_state(student, disc, optimizer_student, optimizer_disc)
 
 
@@ -85,9 +90,9 @@ def start_state(
     student: Student,
     disc: dict[str, Params],
     optimizer_student: optax.GradientTransformation,
-    optimizer_disc: optax.GradientTransformation,
+    optimizer_disc: optax.GradientTransformation | None,
 ) -> TrainState:
-    """The state before the first step of a student and a discriminator that exist already."""
+    """The state before the first step of a student and a discriminator (or none) that exist already."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         student=student,
@@ -95,7 +100,7 @@ def start_state(
         ema=jax.tree.map(jnp.copy, student),
         disc=disc,
         opt_student=optimizer_student.init(student),
-        opt_disc=optimizer_disc.init(disc["params"]),
+        opt_disc=optimizer_disc.init(disc["params"]) if disc else (),
     )
 
 

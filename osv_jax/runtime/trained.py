@@ -115,7 +115,7 @@ def _read(workdir: pathlib.Path, step: int, part: str) -> dict[str, Any]:
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             # (A field without arrays is not there.)
-            return {"tuned": {}} | checkpointer.restore((folder / "state").absolute(), args=args)[part]
+            return {"lora": {}, "tuned": {}} | checkpointer.restore((folder / "state").absolute(), args=args)[part]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"The checkpoint {folder} is damaged: restore it, or delete it to use the one before."

@@ -1,0 +1,26 @@
+"""Gradient accumulation: a batch worked through in equal parts, one after the other."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def split_batch(batch: Any, parts: int) -> Any:
+    """Every part takes one clip from each device in turn, so that a sharded batch stays where it is."""
+    return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
+
+
+def mean_over_parts(function: Callable[[Any], Any], parts: Any, num_parts: int) -> Any:
+    """The mean of `function` over the parts, one at a time, with one running sum in memory."""
+    first = jax.tree.map(lambda x: x[0], parts)
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+
+    def add(total: Any, part: Any) -> tuple[Any, None]:
+        return jax.tree.map(jnp.add, total, function(part)), None
+
+    total, _ = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda x: x / num_parts, total)

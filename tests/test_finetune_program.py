@@ -1,0 +1,250 @@
+"""The training program's fine-tuning: stopped and resumed, continued, read back, and merged into a teacher."""
+
+import dataclasses
+import json
+import math
+import pathlib
+import runpy
+import shutil
+
+import jax
+import micro_finetune
+import micro_stage1
+import numpy as np
+import orbax.checkpoint as ocp
+import pytest
+from conftest import relative_error
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jax.sharding import AxisType
+from toy_unet import ToyUNet
+
+from osv_jax import experiment, train
+from osv_jax.convert import weights
+from osv_jax.convert.architectures import ARCHITECTURES, expected_params
+from osv_jax.distill import networks
+from osv_jax.errors import UserError
+from osv_jax.image_to_video import ImageToVideo
+from osv_jax.runtime.trained import load_trained
+
+STEPS = 4
+main = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "tools" / "convert_weights.py"))["main"]
+
+
+@pytest.fixture(scope="module", autouse=True)
+def one_device():
+    """A mesh of one device, a toy for the UNet and no pictures: those compile slowly, and have their own tests."""
+    kinds = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=kinds, devices=jax.devices()[:1])
+
+    def build_networks(*args, **options):
+        made = networks.build_networks(*args, **options)
+        unet = made.unet
+        return dataclasses.replace(made, unet=ToyUNet(unet.config, unet.dtype, unet.param_dtype))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.mesh, "make_mesh", lambda data, fsdp: mesh)
+        patch.setattr(train, "make_picture", lambda *_: lambda *_: np.zeros((8, 8, 3), np.uint8))
+        patch.setattr(experiment, "build_networks", build_networks)
+        patch.setitem(ARCHITECTURES, "unet", dataclasses.replace(ARCHITECTURES["unet"], network=ToyUNet))
+        yield mesh
+
+
+def finetune_config(**changes):
+    config = micro_finetune.get_config()
+    config.lora.targets = "all"
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture(scope="module")
+def straight(tmp_path_factory):
+    """A run that nothing stopped, of LoRA and the temporal transformer."""
+    workdir = tmp_path_factory.mktemp("straight") / "run"
+    train.train(finetune_config(num_steps=STEPS), workdir)
+    return workdir
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory):
+    """A run in which every layer trained, and no LoRA."""
+    workdir = tmp_path_factory.mktemp("whole") / "run"
+    train.train(finetune_config(num_steps=2, trainable=("all",)), workdir)
+    return workdir
+
+
+def state_of(workdir, step):
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        return checkpointer.restore((workdir / "checkpoints" / str(step) / "state").absolute())
+
+
+def metrics_of(workdir):
+    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    timing = ("seconds_per_step", "clips_per_second")
+    return {row["step"]: {k: v for k, v in row.items() if k not in timing} for row in rows}
+
+
+def assert_same(actual, expected):
+    leaves, others = jax.tree.leaves_with_path(actual), jax.tree.leaves(expected)
+    assert len(leaves) == len(others) > 0
+    for (path, leaf), other in zip(leaves, others, strict=True):
+        np.testing.assert_array_equal(leaf, other, err_msg=jax.tree_util.keystr(path))
+
+
+def test_a_stopped_run_continues_bit_for_bit(straight, tmp_path, capsys):
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    train.train(finetune_config(num_steps=STEPS), workdir)
+    assert "Resuming from step 2." in capsys.readouterr().out
+    assert_same(state_of(workdir, STEPS), state_of(straight, STEPS))
+    assert metrics_of(workdir) == metrics_of(straight)
+
+
+def test_what_a_run_writes(straight):
+    state = state_of(straight, STEPS)
+    assert not state.get("disc") and not state.get("opt_disc")
+    assert flatten_dict(state["student"]["lora"]) and flatten_dict(state["student"]["tuned"])
+    rows = metrics_of(straight)
+    assert sorted(rows) == list(range(1, STEPS + 1))
+    bands = {f"loss/sigma_{name}" for name in ("low", "mid", "high")}
+    for row in rows.values():
+        assert all(math.isfinite(value) for value in row.values())
+        # Two clips cannot lie in three bands: a band without a clip is left out, and does not stop the run.
+        assert 1 <= len(bands & row.keys()) <= 2
+        assert row.keys() - bands == {"step", "loss", "grad_norm/student", "param_norm/student"}
+    assert (straight / "losses.png").stat().st_size > 1000
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
+    sentence = refused(finetune_config(**{"sigma.log_mean": 1000.0}), tmp_path / "run")
+    assert "Step 1: " in sentence and "loss is nan" in sentence
+
+
+def test_a_run_continues_another(straight, tmp_path, capsys):
+    """With more layers, which start as they are in the base."""
+    config = finetune_config(init_from=str(straight), num_steps=1, trainable=("lora", "all"))
+    config.optimizer.learning_rate = 0.0
+    train.train(config, tmp_path / "run")
+    assert f"Starting from step {STEPS} of {straight}." in capsys.readouterr().out
+    before, after = (flatten_dict(state["student"]) for state in (state_of(straight, 4), state_of(tmp_path / "run", 1)))
+    assert len(after) > len(before)
+    for path, leaf in before.items():
+        np.testing.assert_array_equal(after[path], leaf, err_msg="/".join(path))
+
+
+def refused(config, workdir):
+    with pytest.raises(UserError) as error:
+        train.train(config, workdir)
+    assert not list(workdir.glob("checkpoints/*"))
+    return str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "words"),
+    [
+        ("trainable", (), ["config.trainable is empty", "temporal_transformer"]),
+        ("sigma.log_std", 0.0, ["config.sigma.log_std=0"]),
+        ("min_snr_gamma", -1.0, ["config.min_snr_gamma=-1"]),
+        ("dropout.both", 0.9, ["config.dropout", "at most 1"]),
+        ("dropout.latents", -0.1, ["config.dropout", "-0.1"]),
+        ("objective", "tune", ["tune", "finetune"]),
+    ],
+)
+def test_values_are_checked_before_anything_is_compiled(key, value, words, tmp_path):
+    sentence = refused(finetune_config(**{key: value}), tmp_path / "run")
+    assert all(word in sentence for word in words), sentence
+
+
+def test_lora_of_the_other_run_must_not_be_dropped(straight, tmp_path):
+    config = finetune_config(init_from=str(straight), trainable=("temporal_transformer",))
+    sentence = refused(config, tmp_path / "run")
+    assert "trained the groups lora" in sentence and "config.trainable" in sentence
+
+
+def test_distillation_does_not_continue_finetuning_but_says_what_to_do(straight, tmp_path):
+    config = micro_stage1.get_config()
+    config.init_from = str(straight)
+    sentence = refused(config, tmp_path / "run")
+    assert f"tools/convert_weights.py merge {straight} OUTPUT" in sentence and "config.weights" in sentence
+
+
+def denoise_with(params, lora=None):
+    """What a UNet with these parameters says about some inputs."""
+    rng = np.random.default_rng(0)
+    inputs = [rng.standard_normal(shape, np.float32) for shape in ((1, 3, 2, 3, 8), (1,), (1, 8), (1, 3))]
+    variables = {"params": params} | ({"lora": lora} if lora else {})
+    return ToyUNet(ARCHITECTURES["unet"].config()).apply(variables, *inputs)
+
+
+@pytest.mark.parametrize(("run", "ema"), [("straight", False), ("whole", True)])
+def test_merged_weights_are_the_student(run, ema, request, tmp_path, one_device):
+    workdir, output = request.getfixturevalue(run), tmp_path / "merged"
+    flags = ["--ema"] if ema else []
+    assert main(["merge", str(workdir), str(output), "--dtype=float32", *flags]) == 0
+    assert sorted(folder.name for folder in output.iterdir()) == ["dinov2", "image_encoder", "unet", "vae"]
+
+    # Stage 1 takes them for its teacher.
+    config = micro_stage1.get_config()
+    config.random_networks, config.weights = {}, str(output)
+    experiment.check_config(config)
+    frozen = experiment.load_frozen(config, experiment.networks_of(config), one_device)
+    base_config = finetune_config()
+    base = experiment.load_frozen(base_config, experiment.networks_of(base_config), one_device)
+    for name in ("vae", "image_encoder"):
+        assert_same(frozen[name], base[name])
+
+    student = load_trained(workdir, ema).student
+    variables = student.variables(base["unet"])
+    expected = denoise_with(variables["params"], variables["lora"])
+    assert relative_error(denoise_with(frozen["unet"]), expected) < 1e-5
+    assert relative_error(denoise_with(base["unet"]), expected) > 1e-4
+
+
+def test_merging_says_what_it_needs(straight, tmp_path, capsys):
+    (tmp_path / "there").mkdir()
+    assert main(["merge", str(straight), str(tmp_path / "there")]) == 2
+    assert "--overwrite" in capsys.readouterr().err
+    assert main(["merge", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert "config.json" in capsys.readouterr().err
+    assert not (tmp_path / "out").exists()
+
+
+def test_merging_onto_a_weights_folder_copies_the_other_networks(straight, tmp_path, capsys):
+    """Twice the same student: the folder that is merged into is the first's result."""
+    first, second = tmp_path / "first", tmp_path / "second"
+    assert main(["merge", str(straight), str(first)]) == 0
+    shutil.rmtree(first / "dinov2")
+    assert main(["merge", str(straight), str(second), f"--weights={first}", "--dtype=float16"]) == 0
+    assert "unet, vae, image_encoder" in capsys.readouterr().out
+    dtypes = {str(leaf.dtype) for leaf in jax.tree.leaves(weights.load_params(second, "unet"))}
+    assert dtypes == {"float16"}
+    assert_same(weights.load_params(second, "vae"), weights.load_params(first, "vae"))
+
+
+def test_a_run_without_lora_has_none_to_export(whole, tmp_path, capsys):
+    assert main(["export-lora", str(whole), str(tmp_path / "out"), "--format=peft"]) == 2
+    assert "trained no LoRA" in capsys.readouterr().err
+    assert not load_trained(whole).student.lora
+
+
+def test_a_finetuned_model_is_sampled_from_as_it_was_trained(straight, tmp_path, monkeypatch):
+    """Merged beforehand, or read from the workdir: the same UNet."""
+    monkeypatch.setattr("osv_jax.image_to_video.SVDUNet", ToyUNet)
+    assert main(["merge", str(straight), str(tmp_path / "merged"), "--dtype=float32"]) == 0
+    # The random networks that the run began with, as a weights folder.
+    base = tmp_path / "base"
+    shutil.copytree(tmp_path / "merged", base)
+    shutil.rmtree(base / "unet")
+    config = finetune_config()
+    made = experiment.architectures_of(config)
+    shapes = {"unet": unflatten_dict(expected_params("unet", made["unet"]))}
+    params = experiment.fill_randomly(shapes, np.float32)["unet"]
+    weights.save_component(base / "unet", "unet", made["unet"], params, pathlib.Path("random"))
+
+    merged = ImageToVideo.load(tmp_path / "merged", dtype="float32")
+    read = ImageToVideo.load(base, lora=straight, dtype="float32")
+    for (path, actual), expected in zip(
+        jax.tree.leaves_with_path(read.params["unet"]), jax.tree.leaves(merged.params["unet"]), strict=True
+    ):
+        np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6, err_msg=jax.tree_util.keystr(path))
+    assert read.boundary == "svd"
