@@ -1,5 +1,6 @@
 """Shared by all tests: eight fake devices, checked shapes, cheap compilation, and the comparison ports are held to."""
 
+import gc
 import os
 import pathlib
 
@@ -31,6 +32,8 @@ def _unchecked_dataclass(cls):
 
 
 flax.struct.dataclass = _unchecked_dataclass
+# Tracing makes millions of small objects that live on; looking through them so often is for nothing.
+gc.set_threshold(200_000, 50, 50)
 jax.config.update("jax_platforms", "cpu")
 jax.config.update("jax_num_cpu_devices", 8)
 _CACHE = pathlib.Path(os.environ.get("OSV_JAX_TEST_CACHE", pathlib.Path(__file__).parents[1] / ".cache" / "jax"))
