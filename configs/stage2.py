@@ -30,7 +30,7 @@ def get_config(variant: str = "") -> ConfigDict:
         stage1.make_tiny(config)
         config.num_steps = 80
         config.picture_every = config.checkpoint_every = 40
-        config.optimizer.learning_rate = 5e-3
+        config.optimizer.learning_rate = 1e-2
         config.data.resolutions = ((0, 32, 48),)
         config.init_from = "runs/demo/stage1"
     elif variant:

@@ -1,6 +1,5 @@
 """Training from prepared datasets: stopped and resumed, with one and with two resolutions, and what does not fit."""
 
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -13,14 +12,11 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from fake_encoder import FakeEncoder
-from jax.sharding import AxisType
-from toy_unet import ToyUNet
+from toy_unet import toy_training
 
 from osv_jax import clips, experiment, preparation, prepare, train
-from osv_jax.convert.architectures import ARCHITECTURES
 from osv_jax.data import demo, latents
 from osv_jax.data.latents import Schema
-from osv_jax.distill import networks
 from osv_jax.distill.latents import batch_of_records
 from osv_jax.errors import UserError
 
@@ -29,20 +25,8 @@ SIZES = ((16, 24), (24, 16))
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """A mesh of one device, a toy for the UNet, and no pictures: those compile slowly, and have their own tests."""
-    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
-
-    def build_networks(*args, **options):
-        made = networks.build_networks(*args, **options)
-        unet = made.unet
-        return dataclasses.replace(made, unet=ToyUNet(unet.config, unet.dtype, unet.param_dtype))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.mesh, "make_mesh", lambda data, fsdp: mesh)
-        patch.setattr(train, "make_picture", lambda *_: lambda *_: np.zeros((8, 8, 3), np.uint8))
-        patch.setattr(experiment, "build_networks", build_networks)
-        patch.setitem(ARCHITECTURES, "unet", dataclasses.replace(ARCHITECTURES["unet"], network=ToyUNet))
-        yield
+    with toy_training() as mesh:
+        yield mesh
 
 
 @pytest.fixture(scope="module")

@@ -1,6 +1,5 @@
 """The training program's stage 2: started from stage 1, over two resolutions, stopped and resumed."""
 
-import dataclasses
 import json
 import pathlib
 import shutil
@@ -12,12 +11,9 @@ import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict
-from jax.sharding import AxisType
-from toy_unet import ToyUNet
+from toy_unet import toy_training
 
 from osv_jax import experiment, train
-from osv_jax.convert.architectures import ARCHITECTURES
-from osv_jax.distill import networks
 from osv_jax.errors import UserError
 
 STEPS, SWITCH = 4, 2
@@ -25,20 +21,7 @@ STEPS, SWITCH = 4, 2
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    """A mesh of one device, a toy for the UNet and no pictures: those compile slowly, and have their own tests."""
-    kinds = (AxisType.Auto,) * 2
-    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=kinds, devices=jax.devices()[:1])
-
-    def build_networks(*args, **options):
-        made = networks.build_networks(*args, **options)
-        unet = made.unet
-        return dataclasses.replace(made, unet=ToyUNet(unet.config, unet.dtype, unet.param_dtype))
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.mesh, "make_mesh", lambda data, fsdp: mesh)
-        patch.setattr(train, "make_picture", lambda *_: lambda *_: np.zeros((8, 8, 3), np.uint8))
-        patch.setattr(experiment, "build_networks", build_networks)
-        patch.setitem(ARCHITECTURES, "unet", dataclasses.replace(ARCHITECTURES["unet"], network=ToyUNet))
+    with toy_training() as mesh:
         yield mesh
 
 

@@ -1,8 +1,18 @@
 """A stand-in for the UNet, for tests in which only what is done with it matters."""
 
-import flax.linen as nn
-import jax.numpy as jnp
+import contextlib
+import dataclasses
 
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from jax.sharding import AxisType
+
+from osv_jax import experiment, train
+from osv_jax.convert.architectures import ARCHITECTURES
+from osv_jax.distill import networks
 from osv_jax.models.layers import Dense, FeedForward
 from osv_jax.models.svd_unet import SVDUNet
 
@@ -35,3 +45,26 @@ class ToyUNet(SVDUNet):
         x = Dense(16, name="proj_in", **dtypes)(sample) + shift[:, None, None, None, None].astype(self.dtype)
         x = _Attention(name="attentions_0", **dtypes)(jnp.sin(x))
         return Dense(4, name="conv_out", **dtypes)(x + x[:, ::-1]).astype(jnp.float32)
+
+
+@contextlib.contextmanager
+def toy_training():
+    """Training on one device, the toy for the UNet and no pictures: those compile slowly and have their own tests.
+
+    Yields:
+        The mesh of one device.
+    """
+    kinds = (AxisType.Auto,) * 2
+    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=kinds, devices=jax.devices()[:1])
+
+    def build_networks(*args, **options):
+        made = networks.build_networks(*args, **options)
+        unet = made.unet
+        return dataclasses.replace(made, unet=ToyUNet(unet.config, unet.dtype, unet.param_dtype))
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.mesh, "make_mesh", lambda data, fsdp: mesh)
+        patch.setattr(train, "make_picture", lambda *_: lambda *_: np.zeros((8, 8, 3), np.uint8))
+        patch.setattr(experiment, "build_networks", build_networks)
+        patch.setitem(ARCHITECTURES, "unet", dataclasses.replace(ARCHITECTURES["unet"], network=ToyUNet))
+        yield mesh
