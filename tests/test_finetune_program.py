@@ -14,7 +14,7 @@ import orbax.checkpoint as ocp
 import pytest
 from conftest import relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
-from toy_unet import toy_training
+from toy_unet import ToyUNet, toy_training
 
 from osv_jax import experiment, train
 from osv_jax.convert import weights
