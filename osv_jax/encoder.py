@@ -17,6 +17,7 @@ from osv_jax.diffusion.conditioning import clip_pixels, random_noise_aug_strengt
 from osv_jax.errors import UserError
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.svd_vae import SVDVAE
+from osv_jax.runtime.pictures import to_uint8
 
 Encoded = dict[str, np.ndarray]
 
@@ -112,7 +113,7 @@ class Encoder:
         params = self.params["vae"]
         parts = [self._decode_program(params, latents[None, i : i + 2]) for i in range(0, len(latents), 2)]
         frames = np.concatenate([np.asarray(part[0], np.float32) for part in parts])
-        return ((frames.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+        return to_uint8(frames)
 
     def _decode(self, params: Any, latents: Float[Array, "1 f h w c"]) -> Float[Array, "1 f height width 3"]:
         return self.vae.apply({"params": params}, latents / self.vae.config.scaling_factor, method="decode")

@@ -34,6 +34,7 @@ from osv_jax.errors import UserError
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.svd_unet import SVDUNet, UNetConfig
 from osv_jax.models.svd_vae import SVDVAE
+from osv_jax.runtime.pictures import to_uint8
 from osv_jax.runtime.trained import Trained, is_workdir, load_trained
 
 # A file, an image, or RGB values [h w 3].
@@ -331,11 +332,6 @@ def read_image(image: ImageLike) -> UInt8[np.ndarray, "h w 3"]:
             return read_image(opened)
     except (OSError, ValueError, SyntaxError) as error:
         raise UserError(f"{path} cannot be read as an image: it is damaged or something else.") from error
-
-
-def to_uint8(frames: Float[Array, "*batch h w 3"]) -> UInt8[np.ndarray, "*batch h w 3"]:
-    """Frames in [-1, 1] (clipped to it) as pixels."""
-    return ((np.asarray(frames).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
 
 
 def _load_trained(path: str | os.PathLike, ema: bool, config: UNetConfig) -> tuple[Trained, str]:

@@ -67,7 +67,9 @@ def merge_run(
             for name in copied:
                 weights.save_component(partial / name, name, architectures[name], made[name], pathlib.Path(source))
         merged = trained.merge_into(jax.tree.map(lambda x: x.astype(np.float32), params))
-        merged = jax.tree.map_with_path(lambda path, x: _cast(path, np.asarray(x), dtype), merged)
+        merged = jax.tree.map_with_path(
+            lambda path, x: weights.cast(np.asarray(x), DTYPES[dtype], "/".join(key.key for key in path)), merged
+        )
         weights.save_component(partial / "unet", "unet", config, merged, pathlib.Path(source))
     return ["unet", *copied]
 
@@ -81,12 +83,3 @@ def _random_architectures(config: Mapping[str, Any]) -> dict[str, Config]:
             fields = {key: tuple(x) if isinstance(x, list) else x for key, x in chosen.get(name, {}).items()}
             architectures[name] = known.config(**fields)
     return architectures
-
-
-def _cast(path: tuple[Any, ...], values: np.ndarray, dtype: str) -> np.ndarray:
-    try:
-        with np.errstate(over="raise"):
-            return values.astype(DTYPES[dtype])
-    except FloatingPointError as error:
-        name = "/".join(key.key for key in path)
-        raise UserError(f"{name} has values beyond {dtype}: use --dtype bfloat16.") from error

@@ -262,7 +262,7 @@ def make_picture(
         # Two frames at a time: decoding a whole clip at 576 x 1024 takes more memory than a training step.
         chunks = [decode(frozen["vae"], latents[:, i : i + 2]) for i in range(0, latents.shape[1], 2)]
         decoded = np.concatenate([np.asarray(chunk[0]) for chunk in chunks])
-        return ((decoded.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+        return pictures.to_uint8(decoded)
 
     def draw(state: TrainState, frozen: Params) -> np.ndarray:
         sampled = frames_of(frozen, sample(state, frozen))

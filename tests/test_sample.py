@@ -22,9 +22,10 @@ from osv_jax.diffusion.conditioning import Conditioning
 from osv_jax.diffusion.edm import denoise
 from osv_jax.distill.state import Student, TrainState
 from osv_jax.errors import UserError
-from osv_jax.image_to_video import ImageToVideo, Noise, Options, to_uint8
+from osv_jax.image_to_video import ImageToVideo, Noise, Options
 from osv_jax.models.lora import init_lora, target_modules
 from osv_jax.runtime import checkpoint
+from osv_jax.runtime.pictures import to_uint8
 
 HEIGHT, WIDTH, FRAMES = 24, 40, 3
 SIZE = [f"--height={HEIGHT}", f"--width={WIDTH}", f"--num_frames={FRAMES}", "--decode_chunk_size=2"]

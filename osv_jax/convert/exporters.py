@@ -17,6 +17,7 @@ from safetensors.numpy import save_file
 from osv_jax.convert import lora_files
 from osv_jax.convert.importers import DTYPES, replace_folder
 from osv_jax.convert.naming import to_torch
+from osv_jax.convert.weights import cast
 from osv_jax.errors import UserError
 from osv_jax.models.svd_unet import UNetConfig
 
@@ -61,12 +62,7 @@ def export_unet(
     tensors = {}
     for path, array in flatten_dict(params).items():
         name, array = to_torch(path, np.asarray(array))
-        try:
-            with np.errstate(over="raise"):
-                # Safetensors writes an array's memory, whatever its strides.
-                tensors[name] = np.ascontiguousarray(array.astype(DTYPES[dtype]))
-        except FloatingPointError as error:
-            raise UserError(f"{name} has values beyond {dtype}: use --dtype bfloat16.") from error
+        tensors[name] = cast(array, DTYPES[dtype], name)
     with new_folder(output, overwrite) as folder:
         (folder / "config.json").write_text(json.dumps(_unet_json(config), indent=2) + "\n")
         save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})

@@ -23,7 +23,7 @@ from flax.traverse_util import unflatten_dict
 from osv_jax.convert.architectures import ARCHITECTURES, Config, expected_params
 from osv_jax.convert.naming import Path, flax_shape_to_torch, to_flax, torch_name
 from osv_jax.convert.readers import Reader, open_weights
-from osv_jax.convert.weights import save_component
+from osv_jax.convert.weights import cast, save_component
 from osv_jax.errors import UserError
 
 SVD_COMPONENTS = ("unet", "vae", "image_encoder")
@@ -68,13 +68,7 @@ class Tensor:
             UserError: a value too large for `dtype`.
         """
         array = np.split(reader.read(self.name), self.parts)[self.part]
-        try:
-            with np.errstate(over="raise"):
-                return to_flax(self.path, array).astype(dtype, order="C")
-        except FloatingPointError as error:
-            raise UserError(
-                f"{reader.source}: {self.name} has values beyond {np.dtype(dtype)}: use --dtype bfloat16."
-            ) from error
+        return cast(to_flax(self.path, array), dtype, f"{reader.source}: {self.name}")
 
 
 @dataclasses.dataclass(frozen=True)

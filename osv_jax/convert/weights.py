@@ -141,3 +141,16 @@ def _config(directory: epath.Path, component: str) -> Config:
 
 def _incomplete(directory: epath.Path) -> UserError:
     return UserError(f"{directory} is incomplete: convert the weights again with --overwrite.")
+
+
+def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
+    """`array` in another dtype, contiguous: safetensors writes an array's memory, whatever its strides.
+
+    Raises:
+        UserError: naming the array, if it has a finite value that becomes infinite.
+    """
+    try:
+        with np.errstate(over="raise"):
+            return array.astype(dtype, order="C")
+    except FloatingPointError as error:
+        raise UserError(f"{name} has values beyond {np.dtype(dtype)}: use --dtype bfloat16.") from error

@@ -95,9 +95,7 @@ def check_plan(output: pathlib.Path, plan: Mapping[str, Any]) -> None:
     if not file.exists():
         if any(path.name != ".lock" for path in output.iterdir()):
             raise UserError(f"{output} holds other files; give an empty folder, or one that does not exist yet.")
-        temporary = output / "plan.json.tmp"
-        temporary.write_text(json.dumps(plan, indent=2) + "\n")
-        temporary.replace(file)
+        _write_text(file, json.dumps(plan, indent=2) + "\n")
         return
     before = read_plan(output)
     differing = [

@@ -21,7 +21,7 @@ from osv_jax.diffusion.edm import denoise
 from osv_jax.distill import losses
 from osv_jax.distill.accumulation import mean_over_parts, split_batch
 from osv_jax.distill.networks import Networks, Params
-from osv_jax.distill.state import TrainState, update_ema
+from osv_jax.distill.state import TrainState, global_norm, update_ema
 from osv_jax.models.discriminator import discriminate, discriminate_pixels
 
 Metrics = dict[str, Array]
@@ -195,10 +195,10 @@ def make_step(
         updates, opt_student = optimizer_student.update(g_student, state.opt_student, state.student)
         student = optax.apply_updates(state.student, updates)
         metrics |= {
-            "grad_norm/student": _norm(g_student),
-            "grad_norm/disc": _norm(g_disc),
-            "param_norm/student": _norm(student),
-            "param_norm/disc": _norm(disc["params"]),
+            "grad_norm/student": global_norm(g_student),
+            "grad_norm/disc": global_norm(g_disc),
+            "param_norm/student": global_norm(student),
+            "param_norm/disc": global_norm(disc["params"]),
         }
         new_state = TrainState(
             step=state.step + 1,
@@ -211,8 +211,3 @@ def make_step(
         return new_state, metrics
 
     return step
-
-
-def _norm(tree: Any) -> jax.Array:
-    """The global norm. (Optax's takes real and imaginary parts of every leaf, which doubles what tracing it costs.)"""
-    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))

@@ -15,7 +15,7 @@ from osv_jax.distill import losses
 from osv_jax.distill.accumulation import mean_over_parts, split_batch
 from osv_jax.distill.adversarial import Batch, Draws, Metrics, Step
 from osv_jax.distill.networks import Networks, Params
-from osv_jax.distill.state import Student, TrainState, update_ema
+from osv_jax.distill.state import Student, TrainState, global_norm, update_ema
 
 # Lower and upper ends of the noise levels whose losses are told apart: about thirds of SVD's distribution.
 BANDS = {"low": (0.0, 1.0), "mid": (1.0, 4.0), "high": (4.0, float("inf"))}
@@ -73,7 +73,7 @@ def make_step(networks: Networks, optimizer: optax.GradientTransformation, optio
         updates, opt_student = optimizer.update(gradient, state.opt_student, state.student)
         student = optax.apply_updates(state.student, updates)
         metrics = {"loss": sums["loss"]} | band_means(sums)
-        metrics |= {"grad_norm/student": optax.tree.norm(gradient), "param_norm/student": optax.tree.norm(student)}
+        metrics |= {"grad_norm/student": global_norm(gradient), "param_norm/student": global_norm(student)}
         new_state = state.replace(
             step=state.step + 1,
             student=student,

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 import optax
 from flax import struct
 from flax.traverse_util import flatten_dict, unflatten_dict
-from jaxtyping import Array, Int
+from jaxtyping import Array, Float, Int
 
 from osv_jax.distill.networks import Networks
 from osv_jax.models import groups, lora
@@ -115,3 +115,8 @@ def make_optimizer(
 def update_ema(ema: Student, student: Student, decay: float) -> Student:
     """theta^- <- decay theta^- + (1 - decay) theta (the EMA target of OSV Eq. 5)."""
     return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, student)
+
+
+def global_norm(tree: Any) -> Float[Array, ""]:
+    """The norm over all leaves. (Optax's takes every leaf's real and imaginary part, which doubles the tracing.)"""
+    return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))

@@ -13,8 +13,8 @@ from flax.traverse_util import flatten_dict
 from osv_jax.errors import UserError
 
 # What may differ from the run that wrote a workdir: it changes how long and where, not what is computed.
-FREE_TO_CHANGE = ("num_steps", "log_every", "checkpoint_every", "picture_every", "keep_checkpoints", "mesh")
-_FREE_KEYS = ("data.num_workers",)
+_INTERVALS = ("log_every", "checkpoint_every", "picture_every")
+_FREE_TO_CHANGE = ("num_steps", *_INTERVALS, "keep_checkpoints", "mesh", "data.num_workers")
 
 
 def check_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
@@ -38,7 +38,7 @@ def check_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
     differing = [
         f"{key} (was {before.get(key)!r}, is {now.get(key)!r})"
         for key in sorted(before.keys() | now.keys())
-        if before.get(key) != now.get(key) and key.split(".")[0] not in FREE_TO_CHANGE and key not in _FREE_KEYS
+        if before.get(key) != now.get(key) and not any(f"{key}.".startswith(f"{free}.") for free in _FREE_TO_CHANGE)
     ]
     if differing:
         raise UserError(

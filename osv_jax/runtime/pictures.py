@@ -10,7 +10,7 @@ from collections.abc import Mapping
 import av
 import numpy as np
 from av.video.reformatter import Colorspace
-from jaxtyping import UInt8
+from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from osv_jax.errors import UserError
@@ -20,6 +20,11 @@ _FONT_SIZE = 13
 _LINE = 18
 _GAP = 4
 _BT709 = 1
+
+
+def to_uint8(frames: Float[Array, "*batch h w 3"]) -> UInt8[np.ndarray, "*batch h w 3"]:
+    """Frames in [-1, 1] (clipped to it) as pixels."""
+    return ((np.asarray(frames).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
 
 
 def sample_grid(
