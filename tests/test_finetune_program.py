@@ -1,6 +1,5 @@
 """The training program's fine-tuning: stopped and resumed, continued, read back, and merged into a teacher."""
 
-import json
 import math
 import pathlib
 import runpy
@@ -10,11 +9,11 @@ import jax
 import micro_finetune
 import micro_stage1
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from conftest import relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
 from toy_unet import ToyUNet, toy_training
+from workdirs import assert_same, metrics_of, state_of
 
 from osv_jax import experiment, train
 from osv_jax.convert import weights
@@ -54,24 +53,6 @@ def whole(tmp_path_factory):
     workdir = tmp_path_factory.mktemp("whole") / "run"
     train.train(finetune_config(num_steps=2, trainable=("all",)), workdir)
     return workdir
-
-
-def state_of(workdir, step):
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        return checkpointer.restore((workdir / "checkpoints" / str(step) / "state").absolute())
-
-
-def metrics_of(workdir):
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timing = ("seconds_per_step", "clips_per_second")
-    return {row["step"]: {k: v for k, v in row.items() if k not in timing} for row in rows}
-
-
-def assert_same(actual, expected):
-    leaves, others = jax.tree.leaves_with_path(actual), jax.tree.leaves(expected)
-    assert len(leaves) == len(others) > 0
-    for (path, leaf), other in zip(leaves, others, strict=True):
-        np.testing.assert_array_equal(leaf, other, err_msg=jax.tree_util.keystr(path))
 
 
 def test_a_stopped_run_continues_bit_for_bit(straight, tmp_path, capsys):

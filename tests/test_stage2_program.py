@@ -8,10 +8,10 @@ import jax
 import micro_stage1
 import micro_stage2
 import numpy as np
-import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict
 from toy_unet import toy_training
+from workdirs import assert_same, metrics_of, state_of
 
 from osv_jax import experiment, train
 from osv_jax.errors import UserError
@@ -54,24 +54,6 @@ def straight(stage1, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("straight") / "run"
     train.train(stage2_config(stage1, num_steps=STEPS), workdir)
     return workdir
-
-
-def state_of(workdir: pathlib.Path, step: int) -> dict:
-    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        return checkpointer.restore((workdir / "checkpoints" / str(step) / "state").absolute())
-
-
-def metrics_of(workdir: pathlib.Path) -> dict[int, dict]:
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    timing = ("seconds_per_step", "clips_per_second")
-    return {row["step"]: {k: v for k, v in row.items() if k not in timing} for row in rows}
-
-
-def assert_same(actual, expected):
-    leaves, others = jax.tree.leaves_with_path(actual), jax.tree.leaves(expected)
-    assert len(leaves) == len(others) > 0
-    for (path, leaf), other in zip(leaves, others, strict=True):
-        np.testing.assert_array_equal(leaf, other, err_msg=jax.tree_util.keystr(path))
 
 
 # Before, at and after the change of resolution.

@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import unflatten_dict
+from jax.sharding import AxisType, Mesh
 
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.diffusion.conditioning import Conditioning
@@ -55,6 +56,11 @@ def tiny_frozen(dtype=jnp.float32, seed: int = 0) -> dict:
     """Random parameters of the four frozen networks."""
     shapes = {name: unflatten_dict(expected_params(name, CONFIGS[name])) for name in ARCHITECTURES}
     return jax.tree.map(jnp.asarray, random_params(shapes, seed, dtype))
+
+
+def one_device_mesh() -> Mesh:
+    """The mesh of a machine with one device."""
+    return jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
 
 
 def tiny_batch(batch: int = 2, frames: int = 3, height: int = 6, width: int = 10, seed: int = 1) -> Batch:

@@ -4,11 +4,10 @@ import contextlib
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from jax.sharding import AxisType
+import tiny
 
 from osv_jax import experiment, train
 from osv_jax.convert.architectures import ARCHITECTURES
@@ -54,8 +53,7 @@ def toy_training():
     Yields:
         The mesh of one device.
     """
-    kinds = (AxisType.Auto,) * 2
-    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=kinds, devices=jax.devices()[:1])
+    mesh = tiny.one_device_mesh()
 
     def build_networks(*args, **options):
         made = networks.build_networks(*args, **options)
