@@ -1,7 +1,8 @@
 """Trains: `python -m osv_jax.train --config=configs/stage1.py --workdir=runs/stage1`.
 
 Started again with the same arguments it resumes, exactly, from the last checkpoint. The workdir receives config.json,
-checkpoints/, metrics.jsonl, tensorboard/, pictures/ and losses.png.
+checkpoints/, metrics.jsonl, tensorboard/, pictures/ and losses.png. SIGTERM, with which schedulers announce that they
+take the machine, makes it save the last finished step and end with status 143.
 """
 
 from __future__ import annotations
@@ -9,6 +10,7 @@ from __future__ import annotations
 import collections
 import contextlib
 import dataclasses
+import functools
 import math
 import os
 import pathlib
@@ -35,7 +37,7 @@ from osv_jax.distill.networks import Networks, Params
 from osv_jax.distill.state import TrainState
 from osv_jax.errors import UserError
 from osv_jax.experiment import Optimizers, Phase
-from osv_jax.runtime import checkpoint, mesh, metrics, pictures
+from osv_jax.runtime import checkpoint, distributed, mesh, metrics, pictures
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, e.g. configs/stage1.py:tiny.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
@@ -56,7 +58,9 @@ def main(argv: list[str]) -> None:
         raise UserError(f"Unexpected argument {argv[1]!r}; options look like --config.batch_size=4.")
     if _CONFIG.value is None or _WORKDIR.value is None:
         raise UserError("Both --config and --workdir are needed, e.g. --config=configs/stage1.py --workdir=runs/a.")
-    train(_CONFIG.value, pathlib.Path(_WORKDIR.value))
+    distributed.join()
+    with distributed.quiet_but_first():
+        train(_CONFIG.value, pathlib.Path(_WORKDIR.value))
 
 
 @dataclasses.dataclass
@@ -80,6 +84,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
 
     Raises:
         UserError: on anything the user can mend, before compilation starts where it can be known by then.
+        distributed.Preempted: after SIGTERM.
     """
     experiment.check_config(config)
     checkpoint.check_workdir(workdir, config.to_dict())
@@ -98,7 +103,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
             f"config.batch_size={config.batch_size} does not split over {devices.size} devices x"
             f" {config.grad_accum} parts (config.grad_accum); use a multiple of their product."
         )
-    checkpoint.write_config(workdir, config.to_dict())
+    if jax.process_index() == 0:
+        checkpoint.write_config(workdir, config.to_dict())
 
     with jax.set_mesh(devices), checkpoint.open_checkpoints(workdir, config.keep_checkpoints) as checkpoints:
         frozen = experiment.load_frozen(config, networks, devices)
@@ -150,7 +156,7 @@ def _train(
     compile_start = time.perf_counter()
     names, step = compile_step(run, state, batch)
     print(f"Compiled in {time.perf_counter() - compile_start:.0f} s.")
-    draw_picture = make_picture(config, run.networks, run.clips.example(phase))
+    draw_picture = make_picture(config, run.networks, run.clips.example(phase), run.devices)
     in_flight: collections.deque[tuple[int, jax.Array]] = collections.deque()
 
     def finish_one() -> None:
@@ -186,24 +192,29 @@ def _train(
         writer.write_picture("samples", 0, draw_picture(state, run.frozen))
     last_done = time.perf_counter()
     shown_at = (start, last_done)
-    for number in range(start + 1, phase.end + 1):
-        state, values = step(state, run.frozen, batch)
-        in_flight.append((number, values))
-        if len(in_flight) > _STEPS_IN_FLIGHT:
-            finish_one()
-        last = number == phase.end
-        if not last:
-            batch = next(batches)
-        if number % config.checkpoint_every == 0 or last:
-            finish_all()  # A state whose metrics are not finite must not become a checkpoint.
-            checkpoint.save(run.checkpoints, number, state, run.clips.save_position(phase, number))
-        if number % config.picture_every == 0 or last:
-            finish_all()
-            writer.write_picture("samples", number, draw_picture(state, run.frozen))
-            if jax.process_index() == 0:
-                metrics.loss_curves(run.workdir / "metrics.jsonl", run.workdir / "losses.png", curves)
-        if not in_flight:
-            last_done = time.perf_counter()  # Steps are not charged for checkpoints and pictures.
+    with distributed.watch_sigterm() as should_stop:
+        for number in range(start + 1, phase.end + 1):
+            state, values = step(state, run.frozen, batch)
+            in_flight.append((number, values))
+            if len(in_flight) > _STEPS_IN_FLIGHT:
+                finish_one()
+            last = number == phase.end
+            stops = should_stop(number) and number < config.num_steps
+            if not last:
+                batch = next(batches)
+            if number % config.checkpoint_every == 0 or last or stops:
+                finish_all()  # A state whose metrics are not finite must not become a checkpoint.
+                checkpoint.save(run.checkpoints, number, state, run.clips.save_position(phase, number))
+            if stops:
+                run.checkpoints.wait_until_finished()
+                raise distributed.Preempted(f"SIGTERM: step {number} is saved. The same command continues from there.")
+            if number % config.picture_every == 0 or last:
+                finish_all()
+                writer.write_picture("samples", number, draw_picture(state, run.frozen))
+                if jax.process_index() == 0:
+                    metrics.loss_curves(run.workdir / "metrics.jsonl", run.workdir / "losses.png", curves)
+            if not in_flight:
+                last_done = time.perf_counter()  # Steps are not charged for checkpoints and pictures.
     return state
 
 
@@ -233,7 +244,7 @@ def compile_step(run: _Run, state: TrainState, batch: dict[str, jax.Array]) -> t
 
 
 def make_picture(
-    config: ConfigDict, networks: Networks, example: Mapping[str, np.ndarray]
+    config: ConfigDict, networks: Networks, example: Mapping[str, np.ndarray], devices: jax.sharding.Mesh
 ) -> Callable[..., np.ndarray]:
     """`(state, frozen) -> image`: a clip, the frame the sample starts from, and a sample.
 
@@ -241,12 +252,16 @@ def make_picture(
 
     Args:
         example: a batch of one clip; of latents, the clip is shown as the VAE decodes it.
+        devices: those of the run.
     """
     # The same noise every time, so that pictures of different steps compare.
     encode_key, noise_key = jax.random.split(jax.random.key(config.seed))
     scale = config.lora.alpha / config.lora.rank
 
-    @jax.jit
+    # Every process has the whole sample, so that the first can write it down.
+    whole = mesh.replicated(devices)
+
+    @functools.partial(jax.jit, out_shardings=whole)
     def sample(state: TrainState, frozen: Params) -> jax.Array:
         batch = experiment.to_batch(config, networks, frozen, example, encode_key)
         noise = jax.random.normal(noise_key, batch.latents.shape)
@@ -256,16 +271,16 @@ def make_picture(
             return euler(guided_denoiser(network, batch.cond, guidance), noise, euler_levels(_EULER_STEPS))
         return denoise(network, SIGMA_MAX * noise, jnp.full(1, SIGMA_MAX), batch.cond, config.boundary)
 
-    decode = jax.jit(networks.decode_video)
+    decode = jax.jit(networks.decode_video, out_shardings=whole)
 
-    def frames_of(frozen: Params, latents: Any) -> np.ndarray:
+    def frames_of(frozen: Params, latents: np.ndarray) -> np.ndarray:
         # Two frames at a time: decoding a whole clip at 576 x 1024 takes more memory than a training step.
         chunks = [decode(frozen["vae"], latents[:, i : i + 2]) for i in range(0, latents.shape[1], 2)]
         decoded = np.concatenate([np.asarray(chunk[0]) for chunk in chunks])
         return pictures.to_uint8(decoded)
 
     def draw(state: TrainState, frozen: Params) -> np.ndarray:
-        sampled = frames_of(frozen, sample(state, frozen))
+        sampled = frames_of(frozen, np.asarray(sample(state, frozen)))
         is_video = "video" in example
         clip = example["video"][0] if is_video else frames_of(frozen, example["latents"].astype(np.float32))
         label = "real clip" if is_video else "real clip, decoded from its latents"
@@ -285,6 +300,9 @@ def run() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except distributed.Preempted as stop:
+        print(stop, file=sys.stderr)
+        sys.exit(distributed.EXIT_STATUS)
 
 
 def _parse(argv: list[str]) -> list[str]:

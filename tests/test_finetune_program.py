@@ -1,9 +1,11 @@
 """The training program's fine-tuning: stopped and resumed, continued, read back, and merged into a teacher."""
 
 import math
+import os
 import pathlib
 import runpy
 import shutil
+import signal
 
 import jax
 import micro_finetune
@@ -20,6 +22,7 @@ from osv_jax.convert import weights
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.errors import UserError
 from osv_jax.image_to_video import ImageToVideo
+from osv_jax.runtime import checkpoint, distributed
 from osv_jax.runtime.trained import load_trained
 
 STEPS = 4
@@ -61,6 +64,27 @@ def test_a_stopped_run_continues_bit_for_bit(straight, tmp_path, capsys):
     shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     train.train(finetune_config(num_steps=STEPS), workdir)
     assert "Resuming from step 2." in capsys.readouterr().out
+    assert_same(state_of(workdir, STEPS), state_of(straight, STEPS))
+    assert metrics_of(workdir) == metrics_of(straight)
+
+
+def test_sigterm_saves_the_last_finished_step(straight, tmp_path, monkeypatch, capsys):
+    workdir, write = tmp_path / "run", train.metrics.MetricsWriter.write
+    before = signal.getsignal(signal.SIGTERM)
+
+    def write_and_signal(self, step, row):
+        write(self, step, row)
+        if step == 1:  # The host knows of a step's metrics when two more are under way.
+            os.kill(os.getpid(), signal.SIGTERM)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(train.metrics.MetricsWriter, "write", write_and_signal)
+        with pytest.raises(distributed.Preempted, match=r"step 3 is saved\. The same command continues"):
+            train.train(finetune_config(num_steps=STEPS, checkpoint_every=10), workdir)
+    assert signal.getsignal(signal.SIGTERM) is before
+    assert checkpoint.latest_step(workdir) == 3 and sorted(metrics_of(workdir)) == [1, 2, 3]
+    train.train(finetune_config(num_steps=STEPS), workdir)
+    assert "Resuming from step 3." in capsys.readouterr().out
     assert_same(state_of(workdir, STEPS), state_of(straight, STEPS))
     assert metrics_of(workdir) == metrics_of(straight)
 

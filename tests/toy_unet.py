@@ -54,6 +54,14 @@ def toy_training():
         The mesh of one device.
     """
     mesh = tiny.one_device_mesh()
+    with toy_networks(), pytest.MonkeyPatch.context() as patch:
+        patch.setattr(train.mesh, "make_mesh", lambda data, fsdp: mesh)
+        yield mesh
+
+
+@contextlib.contextmanager
+def toy_networks():
+    """Training with the toy for the UNet, without pictures."""
 
     def build_networks(*args, **options):
         made = networks.build_networks(*args, **options)
@@ -61,8 +69,7 @@ def toy_training():
         return dataclasses.replace(made, unet=ToyUNet(unet.config, unet.dtype, unet.param_dtype))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.mesh, "make_mesh", lambda data, fsdp: mesh)
         patch.setattr(train, "make_picture", lambda *_: lambda *_: np.zeros((8, 8, 3), np.uint8))
         patch.setattr(experiment, "build_networks", build_networks)
         patch.setitem(ARCHITECTURES, "unet", dataclasses.replace(ARCHITECTURES["unet"], network=ToyUNet))
-        yield mesh
+        yield
