@@ -9,25 +9,15 @@ The configuration is the real one: only weights and clips are made up.
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import pathlib
 import resource
 import time
 
 import jax
 import numpy as np
+from cpu_options import CPU_OPTIONS
 
 from osv_jax import experiment
 from osv_jax.runtime import mesh
-
-# On CPU: XLA's default order of operations favours concurrency and holds the float32 copies of all bfloat16 weights at
-# once; and code that is built fast halves the time of compilation.
-CPU_OPTIONS = {
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 
 
 def main() -> None:
@@ -38,10 +28,7 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2)
     arguments = parser.parse_args()
-    spec = importlib.util.spec_from_file_location("config", pathlib.Path(arguments.config))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config()
+    config = experiment.read_config(arguments.config)
     config.weights, config.random_networks.unet = "", {}
     config.batch_size = arguments.batch_size
 

@@ -13,14 +13,13 @@ A full-size compilation took 25 minutes and 18.6 GB of host memory on 2 cores; o
 from __future__ import annotations
 
 import argparse
-import importlib.util
-import pathlib
 import time
 from collections.abc import Callable
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from cpu_options import CPU_OPTIONS
 from flax.traverse_util import unflatten_dict
 from jax.sharding import AxisType
 from ml_collections import ConfigDict
@@ -30,22 +29,10 @@ from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.models import groups
 
 CHOICES = (("lora", "temporal_transformer"), ("lora",))
-# On CPU: XLA's default order of operations favours concurrency and holds the float32 copies of all bfloat16 weights at
-# once; and code that is built fast halves the time of compilation.
-CPU_OPTIONS = {
-    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
-    "xla_backend_optimization_level": 0,
-    "xla_llvm_disable_expensive_passes": True,
-    "xla_cpu_use_fusion_emitters": False,
-}
 
 
 def load_config(file: str) -> ConfigDict:
-    path, _, variant = file.partition(":")
-    spec = importlib.util.spec_from_file_location("config", pathlib.Path(path))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config(variant)
+    config = experiment.read_config(file)
     if config.weights:  # Without weights to look at, the architectures are the defaults: Stable Video Diffusion's.
         config.weights, config.random_networks.unet = "", {}
     return config

@@ -4,17 +4,17 @@
 of a Python package. What comes out is a teacher for `configs/stage1.py`: see docs/training.md.
 """
 
-import importlib.util
 import pathlib
+import runpy
 
 from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    stage1 = _stage1()
-    config = stage1.get_config()
+    stage1 = runpy.run_path(str(pathlib.Path(__file__).with_name("stage1.py")))
+    config = stage1["get_config"]()
     if variant == "tiny":
-        stage1.make_tiny(config)
+        stage1["make_tiny"](config)
     elif variant:
         raise ValueError(f"configs/finetune.py has the variants '' and 'tiny', not {variant!r}.")
     _remove_distillation(config)
@@ -55,10 +55,3 @@ def _remove_distillation(config: ConfigDict) -> None:
         del config[key]
     del config.boundary
     del config.optimizer.disc_learning_rate
-
-
-def _stage1():
-    spec = importlib.util.spec_from_file_location("stage1", pathlib.Path(__file__).with_name("stage1.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -3,15 +3,15 @@
 `configs/stage2.py` holds the paper's settings for 2 devices; `configs/stage2.py:tiny` continues the embedded stage 1.
 """
 
-import importlib.util
 import pathlib
+import runpy
 
 from ml_collections import ConfigDict
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    stage1 = _stage1()
-    config = stage1.get_config()
+    stage1 = runpy.run_path(str(pathlib.Path(__file__).with_name("stage1.py")))
+    config = stage1["get_config"]()
     config.objective = "stage2"
     config.batch_size = 2
     config.num_steps = 20_000
@@ -27,7 +27,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.weight_exponent = 0.1
 
     if variant == "tiny":
-        stage1.make_tiny(config)
+        stage1["make_tiny"](config)
         config.num_steps = 80
         config.picture_every = config.checkpoint_every = 40
         config.optimizer.learning_rate = 1e-2
@@ -36,10 +36,3 @@ def get_config(variant: str = "") -> ConfigDict:
     elif variant:
         raise ValueError(f"configs/stage2.py has the variants '' and 'tiny', not {variant!r}.")
     return config
-
-
-def _stage1():
-    spec = importlib.util.spec_from_file_location("stage1", pathlib.Path(__file__).with_name("stage1.py"))
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module

@@ -6,6 +6,7 @@ import dataclasses
 import itertools
 import json
 import pathlib
+import runpy
 from collections.abc import Callable, Mapping
 from typing import Any
 
@@ -42,6 +43,22 @@ class Phase:
     end: int
     height: int
     width: int
+
+
+def read_config(name: str) -> ConfigDict:
+    """A training configuration, `FILE` or `FILE:VARIANT`.
+
+    Raises:
+        UserError: if the file does not exist, or has no such variant.
+    """
+    file, _, variant = name.partition(":")
+    if not pathlib.Path(file).is_file():
+        raise UserError(f"The configuration file {file} does not exist; see the folder configs/.")
+    get_config = runpy.run_path(file)["get_config"]
+    try:
+        return get_config(variant) if variant else get_config()
+    except ValueError as error:
+        raise UserError(str(error)) from error
 
 
 def check_config(config: ConfigDict) -> None:

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import contextlib
 import hashlib
-import importlib.util
 import json
 import math
 import pathlib
@@ -48,7 +47,7 @@ def prepare(args: argparse.Namespace) -> None:
         UserError: on anything the user can mend.
     """
     logging.set_verbosity(logging.ERROR)
-    config = read_config(args.config) if args.config else None
+    config = experiment.read_config(args.config) if args.config else None
     folder, networks = _networks(args, config)
     index, count = _shard(args.shard)
     settings = _settings(args, config, networks)
@@ -141,7 +140,7 @@ def inspect(args: argparse.Namespace) -> None:
     if not (args.weights or args.config):
         print(f"Give --weights (or --config) to draw decoded samples, {_SHEET}, too.")
         return
-    config = read_config(args.config) if args.config else None
+    config = experiment.read_config(args.config) if args.config else None
     weights_folder, networks = _networks(args, config)
     settings = latents.read_metadata(folder)["settings"]
     if _fingerprint(weights_folder, config) != settings["networks"]:
@@ -177,24 +176,6 @@ def read_source(args: argparse.Namespace) -> Source:
     if num_test is None:
         num_test = _OPENVID_TEST_VIDEOS if is_openvid else 0
     return Source(split_videos(videos, num_test, args.max_videos, args.seed), skipped)
-
-
-def read_config(name: str) -> ConfigDict:
-    """A training configuration, `FILE` or `FILE:VARIANT`.
-
-    Raises:
-        UserError: if the file does not exist, or has no such variant.
-    """
-    file, _, variant = name.partition(":")
-    if not pathlib.Path(file).is_file():
-        raise UserError(f"The configuration file {file} does not exist; see the folder configs/.")
-    spec = importlib.util.spec_from_file_location("training_config", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    try:
-        return module.get_config(variant) if variant else module.get_config()
-    except ValueError as error:
-        raise UserError(str(error)) from error
 
 
 def _networks(args: argparse.Namespace, config: ConfigDict | None) -> tuple[str, dict[str, Any]]:

@@ -1,7 +1,7 @@
 """A configuration for tests of the training program: `configs/finetune.py:tiny`, shrunk as in `micro_stage1`."""
 
-import importlib.util
 import pathlib
+import runpy
 
 import micro_stage1
 from ml_collections import ConfigDict
@@ -9,10 +9,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     file = pathlib.Path(__file__).parents[1] / "configs" / "finetune.py"
-    spec = importlib.util.spec_from_file_location("finetune_config", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config("tiny")
+    config = runpy.run_path(str(file))["get_config"]("tiny")
     micro = micro_stage1.get_config()
     for key in ("random_networks", "lora", "picture_every", "log_every"):
         config[key] = micro[key]

@@ -1,8 +1,8 @@
 """A configuration for tests of the training program: `configs/stage1.py:tiny` with still smaller networks."""
 
 import dataclasses
-import importlib.util
 import pathlib
+import runpy
 
 import tiny
 from ml_collections import ConfigDict
@@ -10,10 +10,7 @@ from ml_collections import ConfigDict
 
 def get_config() -> ConfigDict:
     file = pathlib.Path(__file__).parents[1] / "configs" / "stage1.py"
-    spec = importlib.util.spec_from_file_location("stage1_config", file)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    config = module.get_config("tiny")
+    config = runpy.run_path(str(file))["get_config"]("tiny")
     configs = tiny.CONFIGS | {"unet": tiny.ONE_LEVEL_UNET}
     config.random_networks = ConfigDict({name: dataclasses.asdict(made) for name, made in configs.items()})
     config.random_networks.dinov2.num_hidden_layers = 1

@@ -14,7 +14,7 @@ import tiny_openvid
 from fake_encoder import FakeEncoder, grey_of
 from PIL import Image
 
-from osv_jax import preparation, prepare
+from osv_jax import experiment, preparation, prepare
 from osv_jax.data import latents, shards
 from osv_jax.errors import UserError
 
@@ -27,7 +27,7 @@ ARGUMENTS += ["--videos_per_file=3", "--test_videos=2", "--min_motion=0", "--con
 @pytest.fixture(scope="module", autouse=True)
 def fake_networks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(preparation, "read_config", lambda name: None)
+        patch.setattr(experiment, "read_config", lambda name: None)
         patch.setattr(preparation, "_networks", lambda *_: ("", {}))
         patch.setattr(preparation, "_fingerprint", lambda *_: "fake")
         patch.setattr(preparation, "_encoder", lambda *_: FakeEncoder())

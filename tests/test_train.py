@@ -26,9 +26,9 @@ PROGRAM = [sys.executable, "-m", "osv_jax.train", f"--config={TESTS / 'micro_sta
 
 
 def environment() -> dict[str, str]:
-    """One CPU device, and the compilation cache of the tests."""
+    """One CPU device, the compilation cache of the tests, and no PyTorch, which training must not need."""
     cache = jax.config.jax_compilation_cache_dir
-    path = os.pathsep.join([str(TESTS), os.environ.get("PYTHONPATH", "")])
+    path = os.pathsep.join([str(TESTS / "without_torch"), str(TESTS), os.environ.get("PYTHONPATH", "")])
     return os.environ | {"JAX_PLATFORMS": "cpu", "JAX_COMPILATION_CACHE_DIR": cache, "PYTHONPATH": path}
 
 
