@@ -50,7 +50,7 @@ def main() -> None:
             "fps": np.full(config.batch_size, config.data.fps, np.float32),
             "clip_id": np.zeros(config.batch_size, np.int32),
         }
-        batch = jax.device_put(batch, mesh.batch_sharding(devices))
+        batch = jax.device_put(batch, mesh.batch_shardings(devices, batch))
         start = time.perf_counter()
         step = jax.jit(experiment.make_train_step(config, networks, optimizers), donate_argnums=0)
         options = CPU_OPTIONS if jax.default_backend() == "cpu" else None

@@ -27,6 +27,7 @@ from ml_collections import ConfigDict
 from osv_jax import experiment
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.models import groups
+from osv_jax.runtime.mesh import AXES
 
 CHOICES = (("lora", "temporal_transformer"), ("lora",))
 
@@ -98,7 +99,7 @@ def main() -> None:
     config = load_config(arguments.config)
     config.batch_size = 1
     config.data.resolutions = ((0, arguments.height, arguments.width),)
-    mesh = jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    mesh = jax.make_mesh((1, 1, 1), AXES, axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1])
     with jax.set_mesh(mesh):
         for trainable in [tuple(arguments.trainable)] if arguments.trainable else CHOICES:
             config.trainable = trainable

@@ -63,7 +63,8 @@ def get_config(variant: str = "") -> ConfigDict:
     config.remat = "full"
     config.mesh = ConfigDict()
     config.mesh.data = -1
-    config.mesh.fsdp = 1
+    config.mesh.fsdp = 1  # devices that share the parameters
+    config.mesh.context = 1  # devices that share each clip's height
 
     config.log_every = 10
     config.picture_every = 200

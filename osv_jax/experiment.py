@@ -137,6 +137,27 @@ def phases_of(config: ConfigDict) -> list[Phase]:
     return [phase for phase in phases if phase.start < phase.end]
 
 
+def check_layout(config: ConfigDict, networks: Networks, devices: jax.sharding.Mesh) -> None:
+    """Whether batches and clips can be split over the devices.
+
+    Raises:
+        UserError: naming the key that must change.
+    """
+    parts, context = devices.shape["data"] * devices.shape["fsdp"], devices.shape["context"]
+    if config.batch_size % (parts * config.grad_accum):
+        raise UserError(
+            f"config.batch_size={config.batch_size} does not split over {parts} devices x {config.grad_accum} parts"
+            " (config.grad_accum); use a multiple of their product."
+        )
+    for phase in phases_of(config):
+        rows = phase.height // networks.vae.config.downscale
+        if rows % context:
+            raise UserError(
+                f"config.mesh.context={context} does not divide the {rows} rows of latents that clips of height"
+                f" {phase.height} have; choose a divisor of {rows}."
+            )
+
+
 def networks_of(config: ConfigDict) -> Networks:
     """The modules, for the architectures beside the weights or those in the configuration.
 

@@ -97,12 +97,8 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     elif origin and not start:
         experiment.check_origin(origin, config)
     clips = open_clips(config, networks, workdir)
-    devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp)
-    if config.batch_size % (devices.size * config.grad_accum):
-        raise UserError(
-            f"config.batch_size={config.batch_size} does not split over {devices.size} devices x"
-            f" {config.grad_accum} parts (config.grad_accum); use a multiple of their product."
-        )
+    devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
+    experiment.check_layout(config, networks, devices)
     if jax.process_index() == 0:
         checkpoint.write_config(workdir, config.to_dict())
 

@@ -50,7 +50,7 @@ def micro_config(**changes):
 @pytest.fixture
 def one_device(monkeypatch):
     """Programs of this process run on as many devices as those that the tests start."""
-    monkeypatch.setattr(train.mesh, "make_mesh", lambda data, fsdp: tiny.one_device_mesh())
+    monkeypatch.setattr(train.mesh, "make_mesh", lambda *sizes: tiny.one_device_mesh())
 
 
 @pytest.fixture(scope="module")
@@ -223,6 +223,13 @@ def test_values_are_checked_before_anything_is_compiled(key, value, words, tmp_p
     config.update_from_flattened_dict({key: value})
     sentence = refused(config, tmp_path / "run")
     assert all(word in sentence for word in words), sentence
+
+
+def test_a_clip_s_rows_must_split_over_the_context(tmp_path):
+    config = micro_config(batch_size=1)
+    config.mesh.context, config.data.resolutions = 8, ((0, 24, 24),)
+    sentence = refused(config, tmp_path / "run")
+    assert "config.mesh.context=8 does not divide the 12 rows" in sentence and "a divisor of 12" in sentence
 
 
 def test_missing_weights_name_the_command_that_makes_them(tmp_path):

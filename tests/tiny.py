@@ -60,7 +60,9 @@ def tiny_frozen(dtype=jnp.float32, seed: int = 0) -> dict:
 
 def one_device_mesh() -> Mesh:
     """The mesh of a machine with one device."""
-    return jax.make_mesh((1, 1), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2, devices=jax.devices()[:1])
+    return jax.make_mesh(
+        (1, 1, 1), ("data", "fsdp", "context"), axis_types=(AxisType.Auto,) * 3, devices=jax.devices()[:1]
+    )
 
 
 def tiny_batch(batch: int = 2, frames: int = 3, height: int = 6, width: int = 10, seed: int = 1) -> Batch:

@@ -55,7 +55,7 @@ def toy_training():
     """
     mesh = tiny.one_device_mesh()
     with toy_networks(), pytest.MonkeyPatch.context() as patch:
-        patch.setattr(train.mesh, "make_mesh", lambda data, fsdp: mesh)
+        patch.setattr(train.mesh, "make_mesh", lambda *sizes: mesh)
         yield mesh
 
 

@@ -323,16 +323,17 @@ def _chunked_attention(q: Array, k: Array, v: Array) -> Array:
 def _splash_attention(q: Array, k: Array, v: Array, interpret: bool) -> Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    mask = splash.MultiHeadMask([splash.FullMask((q.shape[1], k.shape[1]))] * q.shape[2])
-    kernel = splash.make_splash_mha_single_device(mask, interpret=interpret)
-
     def attend(q: Array, k: Array, v: Array) -> Array:
+        mask = splash.MultiHeadMask([splash.FullMask((q.shape[1], k.shape[1]))] * q.shape[2])
+        kernel = splash.make_splash_mha_single_device(mask, interpret=interpret)
         heads_first = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
         return jax.vmap(kernel)(*heads_first).swapaxes(1, 2)
 
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.empty:
         return attend(q, k, v)
-    # GSPMD cannot see into a Pallas kernel: each device runs it on its own part of the batch.
+    # GSPMD cannot see into a Pallas kernel: each device runs it on its own part of the batch and of the queries.
+    splits = q.shape[1] % (128 * mesh.shape["context"]) == 0
     spec = PartitionSpec(("data", "fsdp"))
-    return jax.shard_map(attend, mesh=mesh, in_specs=(spec, spec, spec), out_specs=spec, check_vma=False)(q, k, v)
+    queries = PartitionSpec(("data", "fsdp"), "context") if splits else spec
+    return jax.shard_map(attend, mesh=mesh, in_specs=(queries, spec, spec), out_specs=queries, check_vma=False)(q, k, v)

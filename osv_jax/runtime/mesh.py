@@ -11,32 +11,46 @@ from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec
 
 from osv_jax.errors import UserError
 
+AXES = ("data", "fsdp", "context")
+BATCH_AXES = ("data", "fsdp")
 # A parameter with fewer elements than this is kept whole on every device: gathering it would cost more than it saves.
 _MIN_SHARDED_ELEMENTS = 2**18
 
 
-def make_mesh(data: int, fsdp: int) -> Mesh:
-    """The mesh with axes `data` (batch only) and `fsdp` (batch, and parameters split); -1 takes what is left.
+def make_mesh(data: int, fsdp: int, context: int = 1) -> Mesh:
+    """The mesh of all devices, of all processes; one of the three may be -1, which takes what is left.
+
+    Args:
+        data: groups of devices with a copy of all parameters each; they split the batch.
+        fsdp: devices that share the parameters; they split the batch, too.
+        context: devices that share every clip, each having a part of its height.
 
     Raises:
-        UserError: when the two do not multiply to the number of devices.
+        UserError: when the three do not multiply to the number of devices, or a clip would lie in several processes.
     """
     devices = jax.device_count()
-    sizes = [data, fsdp]
+    sizes = [data, fsdp, context]
+    asked = " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
     if -1 in sizes:
         known = int(np.prod([size for size in sizes if size != -1]))
         sizes[sizes.index(-1)] = max(1, devices // known)
     if -1 in sizes or int(np.prod(sizes)) != devices:
         raise UserError(
-            f"config.mesh asks for data={data} x fsdp={fsdp} devices, but there are {devices}; make the product"
-            f" {devices}, or set one of them to -1."
+            f"config.mesh asks for {asked} devices, but there are {devices}; make the product {devices}, or set one of"
+            " them to -1."
         )
-    return jax.make_mesh(tuple(sizes), ("data", "fsdp"), axis_types=(AxisType.Auto,) * 2)
+    if jax.local_device_count() % sizes[2]:
+        raise UserError(
+            f"config.mesh.context={sizes[2]} must divide the {jax.local_device_count()} devices of a process: a clip"
+            " lies in one."
+        )
+    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def batch_sharding(mesh: Mesh) -> NamedSharding:
-    """The first axis split over all devices."""
-    return NamedSharding(mesh, PartitionSpec(("data", "fsdp")))
+def batch_shardings(mesh: Mesh, batch: Any) -> Any:
+    """A batch's first axis is split over `data` and `fsdp`, and the height of clips (b f h w c) over `context`."""
+    clip, other = PartitionSpec(BATCH_AXES, None, "context"), PartitionSpec(BATCH_AXES)
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, clip if np.ndim(leaf) == 5 else other), batch)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -59,10 +73,10 @@ def parameter_spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
 
 def global_batches(local_batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh) -> Iterable[dict[str, jax.Array]]:
     """Assembles each process's part into arrays over all devices, one batch ahead of the one in use."""
-    sharding = batch_sharding(mesh)
     ahead = None
     for local in local_batches:
-        placed = {name: jax.make_array_from_process_local_data(sharding, value) for name, value in local.items()}
+        shardings = batch_shardings(mesh, local)
+        placed = {name: jax.make_array_from_process_local_data(shardings[name], local[name]) for name in local}
         if ahead is not None:
             yield ahead
         ahead = placed

@@ -77,7 +77,7 @@ def state(networks, frozen):
 
 @pytest.fixture(scope="module")
 def batch():
-    return tiny.tiny_batch(8)
+    return tiny.tiny_batch(8, height=8)
 
 
 class CountingNetworks(Networks):
@@ -259,10 +259,11 @@ def test_accumulated_gradients_are_the_batch_s(networks, state, frozen, batch, s
         assert relative_error(metrics[name], alone_metrics[name]) < 1e-5, name
 
 
-def test_devices_change_nothing(monkeypatch, networks, state, frozen, batch, result):
+@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
+def test_devices_change_nothing(monkeypatch, networks, state, frozen, batch, result, sizes):
     # So that the tiny parameters are split at all.
     monkeypatch.setattr(mesh, "_MIN_SHARDED_ELEMENTS", 2**8)
-    devices = mesh.make_mesh(data=2, fsdp=4)
+    devices = mesh.make_mesh(*sizes)
     shardings = mesh.parameter_shardings(devices, state)
     with jax.set_mesh(devices):
         step = jax.jit(
@@ -271,7 +272,7 @@ def test_devices_change_nothing(monkeypatch, networks, state, frozen, batch, res
         new, metrics = step(
             jax.device_put(state, shardings),
             jax.device_put(frozen, mesh.parameter_shardings(devices, frozen)),
-            jax.device_put(batch, mesh.batch_sharding(devices)),
+            jax.device_put(batch, mesh.batch_shardings(devices, batch)),
             KEY,
         )
     assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(new))

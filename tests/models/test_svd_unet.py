@@ -139,15 +139,16 @@ def test_queries_in_chunks_change_nothing(rng, monkeypatch):
         assert relative_error(actual, expected) < 1e-6
 
 
-@pytest.mark.parametrize("meshed", [False, True], ids=["one device", "mesh"])
-def test_splash_kernel_agrees_with_xla(rng, meshed):
-    args = (*qkv(rng, 256, batch=8 if meshed else 2), qkv(rng, 256, batch=8 if meshed else 2)[0])
+@pytest.mark.parametrize("sizes", [None, (4, 2, 1), (2, 2, 2)], ids=["one device", "mesh", "context"])
+def test_splash_kernel_agrees_with_xla(rng, sizes):
+    batch = 8 if sizes else 2
+    args = (*qkv(rng, 256, batch=batch), qkv(rng, 256, batch=batch)[0])
     splash = attend_and_differentiate("splash")
     expected = attend_and_differentiate("xla")(*args)
-    if meshed:
-        devices = mesh.make_mesh(4, 2)
+    if sizes:
+        devices = mesh.make_mesh(*sizes)
         with jax.set_mesh(devices):
-            args = jax.device_put(args, mesh.batch_sharding(devices))
+            args = jax.device_put(args, mesh.batch_shardings(devices, args))
             results, program = splash(*args), str(splash.trace(*args).jaxpr)
         assert "shard_map" in program
     else:
