@@ -33,7 +33,7 @@ OPTIONS = FinetuneOptions(
 )
 # With it the four clips of `real` are dropped each in another way.
 KEY_OF_ALL_CASES = 3
-UNET = tiny.CONFIGS["unet"]
+UNET = tiny.ONE_LEVEL_UNET
 RATE = 0.1
 # Plain descent that keeps the gradient it was given as its state.
 KEEPER = optax.GradientTransformation(
@@ -252,7 +252,8 @@ def real():
     """One step of the tiny UNet, its LoRA and every layer of it training, from PyTorch's random weights."""
     model = torch_unet(UNET)
     frozen = {"unet": flax_params(model, "unet", UNET)}
-    networks = build_networks({name: made for name, made in tiny.CONFIGS.items() if name != "dinov2"})
+    configs = tiny.CONFIGS | {"unet": UNET}
+    networks = build_networks({name: made for name, made in configs.items() if name != "dinov2"})
     init = lambda key, unet: init_state(key, networks, unet, KEEPER, None, 4, "all", ("lora", "all"))  # noqa: E731
     shapes = jax.eval_shape(init, jax.random.key(0), frozen["unet"]).student.lora
     rng = np.random.default_rng(1)
