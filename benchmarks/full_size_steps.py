@@ -14,9 +14,9 @@ import time
 
 import jax
 import numpy as np
-from cpu_options import CPU_OPTIONS
 
 from osv_jax import experiment
+from osv_jax.plan import CPU_OPTIONS
 from osv_jax.runtime import mesh
 
 

@@ -12,9 +12,7 @@ import contextlib
 import dataclasses
 import functools
 import math
-import os
 import pathlib
-import sys
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -23,7 +21,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import orbax.checkpoint as ocp
-from absl import app, flags, logging
+from absl import flags
 from ml_collections import ConfigDict, config_flags
 
 from osv_jax import experiment
@@ -37,7 +35,7 @@ from osv_jax.distill.networks import Networks, Params
 from osv_jax.distill.state import TrainState
 from osv_jax.errors import UserError
 from osv_jax.experiment import Optimizers, Phase
-from osv_jax.runtime import checkpoint, distributed, mesh, metrics, pictures
+from osv_jax.runtime import checkpoint, command_line, distributed, mesh, metrics, pictures
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, e.g. configs/stage1.py:tiny.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
@@ -53,9 +51,6 @@ _MAX_GUIDANCE = 3.0
 
 
 def main(argv: list[str]) -> None:
-    logging.set_verbosity(logging.ERROR)  # Orbax tells 20 lines about every checkpoint.
-    if argv[1:]:
-        raise UserError(f"Unexpected argument {argv[1]!r}; options look like --config.batch_size=4.")
     if _CONFIG.value is None or _WORKDIR.value is None:
         raise UserError("Both --config and --workdir are needed, e.g. --config=configs/stage1.py --workdir=runs/a.")
     distributed.join()
@@ -287,33 +282,8 @@ def make_picture(
 
 
 def run() -> None:
-    """Parses the command line and trains; what the user can mend is one sentence on stderr and exit status 2."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # What is compiled once need not be compiled again by the next start of the same run.
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path("~/.cache/osv_jax/jax").expanduser()))
-    try:
-        app.run(main, flags_parser=_parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except distributed.Preempted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(distributed.EXIT_STATUS)
-
-
-def _parse(argv: list[str]) -> list[str]:
-    for argument in argv:
-        if argument.startswith("--config="):
-            file = pathlib.Path(argument.removeprefix("--config=").split(":")[0])
-            if not file.is_file():
-                raise UserError(f"The configuration file {file} does not exist; see the folder configs/.")
-    try:
-        return flags.FLAGS(argv)
-    except AttributeError as error:
-        raise UserError(f"The configuration has no key {error}; see the file given with --config.") from error
-    except (flags.Error, ValueError) as error:
-        # What a configuration file raises arrives as a whole traceback, its last line being the message.
-        raise UserError(str(error).strip().splitlines()[-1]) from error
+    """Parses the command line and trains; see `command_line.run`."""
+    command_line.run(main)
 
 
 if __name__ == "__main__":

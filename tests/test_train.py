@@ -20,6 +20,7 @@ from workdirs import assert_same, metrics_of, state_of
 
 from osv_jax import clips, train
 from osv_jax.errors import UserError
+from osv_jax.runtime import command_line
 
 TESTS = pathlib.Path(__file__).parent
 PROGRAM = [sys.executable, "-m", "osv_jax.train", f"--config={TESTS / 'micro_stage1.py'}"]
@@ -174,7 +175,7 @@ def test_a_save_that_was_cut_short_is_not_taken_for_a_checkpoint(killed_run, one
 def test_the_command_line_is_checked(arguments, words, monkeypatch):
     monkeypatch.setattr(sys, "argv", [*PROGRAM[2:], "--workdir=run", *arguments])
     with pytest.raises(UserError) as error:
-        train._parse(sys.argv)
+        command_line.parse(sys.argv)
     sentence = str(error.value)
     assert all(word in sentence for word in words) and "\n" not in sentence, sentence
 

@@ -296,7 +296,7 @@ def dot_product_attention(
         raise ValueError(f"attention must be one of {ATTENTION_IMPLEMENTATIONS}, got {implementation!r}.")
     length, keys = q.shape[1], k.shape[1]
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    platform = jax.default_backend()
+    platform = _platform()
     wants_cudnn = implementation == "cudnn" or (implementation == "auto" and platform == "gpu" and half)
     wants_splash = implementation == "splash" or (implementation == "auto" and platform == "tpu")
     fits_cudnn = length % 2 == 0 and keys % 2 == 0 and q.shape[3] % 8 == 0 and q.shape[3] <= 128
@@ -307,6 +307,12 @@ def dot_product_attention(
     if length <= _QUERY_CHUNK:
         return jax.nn.dot_product_attention(q, k, v, implementation="xla")
     return _chunked_attention(q, k, v)
+
+
+def _platform() -> str:
+    """Of the devices that are compiled for, which need not be there (`osv_jax.plan`)."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
 
 
 def _chunked_attention(q: Array, k: Array, v: Array) -> Array:

@@ -28,7 +28,21 @@ def make_mesh(data: int, fsdp: int, context: int = 1) -> Mesh:
     Raises:
         UserError: when the three do not multiply to the number of devices, or a clip would lie in several processes.
     """
-    devices = jax.device_count()
+    sizes = mesh_sizes(data, fsdp, context, jax.device_count())
+    if jax.local_device_count() % sizes[2]:
+        raise UserError(
+            f"config.mesh.context={sizes[2]} must divide the {jax.local_device_count()} devices of a process: a clip"
+            " lies in one."
+        )
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+
+
+def mesh_sizes(data: int, fsdp: int, context: int, devices: int) -> tuple[int, int, int]:
+    """The sizes of the three axes, none of them -1.
+
+    Raises:
+        UserError: when they do not multiply to the number of devices.
+    """
     sizes = [data, fsdp, context]
     asked = " x ".join(f"{name}={size}" for name, size in zip(AXES, sizes, strict=True))
     if -1 in sizes:
@@ -39,12 +53,7 @@ def make_mesh(data: int, fsdp: int, context: int = 1) -> Mesh:
             f"config.mesh asks for {asked} devices, but there are {devices}; make the product {devices}, or set one of"
             " them to -1."
         )
-    if jax.local_device_count() % sizes[2]:
-        raise UserError(
-            f"config.mesh.context={sizes[2]} must divide the {jax.local_device_count()} devices of a process: a clip"
-            " lies in one."
-        )
-    return jax.make_mesh(tuple(sizes), AXES, axis_types=(AxisType.Auto,) * 3)
+    return sizes[0], sizes[1], sizes[2]
 
 
 def batch_shardings(mesh: Mesh, batch: Any) -> Any:

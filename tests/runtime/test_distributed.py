@@ -4,7 +4,7 @@ import pytest
 
 from osv_jax import train
 from osv_jax.errors import UserError
-from osv_jax.runtime import distributed
+from osv_jax.runtime import command_line, distributed
 
 
 @pytest.fixture
@@ -64,7 +64,7 @@ def test_a_preempted_program_reports_it(monkeypatch, capsys):
     def preempted(*args, **kwargs):
         raise distributed.Preempted("SIGTERM: step 3 is saved.")
 
-    monkeypatch.setattr(train.app, "run", preempted)
+    monkeypatch.setattr(command_line.app, "run", preempted)
     with pytest.raises(SystemExit) as status:
         train.run()
     assert status.value.code == 143

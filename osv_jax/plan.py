@@ -1,0 +1,291 @@
+"""Says whether a run fits: `python -m osv_jax.plan --config=configs/stage2.py --topology=v5e:4x4`.
+
+Compiles the real step of every resolution of a configuration for devices that need not be there, and prints for one
+device: its memory, operations, what it sends to others, and a bound on the time of a step. Topologies: a TPU slice by
+its chips (v5e:4x4, v5p:2x2x2, v6e:2x2; needs the package libtpu), gpu:8x80GB (compiled for as many CPU devices, which
+compute bfloat16 in float32: an upper bound), or cpu. Keys of the configuration are changed as in training.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import pathlib
+import re
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import flags
+from flax.traverse_util import unflatten_dict
+from jax.experimental import topologies
+from jax.extend.core import Jaxpr, jaxprs_in_params
+from jax.sharding import AxisType, Mesh
+from ml_collections import ConfigDict, config_flags
+
+from osv_jax import experiment
+from osv_jax.convert.architectures import ARCHITECTURES, expected_params
+from osv_jax.distill.networks import Networks
+from osv_jax.errors import UserError
+from osv_jax.experiment import Optimizers, Phase
+from osv_jax.models.groups import GROUPS
+from osv_jax.runtime import checkpoint, command_line, mesh
+
+_GB = 1e9
+# On CPU: XLA's default order of operations favours concurrency and holds the float32 copies of all bfloat16 weights at
+# once; and code that is built fast halves the time of compilation.
+CPU_OPTIONS = {
+    "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
+    "xla_backend_optimization_level": 0,
+    "xla_llvm_disable_expensive_passes": True,
+    "xla_cpu_use_fusion_emitters": False,
+}
+_DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """A kind of device.
+
+    Attributes:
+        memory: that programs can use [bytes]; None if unknown.
+        peak: bfloat16 operations a second; None if unknown.
+    """
+
+    name: str
+    memory: float | None
+    peak: float | None
+
+
+# Google's figures (cloud.google.com/tpu/docs). Programs cannot have all of the memory: what does not fit, XLA refuses.
+_TPUS = {
+    "v4": Chip("TPU v4", 32 * 2**30, 275e12),
+    "v5e": Chip("TPU v5e", 16 * 2**30, 197e12),
+    "v5p": Chip("TPU v5p", 95 * 2**30, 459e12),
+    "v6e": Chip("TPU v6e", 32 * 2**30, 918e12),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What one device needs for a step; bytes, operations, seconds.
+
+    Attributes:
+        collectives: kind -> (how many in the program, bytes of their results); those in loops are counted once.
+    """
+
+    arguments: float
+    temporaries: float
+    total: float
+    flops: float
+    collectives: Mapping[str, tuple[int, float]]
+
+
+def devices_of(topology: str) -> tuple[Chip, list[Any]]:
+    """The kind and the devices of a topology.
+
+    Raises:
+        UserError: an unknown name, or a TPU's without libtpu.
+    """
+    kind, _, shape = topology.partition(":")
+    if kind == "cpu" and not shape:
+        return Chip("CPU", None, None), jax.local_devices(backend="cpu")[:1]
+    if kind == "gpu" and (match := re.fullmatch(r"(\d+)x(\d+)GB", shape)):
+        count, gigabytes = int(match[1]), int(match[2])
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError as error:
+            raise UserError(f"--topology={topology} must be chosen before devices are used.") from error
+        return Chip(f"GPU of {gigabytes} GB", gigabytes * _GB, None), jax.local_devices(backend="cpu")
+    if kind in _TPUS and re.fullmatch(r"\d+(x\d+)*", shape):
+        os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        # Without a TPU machine libtpu asks the network who else there is.
+        os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+        try:
+            described = topologies.get_topology_desc(topology, platform="tpu")
+        except Exception as error:  # libtpu's own; JAX names no type for them
+            raise UserError(
+                f"--topology={topology} cannot be compiled for: {str(error).splitlines()[0]}; give a shape that exists,"
+                " such as v5e:4x4, and install libtpu (pip install 'jax[tpu]')."
+            ) from error
+        return _TPUS[kind], list(described.devices)
+    raise UserError(
+        f"--topology={topology} is unknown; give a TPU slice ({', '.join(_TPUS)}; v5e:4x4), gpu:8x80GB, or cpu."
+    )
+
+
+def trace(
+    config: ConfigDict, networks: Networks, optimizers: Optimizers, phase: Phase, devices: Mesh
+) -> jax.stages.Traced:
+    """The step that training runs on clips of a phase's size, encoding included, for devices that need not be there."""
+    shapes = {
+        name: unflatten_dict(expected_params(name, module.config))
+        for name in ARCHITECTURES
+        if (module := getattr(networks, name)) is not None
+    }
+    dtype = jnp.dtype(config.dtype)
+    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    state = jax.eval_shape(experiment.make_init(config, networks, optimizers), jax.random.key(0), frozen["unet"])
+    count, frames = config.batch_size, config.data.num_frames
+    clips = {
+        "video": jax.ShapeDtypeStruct((count, frames, phase.height, phase.width, 3), jnp.uint8),
+        "fps": jax.ShapeDtypeStruct((count,), jnp.float32),
+    }
+    step = experiment.make_train_step(config, networks, optimizers)
+    shardings = mesh.parameter_shardings(devices, state)
+    jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, mesh.replicated(devices)))
+    with jax.set_mesh(devices):
+        return jitted.trace(
+            checkpoint.abstract(state, shardings),
+            checkpoint.abstract(frozen, mesh.parameter_shardings(devices, frozen)),
+            checkpoint.abstract(clips, mesh.batch_shardings(devices, clips)),
+        )
+
+
+def operations(jaxpr: Jaxpr) -> float:
+    """Multiplications and additions of all matrix products and convolutions, those in loops as often as they run.
+
+    XLA's own count has the body of a loop once, and stage 2's solver is one.
+    """
+    total = 0.0
+    for equation in jaxpr.eqns:
+        inner = sum(operations(child) for child in jaxprs_in_params(equation.params))
+        if equation.primitive.name == "scan":
+            inner *= equation.params["length"]
+        elif equation.primitive.name == "dot_general":
+            (contracted, _), _ = equation.params["dimension_numbers"]
+            left = equation.invars[0].aval.shape
+            inner = 2.0 * equation.outvars[0].aval.size * np.prod([left[axis] for axis in contracted])
+        elif equation.primitive.name == "conv_general_dilated":
+            kernel, numbers = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
+            inner = 2.0 * equation.outvars[0].aval.size * np.prod(kernel) / kernel[numbers.rhs_spec[0]]
+        total += inner
+    return total
+
+
+def analyse(compiled: jax.stages.Compiled, flops: float) -> Plan:
+    """What the compiler knows about its program, which is one device's.
+
+    Args:
+        flops: of one device.
+    """
+    memory = compiled.memory_analysis()
+    # Results that take the place of an argument need no memory of their own.
+    results = memory.output_size_in_bytes - memory.alias_size_in_bytes
+    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
+    return Plan(
+        arguments=arguments,
+        temporaries=temporaries,
+        total=arguments + temporaries + results,
+        flops=flops,
+        collectives=collectives_of(compiled.as_text()),
+    )
+
+
+def collectives_of(program: str) -> dict[str, tuple[int, float]]:
+    """Kind -> (number, bytes of their results) of the collectives in an HLO program."""
+    found: dict[str, tuple[int, float]] = {}
+    for shapes, kind in re.findall(rf" = (.+?) ({'|'.join(_COLLECTIVES)})(?:-start)?\(", program):
+        sizes = [
+            _DTYPE_BYTES.get(dtype, 4) * np.prod([int(size) for size in dims.split(",") if size], dtype=float)
+            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
+        ]
+        count, total = found.get(kind, (0, 0.0))
+        # What starts an asynchronous one returns its operand beside its result.
+        found[kind] = (count + 1, total + max(sizes, default=0.0))
+    return found
+
+
+def advice(config: ConfigDict, devices: Mesh) -> str:
+    """The next thing to change when a step does not fit."""
+    per_part = config.batch_size // (devices.shape["data"] * devices.shape["fsdp"] * config.grad_accum)
+    if config.remat != "full":
+        return "set config.remat=full"
+    if per_part > 1:
+        return f"compute a device's clips one after the other: config.grad_accum={config.grad_accum * per_part}"
+    if devices.shape["data"] > 1:
+        return f"share the parameters among more devices: config.mesh.fsdp={devices.shape['fsdp'] * 2}"
+    if any(group in (*GROUPS, "all") for group in config.trainable):
+        return "train less: config.trainable=('lora',)"
+    return f"share each clip among more devices: config.mesh.context={devices.shape['context'] * 2}"
+
+
+def report(plan: Plan, chip: Chip, verdict: str) -> str:
+    """What is printed about one program."""
+    lines = [
+        f"  arguments    {plan.arguments / _GB:9.2f} GB",
+        f"  temporaries  {plan.temporaries / _GB:9.2f} GB",
+        f"  total        {plan.total / _GB:9.2f} GB" + (f" of {chip.memory / _GB:.2f} GB" if chip.memory else ""),
+        f"  operations   {plan.flops / 1e12:9.2f} TFLOP a step",
+    ]
+    lines += [
+        f"  {kind:<19}{total / _GB:6.2f} GB in {count} places"
+        for kind, (count, total) in sorted(plan.collectives.items())
+    ]
+    if chip.peak and plan.flops:
+        lines.append(f"  time         {plan.flops / chip.peak:9.2f} s a step at the chip's peak: it cannot be faster")
+    return "\n".join([*lines, f"  {verdict}"])
+
+
+def make_plan(config: ConfigDict, topology: str) -> bool:
+    """Prints what every resolution of a configuration needs; whether all fit.
+
+    Raises:
+        UserError: a configuration that cannot run on these devices.
+    """
+    experiment.check_config(config)
+    if config.weights and not pathlib.Path(config.weights).is_dir():
+        print(f"{config.weights} is not there: planning for Stable Video Diffusion's own sizes.")
+        config.weights, config.random_networks.unet = "", {}
+    networks, optimizers = experiment.networks_of(config), experiment.optimizers_of(config)
+    chip, available = devices_of(topology)
+    sizes = mesh.mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.context, len(available))
+    devices = Mesh(np.asarray(available).reshape(sizes), mesh.AXES, axis_types=(AxisType.Auto,) * 3)
+    experiment.check_layout(config, networks, devices)
+    layout = " x ".join(f"{name} {size}" for name, size in devices.shape.items())
+    print(
+        f"{config.objective} on {len(available)} x {chip.name} ({layout}), batch {config.batch_size}, {config.dtype},"
+    )
+    print(f"trains {' + '.join(config.trainable)}; remat {config.remat}, attention {config.attention}")
+    all_fit = True
+    for phase in experiment.phases_of(config):
+        start = time.perf_counter()
+        print(f"{config.data.num_frames} x {phase.height} x {phase.width}: compiling ...", flush=True)
+        traced = trace(config, networks, optimizers, phase, devices)
+        try:
+            compiled = traced.lower().compile(CPU_OPTIONS if available[0].platform == "cpu" else None)
+        except jax.errors.JaxRuntimeError as error:
+            # XLA gives up on a program that does not fit a TPU, with a sentence about how much it would need.
+            if "RESOURCE_EXHAUSTED" not in str(error):
+                raise
+            needed = re.search(r"Used [\d.]+\w? of [\d.]+\w? \w+", str(error))
+            print(f"  does not fit ({needed[0] if needed else 'out of memory'}): {advice(config, devices)}.")
+            all_fit = False
+            continue
+        plan = analyse(compiled, operations(traced.jaxpr.jaxpr) / devices.size)
+        fits = chip.memory is None or plan.total <= chip.memory
+        verdict = "fits" if fits else f"does not fit: {advice(config, devices)}"
+        print(report(plan, chip, f"{verdict} (compiled in {time.perf_counter() - start:.0f} s)."), flush=True)
+        all_fit &= fits
+    return all_fit
+
+
+def run() -> None:
+    """The program: exit status 1 if something does not fit; what the user can mend is one sentence and status 2."""
+    config = config_flags.DEFINE_config_file("config", help_string="A file of configs/, e.g. configs/stage2.py.")
+    topology = flags.DEFINE_string("topology", "cpu", "v5e:4x4, v5p:2x2x2, v6e:2x2, gpu:8x80GB, or cpu.")
+
+    def main(argv: list[str]) -> int:
+        if config.value is None:
+            raise UserError("--config is needed, e.g. --config=configs/stage2.py.")
+        return 0 if make_plan(config.value, topology.value) else 1
+
+    command_line.run(main)
+
+
+if __name__ == "__main__":
+    run()

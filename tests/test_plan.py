@@ -1,0 +1,125 @@
+"""What `osv_jax.plan` says about programs, and whether it compiles the step that training runs."""
+
+import importlib.util
+
+import jax
+import jax.numpy as jnp
+import micro_finetune
+import numpy as np
+import pytest
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
+from toy_unet import toy_networks
+
+from osv_jax import plan
+from osv_jax.errors import UserError
+from osv_jax.models import layers
+from osv_jax.runtime import mesh
+
+
+def test_operations_of_loops_count_as_often_as_they_run():
+    def program(x, kernel):
+        x = jax.lax.scan(lambda x, _: (jnp.sin(x @ kernel), None), x, length=5)[0]
+        image = jax.lax.conv_general_dilated(
+            x.reshape(2, 3, 4, 1), jnp.ones((3, 3, 1, 8)), (1, 1), "SAME", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        return jax.checkpoint(lambda y: jnp.einsum("bhwc,bhwc->b", y, y))(image)
+
+    traced = jax.jit(program).trace(jnp.ones((6, 4)), jnp.ones((4, 4)))
+    products, convolution, sums = 5 * 2 * 6 * 4 * 4, 2 * (2 * 3 * 4 * 8) * 9, 2 * 2 * 3 * 4 * 8
+    assert plan.operations(traced.jaxpr.jaxpr) == products + convolution + sums
+
+
+def test_collectives_are_counted_by_kind_with_their_bytes():
+    devices = mesh.make_mesh(2, 4)
+    rows, whole = NamedSharding(devices, PartitionSpec("fsdp")), NamedSharding(devices, PartitionSpec())
+    x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=rows)
+    gathered = jax.jit(lambda x: x, out_shardings=whole).lower(x).compile()
+    assert plan.collectives_of(gathered.as_text()) == {"all-gather": (1, 64 * 32 * 4)}
+    summed = jax.jit(lambda x: x.sum(axis=0), out_shardings=whole).lower(x).compile()
+    assert plan.collectives_of(summed.as_text()) == {"all-reduce": (1, 32 * 4)}
+    text = "  %a = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(f32[2,4]{1,0} %p), dimensions={0}"
+    assert plan.collectives_of(text) == {"all-gather": (1, 8 * 4 * 4)}
+
+
+def small(**changes):
+    config = micro_finetune.get_config()
+    config.lora.targets, config.batch_size = "all", 8
+    config.update_from_flattened_dict(changes)
+    return config
+
+
+@pytest.fixture
+def toy():
+    with toy_networks():
+        yield
+
+
+def test_the_memory_of_a_step(toy, capsys, monkeypatch):
+    monkeypatch.setattr(mesh, "_MIN_SHARDED_ELEMENTS", 16)
+    monkeypatch.setattr(plan, "devices_of", lambda topology: (plan.Chip("chip", 1e9, 1e9), jax.devices()))
+    assert plan.make_plan(small(**{"mesh.data": 2, "mesh.fsdp": 4}), "v5e:2x4")
+    output = capsys.readouterr().out
+    assert "finetune on 8 x chip (data 2 x fsdp 4 x context 1), batch 8, float32" in output
+    assert "all-gather" in output and "of 1.00 GB" in output and "at the chip's peak" in output and "  fits (" in output
+
+
+def test_what_does_not_fit_comes_with_advice(toy, capsys, monkeypatch):
+    monkeypatch.setattr(plan, "devices_of", lambda topology: (plan.Chip("chip", 1e3, None), jax.devices()[:1]))
+    assert not plan.make_plan(small(remat="full"), "v5e:1")
+    assert "does not fit: compute a device's clips one after the other: config.grad_accum=8" in capsys.readouterr().out
+
+    class Refused:
+        def compile(self, options):
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory. Used 25.70G of 15.75G hbm. More")
+
+    traced = type("Traced", (), {"lower": lambda self: Refused()})()
+    monkeypatch.setattr(plan, "trace", lambda *args: traced)
+    assert not plan.make_plan(small(remat="full", batch_size=1), "v5e:1")
+    assert "does not fit (Used 25.70G of 15.75G hbm): train less" in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("changes", "sizes", "words"),
+    [
+        ({"remat": "none"}, (1, 1, 1), "config.remat=full"),
+        ({}, (1, 8, 1), "config.trainable=('lora',)"),
+        ({"batch_size": 8, "grad_accum": 2}, (2, 1, 1), "config.grad_accum=4"),
+        ({"batch_size": 2}, (2, 4, 1), "config.mesh.fsdp=8"),
+        ({"trainable": ("lora",)}, (1, 4, 2), "config.mesh.context=4"),
+    ],
+)
+def test_advice(changes, sizes, words):
+    config = small(**({"remat": "full", "batch_size": sizes[1]} | changes))
+    devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
+    assert words in plan.advice(config, jax.sharding.Mesh(devices, mesh.AXES))
+
+
+def test_a_gpu_host_is_as_many_cpu_devices(monkeypatch):
+    monkeypatch.setattr(plan.jax.config, "update", lambda name, value: None)
+    chip, devices = plan.devices_of("gpu:8x80GB")
+    assert (chip.memory, len(devices)) == (80e9, 8)
+    chip, devices = plan.devices_of("cpu")
+    assert chip.memory is None and len(devices) == 1
+
+
+@pytest.mark.parametrize("topology", ["v9:2x2", "gpu:eight", "gpu", "v5e", "v5e:two", "cpu:2"])
+def test_unknown_topologies_are_refused(topology):
+    with pytest.raises(UserError, match=f"--topology={topology} is unknown; give a TPU slice"):
+        plan.devices_of(topology)
+
+
+def test_a_slice_without_libtpu_is_refused():
+    if importlib.util.find_spec("libtpu"):
+        pytest.skip("libtpu is installed; that a slice is then compiled for is in docs/scaling.md, with its figures")
+    with pytest.raises(UserError, match=r"cannot be compiled for: .* install libtpu"):
+        plan.devices_of("v5e:2x2")
+
+
+def test_the_platform_is_that_of_the_devices_compiled_for(toy):
+    """Or attention for a TPU that is not there would be XLA's."""
+    absent = jax.sharding.AbstractDevice("TPU v5e", 1, "tpu")
+    devices = jax.sharding.AbstractMesh((1, 1, 1), mesh.AXES, (AxisType.Auto,) * 3, abstract_device=absent)
+    q = jnp.ones((2, 128, 2, 64))
+    with jax.sharding.use_abstract_mesh(devices):
+        assert "pallas" in str(jax.make_jaxpr(layers.dot_product_attention)(q, q, q))
+    assert "pallas" not in str(jax.make_jaxpr(layers.dot_product_attention)(q, q, q))
