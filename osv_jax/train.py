@@ -116,6 +116,12 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
                 state = experiment.start_from(origin, state, optimizers)
                 print(f"Starting from step {checkpoint.latest_step(origin)} of {origin}.")
         print(experiment.describe(config, state, frozen, clips.count(experiment.phases_of(config)[0])))
+        whole = mesh.unsplit_parameters((frozen, state), devices.shape["fsdp"])
+        if whole:
+            print(
+                f"fsdp={devices.shape['fsdp']} divides no dimension of {len(whole)} large parameters, which each"
+                f" device holds whole: {', '.join(whole[:10])}."
+            )
 
         with contextlib.closing(metrics.MetricsWriter(workdir, start, jax.process_index())) as writer:
             run = _Run(config, workdir, networks, optimizers, devices, clips, frozen, shardings, checkpoints, writer)

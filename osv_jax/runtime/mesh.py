@@ -80,6 +80,18 @@ def parameter_spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
     return PartitionSpec(*[None] * axis, "fsdp")
 
 
+def unsplit_parameters(tree: Any, fsdp: int) -> list[str]:
+    """Names of the large parameters that `fsdp` devices cannot share, because it divides none of their dimensions."""
+    leaves = jax.tree.leaves_with_path(tree)
+    if fsdp == 1:
+        return []
+    return [
+        jax.tree_util.keystr(path, simple=True, separator="/")
+        for path, leaf in leaves
+        if np.prod(leaf.shape) >= _MIN_SHARDED_ELEMENTS and parameter_spec(leaf.shape, fsdp) == PartitionSpec()
+    ]
+
+
 def global_batches(local_batches: Iterable[Mapping[str, np.ndarray]], mesh: Mesh) -> Iterable[dict[str, jax.Array]]:
     """Assembles each process's part into arrays over all devices, one batch ahead of the one in use."""
     ahead = None
