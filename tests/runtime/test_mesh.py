@@ -41,7 +41,7 @@ def test_specs(shapes, name, spec):
 @pytest.mark.parametrize("fsdp", [2, 4, 8, 16, 32, 64])
 def test_no_parameter_of_a_megabyte_is_held_whole(shapes, fsdp):
     large = {name: shape for name, shape in shapes.items() if 2 * np.prod(shape) >= MEGABYTE}
-    assert len(large) > 500
+    assert len(large) > 300
     for name, shape in large.items():
         spec = mesh.parameter_spec(shape, fsdp)
         assert spec != PartitionSpec(), name
