@@ -18,7 +18,7 @@ from osv_jax.data import demo
 from osv_jax.runtime import checkpoint, distributed
 
 SCRIPT = pathlib.Path(__file__).with_name("toy_train.py")
-STEPS, BATCH = 16, 8
+STEPS, BATCH = 12, 8
 
 
 @pytest.fixture(scope="module")

@@ -26,7 +26,7 @@ def main(argv: list[str]) -> None:
     config = micro_finetune.get_config()
     config.data.videos, config.num_steps, config.batch_size = videos, int(steps), 8
     config.mesh.data, config.mesh.fsdp = -1, 2
-    config.lora.targets = "all"
+    config.lora.targets, config.checkpoint_every = "all", 4
     mesh._MIN_SHARDED_ELEMENTS = 16  # Or nothing of the toy would be split.
     global_batches = mesh.global_batches
 
