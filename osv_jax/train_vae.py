@@ -41,6 +41,7 @@ from osv_jax.distill.autoencoder import (
 )
 from osv_jax.distill.networks import Params, random_params
 from osv_jax.errors import UserError
+from osv_jax.models.lpips import LPIPS, SMALLEST_SIDE, load_lpips
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
 from osv_jax.runtime import checkpoint, mesh, metrics, pictures
 
@@ -130,8 +131,9 @@ def check_config(config: ConfigDict) -> VAEConfig:
         raise UserError(f"config.train={config.train!r} is not one of {', '.join(PARTS)}.")
     if config.train == "decoder" and not config.init_from:
         raise UserError("config.train='decoder' needs config.init_from, a trained VAE whose latents it keeps.")
-    if config.kl_weight < 0:
-        raise UserError(f"config.kl_weight={config.kl_weight:g} must not be negative.")
+    for name in ("kl_weight", "lpips_weight"):
+        if config[name] < 0:
+            raise UserError(f"config.{name}={config[name]:g} must not be negative.")
     if config.init_from:
         architecture = weights.load_config(config.init_from, "vae")
     else:
@@ -150,6 +152,10 @@ def check_config(config: ConfigDict) -> VAEConfig:
                 f"config.data.crop={crop} must be multiples of {factor}, the VAE's factor, and no more than height and"
                 " width."
             )
+    if config.lpips_weight and min(crop) < SMALLEST_SIDE:
+        raise UserError(f"config.data.crop={crop} is too small for LPIPS, which needs {SMALLEST_SIDE} pixels a side.")
+    if config.lpips_weight:
+        load_lpips()  # Complains if it is missing.
     return architecture
 
 
@@ -170,7 +176,12 @@ def _first_state(config: ConfigDict, architecture: VAEConfig, optimizer: optax.G
 
 def _make_step(config: ConfigDict, vae: SVDVAE, optimizer: optax.GradientTransformation) -> Callable:
     """`(state, pixels) -> (state, metrics)`."""
-    train_step = make_step(vae, optimizer, config.kl_weight, config.train)
+    perceptual = None
+    if config.lpips_weight:
+        lpips = load_lpips()
+        perceptual = lambda x, y: LPIPS().apply({"params": lpips}, x, y)  # noqa: E731
+    weights_of_losses = {"l1": 1.0, "kl": config.kl_weight, "lpips": config.lpips_weight}
+    train_step = make_step(vae, optimizer, weights_of_losses, config.train, perceptual)
 
     def step(state: VAEState, video: UInt8[Array, "b f h w 3"]) -> tuple[VAEState, Metrics]:
         # All randomness is a function of the seed and the step: a resumed run repeats it.

@@ -95,11 +95,16 @@ def test_vae_losses(rng, monkeypatch):
 
     monkeypatch.setattr(SVDVAE, "apply", halve)
     video = rng.standard_normal((2, 3, 4, 4, 3), np.float32)
-    l1, kl = autoencoder.vae_losses(SVDVAE(VAEConfig()), {"scale": 0.5}, video, jax.random.key(0))
+
+    def distance(x, y):
+        return jnp.max(x - y, axis=(1, 2, 3))
+
+    losses = autoencoder.vae_losses(SVDVAE(VAEConfig()), {"scale": 0.5}, video, jax.random.key(0), distance)
     output = 0.5 * video[..., [0, 1, 1]]
-    np.testing.assert_allclose(l1, np.abs(output - video).mean(axis=(1, 2, 3, 4)), rtol=1e-4)
+    np.testing.assert_allclose(losses["l1"], np.abs(output - video).mean(axis=(1, 2, 3, 4)), rtol=1e-4)
     terms = ((0.5 * video[..., :2]) ** 2 + np.exp(-40.0) - 1 + 40.0) / 2
-    np.testing.assert_allclose(kl, terms.sum(axis=(1, 2, 3, 4)) / video[0].size, rtol=1e-5)
+    np.testing.assert_allclose(losses["lpips"], (output - video).max((2, 3, 4)).mean(1), rtol=1e-4)
+    np.testing.assert_allclose(losses["kl"], terms.sum(axis=(1, 2, 3, 4)) / video[0].size, rtol=1e-5)
 
 
 def test_images_train_everything_and_clips_the_decoder(images, clips):
@@ -171,7 +176,7 @@ def test_the_loss_falls():
     params = jax.tree.map(jnp.asarray, train_vae.random_params(shapes, 0, np.float32))
     optimizer = optax.adam(1e-3)
     state = autoencoder.VAEState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-    step = jax.jit(autoencoder.make_step(vae, optimizer, 1e-6, "all"))
+    step = jax.jit(autoencoder.make_step(vae, optimizer, {"l1": 1.0, "kl": 1e-6}, "all"))
     losses = []
     for number in range(40):
         state, metrics = step(state, video, jax.random.fold_in(jax.random.key(0), number))
@@ -187,6 +192,7 @@ def test_the_loss_falls():
         ("train", "encoder", ["config.train='encoder'", "decoder"]),
         ("train", "decoder", ["config.init_from"]),
         ("kl_weight", -1.0, ["config.kl_weight=-1"]),
+        ("lpips_weight", 1.0, ["config.data.crop=(6, 8)", "31 pixels"]),
         ("batch_size", 0, ["config.batch_size=0"]),
         ("architecture.block_out_channels", (30,), ["block_out_channels", "multiples of 8"]),
     ],

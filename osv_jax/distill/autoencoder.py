@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -16,6 +16,8 @@ from osv_jax.distill.state import global_norm
 from osv_jax.models.svd_vae import SVDVAE
 
 Metrics = dict[str, Array]
+# Of two batches of images in [-1, 1], image by image.
+Distance = Callable[[Array, Array], Array]
 PARTS = ("all", "decoder")
 
 
@@ -40,18 +42,25 @@ def trained_part(params: Params, train: str) -> Params:
 
 
 def make_step(
-    vae: SVDVAE, optimizer: optax.GradientTransformation, kl_weight: float, train: str
+    vae: SVDVAE,
+    optimizer: optax.GradientTransformation,
+    weights: Mapping[str, float],
+    train: str,
+    perceptual: Distance | None = None,
 ) -> Callable[[VAEState, Array, jax.Array], tuple[VAEState, Metrics]]:
     """The step `(state, video [b f h w 3] in [-1, 1], key) -> (state, metrics)`.
 
     Args:
+        weights: of the losses that `vae_losses` names.
         train: one of `PARTS`.
+        perceptual: see `vae_losses`.
     """
 
     def mean_loss(part: Params, rest: Params, video: Array, key: jax.Array) -> tuple[Array, Metrics]:
-        l1, kl = vae_losses(vae, {**rest, **part}, video, key)
-        loss = (l1 + kl_weight * kl).mean()
-        return loss, {"loss": loss, "loss_l1": l1.mean(), "loss_kl": kl.mean()}
+        losses = vae_losses(vae, {**rest, **part}, video, key, perceptual)
+        means = {name: loss.mean() for name, loss in losses.items()}
+        total = sum(weights[name] * mean for name, mean in means.items())
+        return total, {"loss": total} | {f"loss_{name}": mean for name, mean in means.items()}
 
     def step(state: VAEState, video: Array, key: jax.Array) -> tuple[VAEState, Metrics]:
         part = trained_part(state.params, train)
@@ -65,20 +74,33 @@ def make_step(
 
 
 def vae_losses(
-    vae: SVDVAE, params: Params, video: Float[Array, "b f h w 3"], key: jax.Array
-) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
-    """Mean absolute error of every clip's reconstruction, and the KL divergence of its latents from N(0, 1).
+    vae: SVDVAE,
+    params: Params,
+    video: Float[Array, "b f h w 3"],
+    key: jax.Array,
+    perceptual: Distance | None = None,
+) -> dict[str, Float[Array, " b"]]:
+    """`l1`: mean absolute error of every clip's reconstruction; `kl`: KL divergence of its latents from N(0, 1).
 
     The KL divergence is the sum over a clip's latents divided by the number of its PIXEL values, so that its weight is
     that of latent diffusion's code (1e-6), which sums both (Rombach et al. 2022, appendix G).
+
+    Args:
+        perceptual: a distance of images, whose mean over each clip's frames is then there as `lpips`.
     """
     b, f, *image = video.shape
     mean, logvar = vae.apply({"params": params}, video.reshape(-1, *image), method="encode")
     latents = mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
     output = vae.apply({"params": params}, latents.reshape(b, f, *latents.shape[1:]), method="decode")
-    l1 = jnp.abs(output.astype(jnp.float32) - video).reshape(b, -1).mean(axis=1)
-    kl = gaussian_kl(mean, logvar).reshape(b, f).sum(axis=1) / (video.size // b)
-    return l1, kl
+    output = output.astype(jnp.float32)
+    losses = {
+        "l1": jnp.abs(output - video).reshape(b, -1).mean(axis=1),
+        "kl": gaussian_kl(mean, logvar).reshape(b, f).sum(axis=1) / (video.size // b),
+    }
+    if perceptual is not None:
+        distance = perceptual(output.reshape(-1, *image), video.reshape(-1, *image))
+        losses["lpips"] = distance.reshape(b, f).mean(axis=1)
+    return losses
 
 
 def gaussian_kl(mean: Float[Array, "n h w c"], logvar: Float[Array, "n h w c"]) -> Float[Array, " n"]:
