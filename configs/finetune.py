@@ -1,7 +1,8 @@
 """Fine-tuning of SVD: denoising of real clips as SVD itself was trained (SF-V Eq. 1 to 3).
 
 `configs/finetune.py` trains a LoRA; `configs/finetune.py:tiny` trains every layer of tiny random networks on the clips
-of a Python package. What comes out is a teacher for `configs/stage1.py`: see docs/training.md.
+of a Python package; `configs/finetune.py:miniature` is how the UNet of `--weights=miniature` was made, see
+docs/miniature.md. What comes out is a teacher for `configs/stage1.py`: see docs/training.md.
 """
 
 import pathlib
@@ -13,10 +14,10 @@ from ml_collections import ConfigDict
 def get_config(variant: str = "") -> ConfigDict:
     stage1 = runpy.run_path(str(pathlib.Path(__file__).with_name("stage1.py")))
     config = stage1["get_config"]()
-    if variant == "tiny":
+    if variant in ("tiny", "miniature"):
         stage1["make_tiny"](config)
     elif variant:
-        raise ValueError(f"configs/finetune.py has the variants '' and 'tiny', not {variant!r}.")
+        raise ValueError(f"configs/finetune.py has the variants '', 'tiny' and 'miniature', not {variant!r}.")
     _remove_distillation(config)
 
     config.objective = "finetune"
@@ -41,12 +42,45 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant == "tiny":
         config.trainable = ("all",)
         config.ema_decay = 0.95
+    elif variant == "miniature":
+        _make_miniature(config)
     else:
         config.num_steps = 10_000
         config.optimizer.learning_rate = 1e-5
         config.data.resolutions = ((0, 320, 576),)
         config.picture_every = config.checkpoint_every = 500
     return config
+
+
+def _make_miniature(config: ConfigDict) -> None:
+    """A UNet from nothing, for the VAE that comes with the package; CLIP there is random."""
+    config.weights = "miniature"
+    config.random_networks = ConfigDict(
+        {
+            "unet": {
+                # A norm's 32 groups have two channels or more: one alone would lose what the time embedding adds.
+                "block_out_channels": (64, 64, 96),
+                "layers_per_block": 1,
+                "num_attention_heads": (2, 2, 3),
+                "has_attention": (False, True, False),
+                "cross_attention_dim": 32,
+                "addition_time_embed_dim": 32,
+            }
+        }
+    )
+    config.trainable = ("all",)
+    config.data.dataset = "runs/miniature/latents"
+    config.data.fps = 12.0
+    config.data.resolutions = ((0, 64, 96),)
+    config.batch_size = 4
+    config.num_steps = 20_000
+    config.optimizer.learning_rate = 1e-3
+    config.optimizer.max_grad_norm = 1.0
+    config.ema_decay = 0.99
+    # CLIP is random: dropping its embedding alone teaches nothing, and guidance needs both to be dropped.
+    config.dropout.embedding = config.dropout.latents = 0.0
+    config.log_every = 20
+    config.picture_every = config.checkpoint_every = 200
 
 
 def _remove_distillation(config: ConfigDict) -> None:

@@ -17,7 +17,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.init_from = ""
     # A folder that tools/convert_weights.py wrote: unet/, vae/, image_encoder/, dinov2/.
     config.weights = "weights/svd"
-    # Instead of `weights`: architectures to fill with random parameters.
+    # Architectures to fill with random parameters, instead of `weights` or of some networks in that folder.
     config.random_networks = ConfigDict()
 
     config.data = ConfigDict()

@@ -98,9 +98,12 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"config.solver_steps={config.solver_steps} must lie in 1 .. {config.num_levels - 1}.")
     if config.objective == "finetune":
         _check_finetune(config)
-    if bool(config.weights) == bool(config.random_networks):
+    if not config.weights and not config.random_networks:
+        raise UserError("Set config.weights (a folder of converted weights), config.random_networks, or both.")
+    if config.weights and random_components(config) >= set(_components(config)):
         raise UserError(
-            "Exactly one of config.weights (a folder of converted weights) and config.random_networks must be set."
+            f"config.random_networks names all networks, so nothing of config.weights={config.weights} would be used;"
+            " set one of them."
         )
     phases_of(config)
 
@@ -188,11 +191,28 @@ def architectures_of(config: ConfigDict) -> dict[str, Config]:
     Raises:
         UserError: on missing weights.
     """
-    names = [name for name in ARCHITECTURES if not (config.objective == "finetune" and name == "dinov2")]
-    if config.weights:
-        return {name: weights.load_config(config.weights, name) for name in names}
-    chosen = config.random_networks.to_dict()
-    return {name: ARCHITECTURES[name].config(**chosen.get(name, {})) for name in names}
+    drawn = random_components(config)
+    return {
+        name: random_architecture(config.random_networks.to_dict(), name)
+        if name in drawn
+        else weights.load_config(config.weights, name)
+        for name in _components(config)
+    }
+
+
+def random_components(config: ConfigDict | Mapping[str, Any]) -> set[str]:
+    """The networks with random parameters: those that `random_networks` names, or all where there are no weights."""
+    return set(config["random_networks"] if config["weights"] else ARCHITECTURES)
+
+
+def random_architecture(random_networks: Mapping[str, Any], name: str) -> Config:
+    """A network's architecture in a configuration, or in the JSON of one, which has lists where we have tuples."""
+    fields = random_networks.get(name, {}).items()
+    return ARCHITECTURES[name].config(**{key: tuple(x) if isinstance(x, list) else x for key, x in fields})
+
+
+def _components(config: ConfigDict) -> list[str]:
+    return [name for name in ARCHITECTURES if not (config.objective == "finetune" and name == "dinov2")]
 
 
 def random_frozen(architectures: Mapping[str, Config], dtype: Any) -> dict[str, Params]:
@@ -215,10 +235,14 @@ def load_frozen(config: ConfigDict, networks: Networks, devices: jax.sharding.Me
     modules = {name: getattr(networks, name) for name in needed}
     shapes = _shapes_of({name: module.config for name, module in modules.items() if module is not None})
     shardings = mesh.parameter_shardings(devices, shapes)
-    dtype = jnp.dtype(config.dtype)
-    if config.weights:
-        return {name: weights.load_params(config.weights, name, shardings[name], dtype) for name in shapes}
-    return jax.device_put(fill_randomly(shapes, dtype), shardings)
+    dtype, random = jnp.dtype(config.dtype), random_components(config)
+    drawn = {name: tree for name, tree in shapes.items() if name in random}
+    drawn = jax.device_put(fill_randomly(drawn, dtype), {name: shardings[name] for name in drawn})
+    # In the order of the shapes.
+    return {
+        name: drawn[name] if name in drawn else weights.load_params(config.weights, name, shardings[name], dtype)
+        for name in shapes
+    }
 
 
 def optimizers_of(config: ConfigDict) -> Optimizers:

@@ -43,43 +43,74 @@ def merge_run(
     Raises:
         UserError: if `output` exists, unless it may be overwritten, or the base is missing or another one.
     """
-    folder = base or trained.config.get("weights")
-    if not folder and not trained.config.get("random_networks"):
+    config, folder = trained.config, base or trained.config.get("weights")
+    if not folder and not config.get("random_networks"):
         raise UserError("The run has no weights folder of its own: give the base's with --weights.")
+    random = {} if base else _random_architectures(config)
     with new_folder(output, overwrite) as partial:
-        if folder:
-            copied = [name for name in ARCHITECTURES if name != "unet" and (pathlib.Path(folder) / name).is_dir()]
-            config = weights.load_config(folder, "unet")
-            shapes = expected_params("unet", config)
-            trained.check_fits(shapes, source)
-            params = jax.tree.map(np.asarray, weights.load_params(folder, "unet", dtype=np.float32))
-            for name in copied:
-                weights.load_config(folder, name)  # Complains about an incomplete one.
-                shutil.copytree(pathlib.Path(folder) / name, partial / name)
-        else:
-            architectures = _random_architectures(trained.config)
-            shapes = {name: expected_params(name, made) for name, made in architectures.items()}
+        others = [name for name in ARCHITECTURES if name != "unet"]
+        copied = [name for name in others if folder and name not in random and (weights.locate(folder) / name).is_dir()]
+        for name in copied:
+            weights.load_config(folder, name)  # Complains about an incomplete one.
+            shutil.copytree(weights.locate(folder) / name, partial / name)
+        shapes = {name: expected_params(name, made) for name, made in random.items()}
+        if "unet" in random:
             trained.check_fits(shapes["unet"], source)
-            trees = {name: unflatten_dict(flat) for name, flat in shapes.items()}
-            made = experiment.fill_randomly(trees, DTYPES[trained.config["dtype"]])
-            config, params = architectures.pop("unet"), made["unet"]
-            copied = list(architectures)
-            for name in copied:
-                weights.save_component(partial / name, name, architectures[name], made[name], pathlib.Path(source))
+        trees = {name: unflatten_dict(flat) for name, flat in shapes.items()}
+        made = experiment.fill_randomly(trees, DTYPES[config["dtype"]]) if random else {}
+        for name in others:
+            if name in random:
+                weights.save_component(partial / name, name, random[name], made[name], pathlib.Path(source))
+        if "unet" in random:
+            architecture, params = random["unet"], made["unet"]
+        else:
+            architecture = weights.load_config(folder, "unet")
+            trained.check_fits(expected_params("unet", architecture), source)
+            params = jax.tree.map(np.asarray, weights.load_params(folder, "unet", dtype=np.float32))
         merged = trained.merge_into(jax.tree.map(lambda x: x.astype(np.float32), params))
-        merged = jax.tree.map_with_path(
-            lambda path, x: weights.cast(np.asarray(x), DTYPES[dtype], "/".join(key.key for key in path)), merged
-        )
-        weights.save_component(partial / "unet", "unet", config, merged, pathlib.Path(source))
-    return ["unet", *copied]
+        merged = _cast(merged, dtype)
+        weights.save_component(partial / "unet", "unet", architecture, merged, pathlib.Path(source))
+    return ["unet", *(name for name in others if name in copied or name in random)]
+
+
+def pack_weights(
+    source: str | pathlib.Path, output: str | pathlib.Path, dtype: str = "bfloat16", overwrite: bool = False
+) -> list[str]:
+    """Writes the networks of a weights folder as one file each; see `convert.weights`.
+
+    Args:
+        dtype: stored dtype: "bfloat16", "float32" or "float16".
+
+    Returns:
+        The networks that the folder holds.
+
+    Raises:
+        UserError: if `output` exists, unless it may be overwritten, or the source holds no networks.
+    """
+    components = [name for name in ARCHITECTURES if (weights.locate(source) / name).is_dir()]
+    if not components:
+        raise UserError(f"{source} is no weights folder: it holds none of {', '.join(ARCHITECTURES)}.")
+    with new_folder(output, overwrite) as partial:
+        for name in components:
+            config = weights.load_config(source, name)
+            params = _cast(weights.load_params(source, name), dtype)
+            weights.save_packed(partial / name, name, config, params, pathlib.Path(source))
+    return components
 
 
 def _random_architectures(config: Mapping[str, Any]) -> dict[str, Config]:
-    """Of a run with `random_networks`. DINOv2, which not every run has, is among them if the configuration names it."""
-    chosen, architectures = config["random_networks"], {}
-    for name, known in ARCHITECTURES.items():
-        if name != "dinov2" or name in chosen:
-            # The run's config.json has lists where architectures have tuples.
-            fields = {key: tuple(x) if isinstance(x, list) else x for key, x in chosen.get(name, {}).items()}
-            architectures[name] = known.config(**fields)
-    return architectures
+    """The networks that a run drew. DINOv2, which not every run has, is among them if the configuration names it."""
+    chosen = config["random_networks"]
+    names = experiment.random_components(config)
+    return {
+        name: experiment.random_architecture(chosen, name)
+        for name in ARCHITECTURES
+        if name in names and (name != "dinov2" or name in chosen)
+    }
+
+
+def _cast(params: Any, dtype: str) -> Any:
+    """NumPy arrays of a stored dtype."""
+    return jax.tree.map_with_path(
+        lambda path, x: weights.cast(np.asarray(x), DTYPES[dtype], "/".join(key.key for key in path)), params
+    )

@@ -17,7 +17,6 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import logging
-from etils import epath
 from ml_collections import ConfigDict
 from PIL import Image
 from tqdm import tqdm
@@ -71,7 +70,7 @@ def prepare(args: argparse.Namespace) -> None:
             return
         shards.write_source_chunk(output, source.skipped)
         progress = shards.resume(output, own)
-        encoder = _encoder(folder, networks, settings)
+        encoder = _encoder(folder, config, networks, settings)
         values = _run(args, own, progress, encoder, settings, output)
         metadata = {name: settings[name] for name in ("num_frames", "fps", "height", "width")}
         chunks = [shards.SOURCE_CHUNK, *(chunk.index for chunk in own)]
@@ -145,7 +144,7 @@ def inspect(args: argparse.Namespace) -> None:
     settings = latents.read_metadata(folder)["settings"]
     if _fingerprint(weights_folder, config) != settings["networks"]:
         print("These are not the weights that the dataset was made with: the samples may look wrong.")
-    _draw_sheet(folder, _encoder(weights_folder, networks, settings))
+    _draw_sheet(folder, _encoder(weights_folder, config, networks, settings))
 
 
 def _draw_sheet(folder: pathlib.Path, encoder: Encoder) -> None:
@@ -182,29 +181,35 @@ def _networks(args: argparse.Namespace, config: ConfigDict | None) -> tuple[str,
     """The folder of the weights, if there is one, and the architectures."""
     if bool(args.weights) == bool(config):
         raise UserError("Give --weights (a folder of converted weights) or --config (a training configuration).")
-    folder = args.weights or config.weights
-    if folder:
-        return folder, {name: weights.load_config(folder, name) for name in _COMPONENTS}
-    return "", experiment.architectures_of(config)
+    if config:
+        return config.weights, experiment.architectures_of(config)
+    return args.weights, {name: weights.load_config(args.weights, name) for name in _COMPONENTS}
+
+
+def _stored(config: ConfigDict | None) -> list[str]:
+    """The components that are read from the folder of the weights; the others are random."""
+    random = experiment.random_components(config) if config else ()
+    return [name for name in _COMPONENTS if name not in random]
 
 
 def _fingerprint(folder: str, config: ConfigDict | None) -> str:
     """Of what the networks are; weights may lie elsewhere the next time."""
-    if folder:
-        text = " ".join((epath.Path(folder) / name / "config.json").read_text() for name in _COMPONENTS)
-    else:
-        text = json.dumps(config.random_networks.to_dict(), sort_keys=True)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    stored = _stored(config)
+    texts = [(weights.locate(folder) / name / "config.json").read_text() for name in stored]
+    if len(stored) < len(_COMPONENTS):
+        texts.append(json.dumps(config.random_networks.to_dict(), sort_keys=True))
+    return hashlib.sha256(" ".join(texts).encode()).hexdigest()[:16]
 
 
-def _encoder(folder: str, networks: Mapping[str, Any], settings: Mapping[str, Any]) -> Encoder:
+def _encoder(
+    folder: str, config: ConfigDict | None, networks: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Encoder:
     dtype = jnp.dtype(settings["dtype"])
     vae = SVDVAE(networks["vae"], dtype=dtype, param_dtype=dtype)
     image_encoder = CLIPVision(networks["image_encoder"], dtype=dtype, param_dtype=dtype)
-    if folder:
-        params = {name: weights.load_params(folder, name, dtype=dtype) for name in _COMPONENTS}
-    else:
-        params = experiment.random_frozen(networks, dtype)
+    stored = _stored(config)
+    params = {name: weights.load_params(folder, name, dtype=dtype) for name in stored}
+    params |= experiment.random_frozen({name: networks[name] for name in _COMPONENTS if name not in stored}, dtype)
     height, width = settings["height"], settings["width"]
     schema = latents.Schema(
         num_frames=settings["num_frames"],

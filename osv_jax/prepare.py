@@ -53,7 +53,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--merge", nargs="+", metavar="PART", help="outputs of all shards, to be joined in --output")
     add("--inspect", metavar="DATASET", help="report on a dataset; with --weights, draw samples")
     add("--output", metavar="DIR", help="folder of the dataset")
-    add("--weights", metavar="DIR", help="folder that tools/convert_weights.py wrote")
+    add("--weights", metavar="DIR", help="folder that tools/convert_weights.py wrote, or `miniature`")
     add(
         "--config",
         metavar="FILE",

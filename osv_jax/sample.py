@@ -157,7 +157,7 @@ def _parser() -> argparse.ArgumentParser:
     add, own = parser.add_argument, "the model's"
     add("--image", nargs="+", required=True, metavar="FILE", help="image files, or folders of them")
     add("--output", required=True, help="NAME.mp4, NAME.gif, or a folder for PNG pictures; {name}: the image's name")
-    add("--weights", required=True, help="folder that tools/convert_weights.py wrote")
+    add("--weights", required=True, help="folder that tools/convert_weights.py wrote, or `miniature`")
     add("--lora", metavar="PATH", help="workdir of a training run, PEFT folder or LoRA .safetensors, merged before use")
     add("--ema", action="store_true", help="of a workdir, use the student's average")
     add("--sampler", choices=SAMPLERS, default="tts", help="%(choices)s (default %(default)s)")

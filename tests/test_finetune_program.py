@@ -1,5 +1,6 @@
 """The training program's fine-tuning: stopped and resumed, continued, read back, and merged into a teacher."""
 
+import json
 import math
 import os
 import pathlib
@@ -187,6 +188,70 @@ def test_merged_weights_are_the_student(run, ema, request, tmp_path, one_device)
     expected = denoise_with(variables["params"], variables["lora"])
     assert relative_error(denoise_with(frozen["unet"]), expected) < 1e-5
     assert relative_error(denoise_with(base["unet"]), expected) > 1e-4
+
+
+def test_packed_weights_are_the_same_weights(straight, tmp_path, one_device, capsys):
+    """One file a network, for `config.weights`, `merge` and `pack` alike."""
+    assert main(["merge", str(straight), str(tmp_path / "merged")]) == 0
+    assert main(["pack", str(tmp_path / "merged"), str(tmp_path / "packed")]) == 0
+    assert "unet, vae, image_encoder, dinov2 as bfloat16" in capsys.readouterr().out
+    assert {file.name for file in (tmp_path / "packed" / "unet").iterdir()} == {"config.json", "params.safetensors"}
+    frozen = {}
+    for folder in ("merged", "packed"):
+        config = micro_stage1.get_config()
+        config.random_networks, config.weights = {}, str(tmp_path / folder)
+        networks = experiment.networks_of(config)
+        frozen[folder] = experiment.load_frozen(config, networks, one_device)
+        for name in ("unet", "vae", "image_encoder", "dinov2"):
+            loaded = weights.load_params(tmp_path / folder, name)
+            assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded)} <= {"bfloat16", "float32"}
+            assert weights.load_config(tmp_path / folder, name) == getattr(networks, name).config
+    assert_same(frozen["packed"], jax.tree.map(lambda x: x.astype("bfloat16").astype(x.dtype), frozen["merged"]))
+
+    assert main(["pack", str(tmp_path / "packed"), str(tmp_path / "again"), "--dtype=float32"]) == 0
+    assert_same(weights.load_params(tmp_path / "again", "vae"), frozen["packed"]["vae"])
+    (tmp_path / "packed" / "vae" / "params.safetensors").write_bytes(b"half")
+    assert main(["pack", str(tmp_path / "packed"), str(tmp_path / "third")]) == 2
+    assert "incomplete" in capsys.readouterr().err
+    assert main(["pack", str(straight / "checkpoints"), str(tmp_path / "third")]) == 2
+    assert "no weights folder" in capsys.readouterr().err
+
+
+def test_a_new_unet_on_a_trained_vae(straight, tmp_path, one_device):
+    """Networks that `random_networks` names are drawn, the others are those of `weights`; merging knows which."""
+    assert main(["merge", str(straight), str(tmp_path / "base"), "--dtype=float32"]) == 0
+    shutil.rmtree(tmp_path / "base" / "unet")
+    shutil.rmtree(tmp_path / "base" / "image_encoder")
+    random = finetune_config()
+    config = finetune_config()
+    config.weights = str(tmp_path / "base")
+    del config.random_networks.vae
+    # Another VAE than the random one.
+    vae = jax.tree.map(lambda x: 2 * np.asarray(x), weights.load_params(config.weights, "vae"))
+    made = weights.load_config(config.weights, "vae")
+    shutil.rmtree(tmp_path / "base" / "vae")
+    weights.save_component(tmp_path / "base" / "vae", "vae", made, vae, pathlib.Path("doubled"))
+
+    frozen, expected = (experiment.load_frozen(c, experiment.networks_of(c), one_device) for c in (config, random))
+    assert_same(frozen["vae"], vae)
+    for name in ("unet", "image_encoder"):
+        assert_same(frozen[name], expected[name])
+
+    # What `straight` trained, had it been trained on this VAE.
+    workdir = tmp_path / "run"
+    shutil.copytree(straight, workdir)
+    (workdir / "config.json").write_text(json.dumps(config.to_dict()))
+    assert main(["merge", str(workdir), str(tmp_path / "merged"), "--dtype=float32"]) == 0
+    assert sorted(folder.name for folder in (tmp_path / "merged").iterdir()) == [
+        "dinov2",
+        "image_encoder",
+        "unet",
+        "vae",
+    ]
+    assert_same(weights.load_params(tmp_path / "merged", "vae"), vae)
+    assert main(["merge", str(straight), str(tmp_path / "plain"), "--dtype=float32"]) == 0
+    for name in ("unet", "image_encoder"):
+        assert_same(*(weights.load_params(tmp_path / folder, name) for folder in ("merged", "plain")))
 
 
 def test_merging_says_what_it_needs(straight, tmp_path, capsys):

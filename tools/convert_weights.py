@@ -5,11 +5,13 @@
     python tools/convert_weights.py export-lora  WORKDIR        OUTPUT --format=peft|diffusers|unet
     python tools/convert_weights.py import-lora  LORA           OUTPUT
     python tools/convert_weights.py merge        WORKDIR        OUTPUT
+    python tools/convert_weights.py pack         WEIGHTS        OUTPUT
 
 FOLDER is a local Stable Video Diffusion folder in diffusers layout, or a transformers DINOv2 folder; FOLDER_OR_PTH may
 also be a torch-hub file such as dinov2_vits14_pretrain.pth. The first two commands may share one OUTPUT. WORKDIR is
 that of a training run; LORA is a PEFT adapter folder or a LoRA .safetensors file. What merge writes is a weights folder
-again: a fine-tuned SVD becomes the teacher of stage 1 that way.
+again: a fine-tuned SVD becomes the teacher of stage 1 that way. WEIGHTS is a weights folder; pack makes one file of
+each of its networks, small enough to be kept with the code.
 """
 
 from __future__ import annotations
@@ -41,6 +43,7 @@ def main(arguments: list[str] | None = None) -> int:
         "export-lora": _export_lora,
         "import-lora": _import_lora,
         "merge": _merge,
+        "pack": _pack,
     }
     try:
         commands[args.command](args)
@@ -86,7 +89,11 @@ def _parser() -> argparse.ArgumentParser:
     merge.add_argument("--ema", action="store_true", help="the student's average instead of the student")
     merge.add_argument("--weights", help="the base's weights folder (default: the run's own)")
     merge.add_argument("--dtype", default="bfloat16", choices=importers.DTYPES, help="of the UNet (%(default)s)")
-    for command in (export, lora, merge):
+    pack = commands.add_parser("pack", help="a weights folder with one file a network")
+    pack.add_argument("source", metavar="WEIGHTS", help="weights folder")
+    pack.add_argument("output", metavar="OUTPUT", help="weights folder to write")
+    pack.add_argument("--dtype", default="bfloat16", choices=importers.DTYPES, help="stored dtype (%(default)s)")
+    for command in (export, lora, merge, pack):
         command.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     return parser
 
@@ -177,6 +184,11 @@ def _merge(args: argparse.Namespace) -> None:
         f"{args.output}: {', '.join(components)}; the UNet is the {'average' if args.ema else 'student'} of step"
         f" {trained.step}."
     )
+
+
+def _pack(args: argparse.Namespace) -> None:
+    components = merging.pack_weights(args.source, args.output, args.dtype, args.overwrite)
+    print(f"{args.output}: {', '.join(components)} as {args.dtype}.")
 
 
 def _import_lora(args: argparse.Namespace) -> None:

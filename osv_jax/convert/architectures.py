@@ -101,7 +101,9 @@ def _per_level(value: Any, levels: int, name: str, wants_tuple: bool, where: str
 def _vae_config(json: dict[str, Any]) -> VAEConfig:
     where = "vae/config.json"
     _require(json, where, _class_name="AutoencoderKLTemporalDecoder")
-    fields = _fields(json, [field.name for field in dataclasses.fields(VAEConfig)], where)
+    # What the file does not say: diffusers' network has no other.
+    names = [field.name for field in dataclasses.fields(VAEConfig) if field.name != "norm_num_groups"]
+    fields = _fields(json, names, where)
     _require(json, where, down_block_types=["DownEncoderBlock2D"] * len(fields["block_out_channels"]))
     return VAEConfig(**fields)
 

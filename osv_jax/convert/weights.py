@@ -1,7 +1,8 @@
 """Our own weights folder, `<folder>/<component>/{config.json, params}`: what the importers write and programs load.
 
 `params` is an Orbax checkpoint of the bare parameter tree; config.json holds our architecture config under `config`,
-and where the weights came from. A folder to load from may be in a bucket (`gs://...`).
+and where the weights came from. A folder to load from may be in a bucket (`gs://...`). Weights that come with the
+package have `params.safetensors` instead, one small file; their folder is called `miniature`.
 """
 
 from __future__ import annotations
@@ -15,12 +16,23 @@ import jax
 import numpy as np
 import orbax.checkpoint as ocp
 from etils import epath
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.numpy import save_file
 
 from osv_jax.convert.architectures import ARCHITECTURES, Config
+from osv_jax.convert.readers import open_weights
 from osv_jax.errors import UserError
 
 FORMAT = 1
+MINIATURE = "miniature"
+_PACKED = "params.safetensors"
+
+
+def locate(folder: str | pathlib.Path) -> epath.Path:
+    """The weights folder that a name stands for: `miniature` is the one inside this package."""
+    if str(folder) == MINIATURE:
+        return epath.Path(__file__).parents[1] / MINIATURE
+    return epath.Path(folder)
 
 
 def load_config(folder: str | pathlib.Path, component: str) -> Config:
@@ -49,9 +61,11 @@ def load_params(folder: str | pathlib.Path, component: str, shardings: Any = Non
     """
     directory = _component_folder(folder, component)
     _config(directory, component)
-    params = (directory / "params").resolve()
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
+    if (directory / _PACKED).exists():
+        return jax.device_put(_read_packed(directory / _PACKED, dtype), shardings)
+    params = (directory / "params").resolve()
     # Closing the checkpointer stops its threads.
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         stored = checkpointer.metadata(params).item_metadata.tree
@@ -84,6 +98,28 @@ def save_component(
     handler = ocp.PyTreeCheckpointHandler(use_compression=False, type_handler_registry=registry)
     with ocp.Checkpointer(handler) as checkpointer:
         checkpointer.save((folder / "params").absolute(), args=ocp.args.PyTreeSave(params))
+    _describe(folder, component, config, params, source)
+
+
+def save_packed(
+    folder: pathlib.Path, component: str, config: Config, params: dict[str, Any], source: pathlib.Path
+) -> None:
+    """Writes one component as a single file into a folder that does not exist yet; `params` as in `save_component`."""
+    folder.mkdir(parents=True)
+    tensors = {"/".join(path): np.ascontiguousarray(leaf) for path, leaf in flatten_dict(params).items()}
+    save_file(tensors, folder / _PACKED)
+    _describe(folder, component, config, params, source)
+
+
+def _read_packed(file: epath.Path, dtype: Any) -> dict[str, Any]:
+    reader = open_weights(pathlib.Path(file))
+    tensors = {tuple(name.split("/")): reader.read(name) for name in reader.names()}
+    return unflatten_dict({path: x if dtype is None else x.astype(dtype) for path, x in tensors.items()})
+
+
+def _describe(
+    folder: pathlib.Path, component: str, config: Config, params: dict[str, Any], source: pathlib.Path
+) -> None:
     leaves = flatten_dict(params).values()
     description = {
         "format": FORMAT,
@@ -94,9 +130,7 @@ def save_component(
         "config": dataclasses.asdict(config),
         # So that a half-copied folder is recognised before Orbax trips over it.
         "files": {
-            str(file.relative_to(folder)): file.stat().st_size
-            for file in sorted((folder / "params").rglob("*"))
-            if file.is_file()
+            str(file.relative_to(folder)): file.stat().st_size for file in sorted(folder.rglob("*")) if file.is_file()
         },
     }
     (folder / "config.json").write_text(json.dumps(description, indent=2) + "\n")
@@ -105,10 +139,14 @@ def save_component(
 def _component_folder(folder: str | pathlib.Path, component: str) -> epath.Path:
     if component not in ARCHITECTURES:
         raise UserError(f"There is no component {component!r}: expected one of {', '.join(ARCHITECTURES)}.")
-    folder = epath.Path(folder)
+    name, folder = folder, locate(folder)
     if (folder / "params").is_dir():
         raise UserError(f"{folder} is one component: give the folder that contains it, {folder.parent}.")
     directory = folder / component
+    if not directory.is_dir() and name == MINIATURE:
+        raise UserError(
+            f"The miniature that comes with osv_jax has no {component} yet: docs/miniature.md says how to train it."
+        )
     if not directory.is_dir():
         source = "DINOV2_FOLDER_OR_PTH" if component == "dinov2" else "SVD_FOLDER"
         command = f"python tools/convert_weights.py {ARCHITECTURES[component].command} {source} {folder}"

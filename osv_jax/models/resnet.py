@@ -20,6 +20,7 @@ class SpatialResBlock(nn.Module):
 
     out_channels: int
     epsilon: float
+    num_groups: int = 32
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -38,6 +39,7 @@ class TemporalResBlock(nn.Module):
     """
 
     epsilon: float
+    num_groups: int = 32
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -52,12 +54,12 @@ def _residual_branch(
     block: SpatialResBlock | TemporalResBlock, x: Array, temb: Array | None, features: int, window: Sequence[int]
 ) -> Array:
     dtypes = {"dtype": block.dtype, "param_dtype": block.param_dtype}
-    y = nn.silu(GroupNorm(block.epsilon, name="norm1", **dtypes)(x))
+    y = nn.silu(GroupNorm(block.epsilon, block.num_groups, name="norm1", **dtypes)(x))
     y = Conv(features, window, name="conv1", **dtypes)(y)
     if temb is not None:
         shift = Dense(features, name="time_emb_proj", **dtypes)(nn.silu(temb))
         y += jnp.expand_dims(shift, range(1, y.ndim - 1))
-    y = nn.silu(GroupNorm(block.epsilon, name="norm2", **dtypes)(y))
+    y = nn.silu(GroupNorm(block.epsilon, block.num_groups, name="norm2", **dtypes)(y))
     return Conv(features, window, name="conv2", **dtypes)(y)
 
 
@@ -88,12 +90,14 @@ class SpatioTemporalResBlock(nn.Module):
         epsilon: of the spatial norms.
         temporal_epsilon: of the temporal norms; `epsilon` when None.
         switch_mix: `a = 1 - sigmoid(mix_factor)`, as in the VAE's decoder.
+        num_groups: of all norms.
     """
 
     out_channels: int
     epsilon: float
     temporal_epsilon: float | None = None
     switch_mix: bool = False
+    num_groups: int = 32
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -101,14 +105,14 @@ class SpatioTemporalResBlock(nn.Module):
     def __call__(
         self, x: Float[Array, "b f h w c"], temb: Float[Array, "b t"] | None = None
     ) -> Float[Array, "b f h w o"]:
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        options = {"num_groups": self.num_groups, "dtype": self.dtype, "param_dtype": self.param_dtype}
         batch, frames, height, width, channels = x.shape
-        spatial = SpatialResBlock(self.out_channels, self.epsilon, name="spatial_res_block", **dtypes)(
+        spatial = SpatialResBlock(self.out_channels, self.epsilon, name="spatial_res_block", **options)(
             x.reshape(batch * frames, height, width, channels),
             None if temb is None else jnp.repeat(temb, frames, axis=0),
         ).reshape(batch, frames, height, width, self.out_channels)
         epsilon = self.epsilon if self.temporal_epsilon is None else self.temporal_epsilon
-        temporal = TemporalResBlock(epsilon, name="temporal_res_block", **dtypes)(spatial, temb)
+        temporal = TemporalResBlock(epsilon, name="temporal_res_block", **options)(spatial, temb)
         return TimeMixer(self.switch_mix, self.param_dtype, name="time_mixer")(spatial, temporal)
 
 

@@ -24,6 +24,9 @@ _TEMPORAL_EPSILON = 1e-5
 class VAEConfig:
     """Sizes of the autoencoder, named as in a checkpoint's `vae/config.json`.
 
+    `norm_num_groups` is always 32 in diffusers' temporal decoder. With 32 channels that leaves one to a group, and the
+    norm takes away the brightness of a picture: so narrow a network needs fewer groups.
+
     Raises:
         UserError: on sizes that the SVD decoder is not defined for.
     """
@@ -34,6 +37,7 @@ class VAEConfig:
     in_channels: int = 3
     out_channels: int = 3
     scaling_factor: float = 0.18215
+    norm_num_groups: int = 32
 
     def __post_init__(self) -> None:
         if self.layers_per_block != 2:
@@ -42,10 +46,11 @@ class VAEConfig:
                 f"The VAE's layers_per_block is {self.layers_per_block}, but SVD's decoder is only defined for 2: "
                 "check that vae/config.json belongs to a Stable Video Diffusion checkpoint."
             )
-        if any(channels % 32 for channels in self.block_out_channels):
+        groups = self.norm_num_groups
+        if groups < 1 or any(channels % groups for channels in self.block_out_channels):
             raise UserError(
-                f"The VAE's block_out_channels are {self.block_out_channels}, but its norms have 32 groups: "
-                "choose multiples of 32."
+                f"The VAE's block_out_channels are {self.block_out_channels}, but its norms have {groups} groups: "
+                f"choose multiples of {groups}."
             )
 
     @property
@@ -100,6 +105,7 @@ class _MidAttention(nn.Module):
     """Single-head self-attention over the pixels of each image, with a GroupNorm before it and a residual around it."""
 
     implementation: str
+    num_groups: int
     dtype: Dtype
     param_dtype: Dtype
 
@@ -107,7 +113,9 @@ class _MidAttention(nn.Module):
     def __call__(self, x: Float[Array, "n h w c"]) -> Float[Array, "n h w c"]:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         n, height, width, channels = x.shape
-        tokens = GroupNorm(_EPSILON, name="group_norm", **dtypes)(x).reshape(n, height * width, channels)
+        tokens = GroupNorm(_EPSILON, self.num_groups, name="group_norm", **dtypes)(x).reshape(
+            n, height * width, channels
+        )
         q, k, v = (Dense(channels, name=name, **dtypes)(tokens)[:, :, None] for name in ("to_q", "to_k", "to_v"))
         y = dot_product_attention(q, k, v, self.implementation)
         return x + Dense(channels, name="to_out_0", **dtypes)(y.reshape(x.shape))
@@ -126,6 +134,7 @@ class _Stage(nn.Module):
     num_layers: int
     temporal: bool
     remat: bool
+    num_groups: int
     dtype: Dtype
     param_dtype: Dtype
     attention: str | None = None
@@ -138,12 +147,13 @@ class _Stage(nn.Module):
             block, options = SpatioTemporalResBlock, {"temporal_epsilon": _TEMPORAL_EPSILON, "switch_mix": True}
         else:
             block, options = SpatialResBlock, {}
+        options["num_groups"] = self.num_groups
         if self.remat:
             block = nn.remat(block)
         for i in range(self.num_layers):
             x = block(self.channels, _EPSILON, name=f"resnets_{i}", **options, **dtypes)(x)
             if i == 0 and self.attention is not None:
-                attend = _MidAttention(self.attention, name="attentions_0", **dtypes)
+                attend = _MidAttention(self.attention, self.num_groups, name="attentions_0", **dtypes)
                 x = attend(x.reshape(-1, *x.shape[-3:])).reshape(x.shape)
         if not self.resample:
             return x
@@ -162,13 +172,14 @@ class _Encoder(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "n h w 3"]) -> Float[Array, "n lh lw moments"]:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        stage = {"temporal": False, "remat": self.remat, **dtypes}
+        groups = self.config.norm_num_groups
+        stage = {"temporal": False, "remat": self.remat, "num_groups": groups, **dtypes}
         widths, layers = self.config.block_out_channels, self.config.layers_per_block
         x = Conv(widths[0], (3, 3), name="conv_in", **dtypes)(images)
         for i, width in enumerate(widths):
             x = _Stage(width, layers, resample=i < len(widths) - 1, name=f"down_blocks_{i}", **stage)(x)
         x = _Stage(widths[-1], 2, attention=self.attention, name="mid_block", **stage)(x)
-        x = nn.silu(GroupNorm(_EPSILON, name="conv_norm_out", **dtypes)(x))
+        x = nn.silu(GroupNorm(_EPSILON, groups, name="conv_norm_out", **dtypes)(x))
         return Conv(2 * self.config.latent_channels, (3, 3), name="conv_out", **dtypes)(x)
 
 
@@ -182,13 +193,14 @@ class _TemporalDecoder(nn.Module):
     @nn.compact
     def __call__(self, latents: Float[Array, "b f lh lw 4"]) -> Float[Array, "b f h w 3"]:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        stage = {"temporal": True, "remat": self.remat, **dtypes}
+        groups = self.config.norm_num_groups
+        stage = {"temporal": True, "remat": self.remat, "num_groups": groups, **dtypes}
         widths, layers = self.config.block_out_channels[::-1], self.config.layers_per_block
         x = Conv(widths[0], (3, 3), name="conv_in", **dtypes)(latents)
         x = _Stage(widths[0], layers, attention=self.attention, name="mid_block", **stage)(x)
         for i, width in enumerate(widths):
             x = _Stage(width, layers + 1, resample=i < len(widths) - 1, name=f"up_blocks_{i}", **stage)(x)
         # One more norm of the spatial kind: statistics per frame.
-        y = GroupNorm(_EPSILON, name="conv_norm_out", **dtypes)(x.reshape(-1, *x.shape[2:])).reshape(x.shape)
+        y = GroupNorm(_EPSILON, groups, name="conv_norm_out", **dtypes)(x.reshape(-1, *x.shape[2:])).reshape(x.shape)
         y = Conv(self.config.out_channels, (3, 3), name="conv_out", **dtypes)(nn.silu(y))
         return Conv(self.config.out_channels, (3, 1, 1), name="time_conv_out", **dtypes)(y)

@@ -1,0 +1,147 @@
+"""What a small SVD is worth, measured on clips it has never seen: docs/miniature.md quotes the result.
+
+    python benchmarks/miniature.py miniature runs/miniature/film/test OUTPUT
+
+Of the VAE: PSNR of reconstructions. Of the UNet: the loss of denoising by bands of noise levels, at the same draws in
+every run, and samples of 25 Euler steps with guidance 1 to 3 over the frames: the PSNR of their first frame against the
+picture they begin with, and how much their frames differ from one another compared with the real clips'. OUTPUT
+receives measured.json, reconstructions.png and teacher.png.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import pathlib
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array
+from PIL import Image
+
+from osv_jax.convert import weights
+from osv_jax.data import video
+from osv_jax.data.cutting import Cutting, motion_of
+from osv_jax.distill import finetune
+from osv_jax.distill.autoencoder import frame_psnr
+from osv_jax.distill.networks import build_networks
+from osv_jax.distill.pixels import encode_batch
+from osv_jax.image_to_video import COMPONENTS, ImageToVideo, Options
+from osv_jax.models.svd_vae import SVDVAE
+from osv_jax.runtime.pictures import sample_grid, to_uint8
+
+# Seconds from clip to clip, and draws of noise for each.
+_STRIDE, _DRAWS = 0.25, 32
+_DRAWN_CLIPS = 3
+
+
+def main() -> None:
+    """Measures and writes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("weights", help="a weights folder, or `miniature`")
+    parser.add_argument("videos", type=pathlib.Path, help="folder of videos that were not trained on")
+    parser.add_argument("output", type=pathlib.Path, help="folder to write to")
+    parser.add_argument("--clips", type=int, default=64, help="clips (default %(default)s)")
+    parser.add_argument("--samples", type=int, default=16, help="of which this many are sampled (default %(default)s)")
+    parser.add_argument("--fps", type=float, default=12.0)
+    parser.add_argument("--height", type=int, default=64)
+    parser.add_argument("--width", type=int, default=96)
+    args = parser.parse_args()
+    args.output.mkdir(parents=True, exist_ok=True)
+    clips = read_clips(args.videos, args.clips, 14, args.fps, args.height, args.width)
+    print(f"{len(clips)} clips of {args.videos}", flush=True)
+
+    measured = {"clips": len(clips), **reconstruct(args.weights, clips, args.output / "reconstructions.png")}
+    print(measured, flush=True)
+    measured |= denoising_losses(args.weights, clips, args.fps)
+    print(measured, flush=True)
+    chosen = clips[np.linspace(0, len(clips) - 1, args.samples).round().astype(int)]
+    measured |= sample(args.weights, chosen, args.fps, args.output / "teacher.png")
+    print(measured, flush=True)
+    (args.output / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
+
+
+def read_clips(folder: pathlib.Path, count: int, num_frames: int, fps: float, height: int, width: int) -> np.ndarray:
+    """Up to `count` clips that move, uint8 [n f h w 3], evenly spaced over the videos of a folder; they overlap."""
+    cutting = Cutting(num_frames, fps, height, width, _STRIDE)
+    places = []
+    for path in sorted(folder.iterdir()):
+        info = video.probe(path)
+        if not cutting.unfit(info):
+            places += [(path, start) for start in cutting.starts(info)]
+    clips = [video.read_clip(path, start, num_frames, fps, height, width) for path, start in places]
+    clips = [clip for clip in clips if motion_of(clip) >= 0.3]
+    return np.stack([clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, count).round().astype(int))])
+
+
+def reconstruct(folder: str, clips: np.ndarray, picture: pathlib.Path) -> dict[str, float]:
+    """The mean PSNR [dB] over all frames; whole clips are decoded."""
+    vae, params = SVDVAE(weights.load_config(folder, "vae")), weights.load_params(folder, "vae", dtype=jnp.float32)
+    apply = jax.jit(lambda params, x: vae.apply({"params": params}, x))
+    outputs = np.concatenate([apply(params, _to_float(clip)[None]) for clip in clips])
+    rows = np.linspace(0, len(clips) - 1, 7).round().astype(int)
+    grid = {"originals": clips[rows, 7], "reconstructions": to_uint8(outputs[rows, 7])}
+    Image.fromarray(sample_grid(grid)).save(picture)
+    psnr = frame_psnr(outputs, _to_float(clips))
+    return {"vae_psnr": float(psnr.mean()), "vae_motion": _motion(outputs), "real_motion": _motion(_to_float(clips))}
+
+
+def denoising_losses(folder: str, clips: np.ndarray, fps: float) -> dict[str, float]:
+    """The weighted loss of `finetune` without dropout, by bands of sigma drawn as in training, and over all."""
+    networks = build_networks({name: weights.load_config(folder, name) for name in COMPONENTS})
+    frozen = {name: weights.load_params(folder, name, dtype=jnp.float32) for name in COMPONENTS}
+    options = finetune.FinetuneOptions(drop_embedding=0.0, drop_latents=0.0, drop_both=0.0)
+
+    @jax.jit
+    def losses(frozen: dict, clip: Array, key: jax.Array) -> tuple[Array, Array]:
+        encode_key, draw_key = jax.random.split(key)
+        batch = encode_batch(networks, frozen, clip[None], jnp.array([fps]), encode_key)
+        network = networks.unet_with({"params": frozen["unet"]})
+
+        def loss(key: jax.Array) -> tuple[Array, Array]:
+            return finetune.denoising_loss(network, batch, finetune.draw(key, batch), options)
+
+        return jax.lax.map(loss, jax.random.split(draw_key, _DRAWS))
+
+    pairs = [losses(frozen, clip, jax.random.key(number)) for number, clip in enumerate(clips)]
+    loss, sigma = (jnp.concatenate([pair[i].ravel() for pair in pairs]) for i in range(2))
+    bands = finetune.band_means(finetune.band_sums(loss, sigma))
+    return {"loss": float(loss.mean())} | {name: float(value) for name, value in bands.items()}
+
+
+def sample(folder: str, clips: np.ndarray, fps: float, picture: pathlib.Path) -> dict[str, float]:
+    """Samples of the teacher that begin as the clips do."""
+    model = ImageToVideo.load(folder)
+    height, width = clips.shape[2:4]
+    options = model.complete(Options(sampler="euler", fps=fps, height=height, width=width, num_frames=clips.shape[1]))
+    outputs = []
+    for number, clip in enumerate(clips):
+        noise = model.noise(jax.random.fold_in(jax.random.key(0), number), options)
+        outputs.append(model.decode(model.sample(clip[0], noise, options), clips.shape[1])[0])
+    outputs = np.stack(outputs).clip(-1, 1)
+    rows = {}
+    for i in np.linspace(0, len(clips) - 1, _DRAWN_CLIPS).round().astype(int):
+        rows |= {f"real clip {i}": clips[i], f"teacher, {options.steps} steps, {i}": to_uint8(outputs[i])}
+    Image.fromarray(sample_grid(rows)).save(picture)
+    first = frame_psnr(outputs[:, :1], _to_float(clips[:, :1]))
+    return {
+        "samples": len(clips),
+        "first_frame_psnr": float(first.mean()),
+        "sampled_motion": _motion(outputs),
+        "sampled_real_motion": _motion(_to_float(clips)),
+        "unet_seconds": model.seconds["UNet"] / len(clips),
+    }
+
+
+def _to_float(pixels: np.ndarray) -> np.ndarray:
+    return pixels.astype(np.float32) / 127.5 - 1
+
+
+def _motion(clips: np.ndarray) -> float:
+    """Mean absolute difference of frames that follow each other, 0 to 255."""
+    return float(np.abs(np.diff(clips.clip(-1, 1), axis=1)).mean() * 127.5)
+
+
+if __name__ == "__main__":
+    main()

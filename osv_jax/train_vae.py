@@ -1,0 +1,273 @@
+"""Trains a VAE: `python -m osv_jax.train_vae --config=configs/vae.py:tiny --workdir=runs/vae`.
+
+Started again with the same arguments it resumes, exactly, from the last checkpoint. The workdir receives config.json,
+checkpoints/, metrics.jsonl, tensorboard/, pictures/, losses.png, and at the end `vae/`, part of a weights folder,
+whose `scaling_factor` gives the training clips' latents unit variance.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import math
+import os
+import pathlib
+import shutil
+import sys
+import time
+from collections.abc import Callable
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from absl import app, flags, logging
+from flax.traverse_util import unflatten_dict
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict, config_flags
+
+from osv_jax.convert import weights
+from osv_jax.convert.architectures import expected_params
+from osv_jax.convert.importers import replace_folder
+from osv_jax.data import demo, pixels
+from osv_jax.distill.autoencoder import (
+    PARTS,
+    Metrics,
+    VAEState,
+    frame_psnr,
+    make_step,
+    random_crop,
+    trained_part,
+    without_neighbours,
+)
+from osv_jax.distill.networks import Params, random_params
+from osv_jax.errors import UserError
+from osv_jax.models.lpips import LPIPS, SMALLEST_SIDE, load_lpips
+from osv_jax.models.svd_vae import SVDVAE, VAEConfig
+from osv_jax.runtime import checkpoint, mesh, metrics, pictures
+
+# Clips that reconstructions and the scaling factor are measured on, and those that are drawn.
+_MEASURED_CLIPS, _DRAWN_CLIPS = 256, 7
+_CURVES = ("loss_l1", "loss_kl")
+
+
+def train_vae(config: ConfigDict, workdir: pathlib.Path) -> None:
+    """Runs or resumes one training run.
+
+    Raises:
+        UserError: on anything the user can mend, before compilation starts where it can be known by then.
+    """
+    architecture = check_config(config)
+    checkpoint.check_workdir(workdir, config.to_dict())
+    devices = mesh.make_mesh(-1, 1)
+    if config.batch_size % devices.size:
+        raise UserError(f"config.batch_size={config.batch_size} does not split over {devices.size} devices.")
+    index = _index(config, config.data.videos, workdir / "clips.json")
+    test = _index(config, config.data.test_videos or config.data.videos, workdir / "test_clips.json")
+    checkpoint.write_config(workdir, config.to_dict())
+
+    vae = SVDVAE(architecture, dtype=jnp.dtype(config.dtype))
+    optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.num_steps))
+    start = checkpoint.latest_step(workdir) or 0
+    with (
+        jax.set_mesh(devices),
+        checkpoint.open_checkpoints(workdir, config.keep_checkpoints) as checkpoints,
+        contextlib.closing(metrics.MetricsWriter(workdir, start, jax.process_index())) as writer,
+    ):
+        state = jax.device_put(_first_state(config, architecture, optimizer), mesh.replicated(devices))
+        if start:
+            pixels.restore_step(checkpoint.restore_data(checkpoints, start), index, config.batch_size, config.seed)
+            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+            state = checkpoint.restore_state(checkpoints, start, like)
+            print(f"Resuming from step {start}.")
+        size = sum(x.size for x in jax.tree.leaves(state.params))
+        print(f"VAE of {size / 1e6:.2f} M on {len(index.clips)} clips of {config.data.num_frames} frame(s)", flush=True)
+
+        step = jax.jit(_make_step(config, vae, optimizer), donate_argnums=0)
+        process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
+        local = pixels.pixel_dataset(index, config.batch_size, config.seed, start, **process)
+        batches = iter(mesh.global_batches(local, devices))
+        shown_at = (start, time.perf_counter())
+        for number in range(start + 1, config.num_steps + 1):
+            state, values = step(state, next(batches)["video"])
+            last = number == config.num_steps
+            saves = number % config.checkpoint_every == 0 or last
+            if number % config.log_every == 0 or saves:
+                row = {name: float(value) for name, value in values.items()}
+                seconds = (time.perf_counter() - shown_at[1]) / (number - shown_at[0])
+                writer.write(number, row | {"seconds_per_step": seconds})
+                _check_finite(number, row)
+                curves = {name: row[name] for name in _CURVES}
+                print(metrics.progress_line(number, config.num_steps, seconds, config.batch_size, curves), flush=True)
+            if saves:
+                checkpoint.save(
+                    checkpoints, number, state, pixels.save_position(index, config.batch_size, config.seed, number)
+                )
+            if number % config.picture_every == 0 or last:
+                psnr, picture = reconstruct(vae, state.params, test)
+                writer.write(number, {"test_psnr": psnr})
+                writer.write_picture("reconstructions", number, picture)
+                print(f"  PSNR {psnr:.2f} dB on {config.data.test_videos or config.data.videos}", flush=True)
+            if number % config.log_every == 0 or saves:
+                shown_at = (number, time.perf_counter())  # Steps are not charged for checkpoints and pictures.
+        params = jax.tree.map(np.asarray, state.params)
+    if jax.process_index() == 0:
+        metrics.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png", _CURVES)
+        factor = scaling_factor(vae, params, index) if config.train == "all" else architecture.scaling_factor
+        save_vae(workdir, architecture, factor, params)
+        print(f"Done: {workdir / 'vae'}, scaling_factor {factor:.5f}.")
+
+
+def check_config(config: ConfigDict) -> VAEConfig:
+    """The architecture of a configuration whose values are possible.
+
+    Raises:
+        UserError: naming the key, its value and what is allowed.
+    """
+    counts = ("batch_size", "num_steps", "log_every", "picture_every", "checkpoint_every", "keep_checkpoints")
+    for name in counts:
+        if config[name] < 1:
+            raise UserError(f"config.{name}={config[name]} must be at least 1.")
+    if config.train not in PARTS:
+        raise UserError(f"config.train={config.train!r} is not one of {', '.join(PARTS)}.")
+    if config.train == "decoder" and not config.init_from:
+        raise UserError("config.train='decoder' needs config.init_from, a trained VAE whose latents it keeps.")
+    for name in ("kl_weight", "lpips_weight"):
+        if config[name] < 0:
+            raise UserError(f"config.{name}={config[name]:g} must not be negative.")
+    if config.init_from:
+        architecture = weights.load_config(config.init_from, "vae")
+    else:
+        try:
+            architecture = VAEConfig(**config.architecture.to_dict())
+        except TypeError as error:
+            raise UserError(
+                f"config.architecture={config.architecture.to_dict()} has a key that VAEConfig lacks."
+            ) from error
+    factor, crop = architecture.downscale, tuple(config.data.crop)
+    for name, part in zip(("height", "width"), crop, strict=True):
+        if config.data[name] < 1 or config.data[name] % factor:
+            raise UserError(f"config.data.{name}={config.data[name]} must be a multiple of {factor}, the VAE's factor.")
+        if not 0 < part <= config.data[name] or part % factor:
+            raise UserError(
+                f"config.data.crop={crop} must be multiples of {factor}, the VAE's factor, and no more than height and"
+                " width."
+            )
+    if config.lpips_weight and min(crop) < SMALLEST_SIDE:
+        raise UserError(f"config.data.crop={crop} is too small for LPIPS, which needs {SMALLEST_SIDE} pixels a side.")
+    if config.lpips_weight:
+        load_lpips()  # Complains if it is missing.
+    return architecture
+
+
+def _index(config: ConfigDict, videos: str, cache: pathlib.Path) -> pixels.ClipIndex:
+    data = config.data
+    folder = demo.demo_videos() if videos == "demo" else videos
+    return pixels.index_clips(folder, data.num_frames, data.fps, data.height, data.width, cache)
+
+
+def _first_state(config: ConfigDict, architecture: VAEConfig, optimizer: optax.GradientTransformation) -> VAEState:
+    if config.init_from:
+        params = weights.load_params(config.init_from, "vae", dtype=jnp.float32)
+    else:
+        shapes = unflatten_dict(expected_params("vae", architecture))
+        params = without_neighbours(random_params(shapes, config.seed, np.float32))
+    return VAEState(jnp.zeros((), jnp.int32), params, optimizer.init(trained_part(params, config.train)))
+
+
+def _make_step(config: ConfigDict, vae: SVDVAE, optimizer: optax.GradientTransformation) -> Callable:
+    """`(state, pixels) -> (state, metrics)`."""
+    perceptual = None
+    if config.lpips_weight:
+        lpips = load_lpips()
+        perceptual = lambda x, y: LPIPS().apply({"params": lpips}, x, y)  # noqa: E731
+    weights_of_losses = {"l1": 1.0, "kl": config.kl_weight, "lpips": config.lpips_weight}
+    train_step = make_step(vae, optimizer, weights_of_losses, config.train, perceptual)
+
+    def step(state: VAEState, video: UInt8[Array, "b f h w 3"]) -> tuple[VAEState, Metrics]:
+        # All randomness is a function of the seed and the step: a resumed run repeats it.
+        crop_key, key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
+        return train_step(state, random_crop(to_float(video), *config.data.crop, crop_key), key)
+
+    return step
+
+
+def _check_finite(number: int, row: dict[str, float]) -> None:
+    bad = [name for name, value in row.items() if not math.isfinite(value)]
+    if bad:
+        raise UserError(
+            f"Step {number}: {', '.join(f'{name} is {row[name]}' for name in bad)}. Training stopped; earlier"
+            " checkpoints are intact. Lower config.learning_rate, in a new workdir."
+        )
+
+
+def to_float(video: UInt8[Array, "*batch h w 3"]) -> Float[Array, "*batch h w 3"]:
+    """Pixels to [-1, 1]."""
+    return jnp.asarray(video).astype(jnp.float32) / 127.5 - 1
+
+
+def reconstruct(vae: SVDVAE, params: Params, index: pixels.ClipIndex) -> tuple[float, UInt8[np.ndarray, "h w 3"]]:
+    """Clips through the mode of their latents: mean PSNR [dB] over the frames, and a picture of a few of them.
+
+    Of an index with more than 256 clips, 256 spread over it are taken.
+    """
+    apply = jax.jit(lambda params, video: vae.apply({"params": params}, video))
+    psnr, rows = [], []
+    chosen = _spread(len(index.clips), _MEASURED_CLIPS)
+    drawn = {chosen[i] for i in _spread(len(chosen), _DRAWN_CLIPS)}
+    for i in chosen:
+        video = index.read(i)["video"]
+        output = apply(params, to_float(video)[None])
+        psnr += np.asarray(frame_psnr(output, to_float(video)[None])).ravel().tolist()
+        if i in drawn:
+            frames = pictures.to_uint8(np.asarray(output[0]))
+            rows.append((video[len(video) // 2], frames[len(frames) // 2]))
+    originals, reconstructions = (np.stack(frames) for frames in zip(*rows, strict=True))
+    picture = pictures.sample_grid({"originals": originals, "reconstructions": reconstructions}, _DRAWN_CLIPS)
+    return float(np.mean(psnr)), picture
+
+
+def _spread(count: int, wanted: int) -> list[int]:
+    """Up to `wanted` of `count` numbers, evenly spaced, first and last among them."""
+    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()
+
+
+def scaling_factor(vae: SVDVAE, params: Params, index: pixels.ClipIndex) -> float:
+    """1 / standard deviation of the latents' modes, over all elements of up to 256 clips spread over the index."""
+    encode = jax.jit(lambda params, images: vae.apply({"params": params}, images, method="encode")[0])
+    chosen = _spread(len(index.clips), _MEASURED_CLIPS)
+    values = [np.asarray(encode(params, to_float(index.read(i)["video"])), np.float64) for i in chosen]
+    return float(1 / np.std(values))
+
+
+def save_vae(workdir: pathlib.Path, architecture: VAEConfig, factor: float, params: Params) -> None:
+    """Writes `workdir/vae`, whole or not at all."""
+    partial = workdir / ".vae.partial"
+    shutil.rmtree(partial, ignore_errors=True)
+    fields = {name: getattr(architecture, name) for name in architecture.__dataclass_fields__}
+    made = VAEConfig(**fields | {"scaling_factor": factor})
+    weights.save_component(partial, "vae", made, params, workdir)
+    replace_folder(partial, workdir / "vae")
+
+
+def run() -> None:
+    """Parses the command line and trains; what the user can mend is one sentence on stderr and exit status 2."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path("~/.cache/osv_jax/jax").expanduser()))
+    config = config_flags.DEFINE_config_file("config", help_string="A file of configs/, e.g. configs/vae.py:tiny.")
+    workdir = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
+
+    def main(argv: list[str]) -> None:
+        logging.set_verbosity(logging.ERROR)  # Orbax tells 20 lines about every checkpoint.
+        if argv[1:] or config.value is None or workdir.value is None:
+            raise UserError("Both --config and --workdir are needed, e.g. --config=configs/vae.py --workdir=runs/vae.")
+        train_vae(config.value, pathlib.Path(workdir.value))
+
+    try:
+        app.run(main)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()
