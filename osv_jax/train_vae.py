@@ -9,10 +9,8 @@ from __future__ import annotations
 
 import contextlib
 import math
-import os
 import pathlib
 import shutil
-import sys
 import time
 from collections.abc import Callable
 
@@ -20,7 +18,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from absl import app, flags, logging
+from absl import flags
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict, config_flags
@@ -43,7 +41,7 @@ from osv_jax.distill.networks import Params, random_params
 from osv_jax.errors import UserError
 from osv_jax.models.lpips import LPIPS, SMALLEST_SIDE, load_lpips
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
-from osv_jax.runtime import checkpoint, mesh, metrics, pictures
+from osv_jax.runtime import checkpoint, command_line, mesh, metrics, pictures
 
 # Clips that reconstructions and the scaling factor are measured on, and those that are drawn.
 _MEASURED_CLIPS, _DRAWN_CLIPS = 256, 7
@@ -250,23 +248,16 @@ def save_vae(workdir: pathlib.Path, architecture: VAEConfig, factor: float, para
 
 
 def run() -> None:
-    """Parses the command line and trains; what the user can mend is one sentence on stderr and exit status 2."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path("~/.cache/osv_jax/jax").expanduser()))
+    """Parses the command line and trains; see `command_line.run`."""
     config = config_flags.DEFINE_config_file("config", help_string="A file of configs/, e.g. configs/vae.py:tiny.")
     workdir = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
 
     def main(argv: list[str]) -> None:
-        logging.set_verbosity(logging.ERROR)  # Orbax tells 20 lines about every checkpoint.
-        if argv[1:] or config.value is None or workdir.value is None:
+        if config.value is None or workdir.value is None:
             raise UserError("Both --config and --workdir are needed, e.g. --config=configs/vae.py --workdir=runs/vae.")
         train_vae(config.value, pathlib.Path(workdir.value))
 
-    try:
-        app.run(main)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    command_line.run(main)
 
 
 if __name__ == "__main__":

@@ -129,8 +129,20 @@ def test_euler_is_the_pipeline_of_diffusers(pipeline, model, picture):
     assert np.abs(to_uint8(ours) - (255 * finished).round()).max() <= 1
 
 
+@pytest.fixture(scope="module")
+def one_step(model):
+    """`(variables, cond, noise) -> latents`: the consistency function at the highest level."""
+
+    @jax.jit
+    def one_step(variables, cond, noise):
+        x, sigma = 700 * noise, jnp.full(1, 700.0)
+        return denoise(lambda *inputs: model.unet.apply(variables, *inputs), x, sigma, cond, "exact")
+
+    return one_step
+
+
 @pytest.mark.parametrize("ema", [False, True])
-def test_a_workdir_is_merged_before_sampling(model, weights, workdir, picture, ema):
+def test_a_workdir_is_merged_before_sampling(model, weights, workdir, picture, one_step, ema):
     folder, state = workdir
     merged = ImageToVideo.load(weights, lora=folder, ema=ema)
     options = merged.complete(Options(sampler="consistency"))
@@ -145,12 +157,6 @@ def test_a_workdir_is_merged_before_sampling(model, weights, workdir, picture, e
         jnp.array([[6.0, 127.0, 0.02]]),
     )
     student = (state.ema if ema else state.student).variables(model.params["unet"], lora_scale=2.0)
-
-    @jax.jit
-    def one_step(variables, cond, noise):
-        x, sigma = 700 * noise, jnp.full(1, 700.0)
-        return denoise(lambda *inputs: model.unet.apply(variables, *inputs), x, sigma, cond, "exact")
-
     assert relative_error(actual, one_step(student, cond, noise.latents)) <= 1e-5
     assert relative_error(actual, one_step({"params": model.params["unet"]}, cond, noise.latents)) > 1e-2
     with pytest.raises(UserError, match="steps=10 is too many for tts: at most 9"):

@@ -8,6 +8,7 @@ import jax
 import micro_stage1
 import micro_stage2
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 from flax.traverse_util import flatten_dict
 from toy_unet import toy_training
@@ -86,6 +87,21 @@ def test_state_carries_over_to_the_second_resolution(straight):
     assert {path[0] for path in new} == {"lora", "tuned"}
     # A step of Adam moves nothing by more than its learning rate, within a factor.
     assert 0 < max(np.abs(new[path] - old[path]).max() for path in new) < 0.02
+
+
+def test_a_value_that_is_not_finite_stops_the_run(stage1, tmp_path):
+    workdir = tmp_path / "run"
+    shutil.copytree(stage1, workdir)
+    state = state_of(workdir, 2)
+    bias = state["disc"]["params"]["upsampler"]["bias"]
+    state["disc"]["params"]["upsampler"]["bias"] = np.full_like(bias, np.inf)
+    with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
+        checkpointer.save((workdir / "checkpoints" / "2" / "state").absolute(), state, force=True)
+    config = with_whole_lora(micro_stage1.get_config())
+    config.num_steps = 20
+    with pytest.raises(UserError, match=r"^Step 3: .*loss_disc is nan.* checkpoint of step 2 is intact"):
+        train.train(config, workdir)
+    assert [file.name for file in (workdir / "checkpoints").iterdir()] == ["2"]
 
 
 def first_state(config, one):

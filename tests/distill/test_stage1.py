@@ -30,8 +30,8 @@ CONFIGS = tiny.CONFIGS | {
     "unet": tiny.ONE_LEVEL_UNET,
     "dinov2": dataclasses.replace(tiny.CONFIGS["dinov2"], hidden_size=64, num_hidden_layers=1),
 }
-# Plain descent: Adam's first step is the gradient's sign, rounding errors' too. The rate is a part of its state.
-SGD = optax.inject_hyperparams(optax.sgd)(0.5)
+# Plain descent: Adam's first step is the gradient's sign, rounding errors' too.
+SGD = optax.sgd(0.5)
 OPTIONS = AdversarialOptions(lora_scale=1.5, huber_c=0.03, adversarial_weight=0.3, ema_decay=0.9)
 KEY = jax.random.key(7)
 
@@ -57,7 +57,7 @@ def make_state(networks, frozen):
         matrix = np.asarray(kernels[(*path[:-1], "kernel")])
         spectral[path] = jnp.asarray(np.linalg.svd(matrix.reshape(-1, matrix.shape[-1]))[2][0])
     disc = {"params": state.disc["params"], "spectral": unflatten_dict(spectral)}
-    return with_disc_rate(state.replace(student=student, ema=ema, disc=disc), 0.5)
+    return state.replace(student=student, ema=ema, disc=disc)
 
 
 @pytest.fixture(scope="module")
@@ -104,11 +104,6 @@ def step(networks):
 @pytest.fixture(scope="module")
 def result(step, state, frozen, batch):
     return step(state, frozen, batch, KEY)
-
-
-def with_disc_rate(state, rate):
-    hyperparams = {**state.opt_disc.hyperparams, "learning_rate": jnp.float32(rate)}
-    return state.replace(opt_disc=state.opt_disc._replace(hyperparams=hyperparams))
 
 
 def change(new, old):
@@ -246,24 +241,10 @@ def test_step_depends_on_its_arguments_alone(step, state, frozen, batch, result)
     assert other[1]["loss_huber"] != result[1]["loss_huber"]
 
 
-def test_accumulated_gradients_are_the_batch_s(networks, state, frozen, batch, step):
-    accumulating = jax.jit(stage1.make_step(networks, SGD, SGD, dataclasses.replace(OPTIONS, grad_accum=2)))
-    still = with_disc_rate(state, 0.0)
-    new, metrics = accumulating(state, frozen, batch, KEY)
-    whole, _ = step(state, frozen, batch, KEY)
-    alone, alone_metrics = step(still, frozen, batch, KEY)
-    # Every part sees the discriminator from before the step: so does a whole batch whose discriminator stands still.
-    expected = {**parameters(alone), "disc": whole.disc["params"]}
-    assert_moved_alike(parameters(new), expected, parameters(state))
-    for name in ("loss_disc", "loss_student", "loss_huber", "loss_adversarial"):
-        assert relative_error(metrics[name], alone_metrics[name]) < 1e-5, name
-
-
-@pytest.mark.parametrize("sizes", [(2, 2, 2), (1, 2, 4)])
-def test_devices_change_nothing(monkeypatch, networks, state, frozen, batch, result, sizes):
+def test_devices_change_nothing(monkeypatch, networks, state, frozen, batch, result):
     # So that the tiny parameters are split at all.
     monkeypatch.setattr(mesh, "_MIN_SHARDED_ELEMENTS", 2**8)
-    devices = mesh.make_mesh(*sizes)
+    devices = mesh.make_mesh(data=2, fsdp=2, context=2)
     shardings = mesh.parameter_shardings(devices, state)
     with jax.set_mesh(devices):
         step = jax.jit(
