@@ -20,6 +20,7 @@ from osv_jax.errors import UserError
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
 
 STEPS = 3
+TWO_LEVELS = {"architecture.block_out_channels": (32, 32)}
 
 
 def vae_config(**changes):
