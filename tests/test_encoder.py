@@ -30,7 +30,7 @@ def pipeline(tmp_path_factory):
 def encoder(pipeline):
     _, networks = preparation._networks(argparse.Namespace(weights=pipeline[1]), None)
     settings = {**SIZE, "num_augmented": 2, "batch_size": 8, "dtype": "float32"}
-    return preparation._encoder(pipeline[1], networks, settings)
+    return preparation._encoder(pipeline[1], None, networks, settings)
 
 
 @pytest.fixture(scope="module")
