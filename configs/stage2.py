@@ -28,8 +28,8 @@ def get_config(variant: str = "") -> ConfigDict:
 
     if variant == "tiny":
         stage1["make_tiny"](config)
-        config.num_steps = 80
-        config.picture_every = config.checkpoint_every = 40
+        config.num_steps = 60
+        config.picture_every = config.checkpoint_every = 30
         config.optimizer.learning_rate = 1e-2
         config.data.resolutions = ((0, 32, 48),)
         config.init_from = "runs/demo/stage1"
