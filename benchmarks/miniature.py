@@ -30,6 +30,7 @@ from osv_jax.distill.pixels import encode_batch
 from osv_jax.image_to_video import COMPONENTS, ImageToVideo, Options
 from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.runtime.pictures import sample_grid, to_uint8
+from osv_jax.train_vae import to_float
 
 # Seconds from clip to clip, and draws of noise for each.
 _STRIDE, _DRAWS = 0.25, 32
@@ -79,12 +80,12 @@ def reconstruct(folder: str, clips: np.ndarray, picture: pathlib.Path) -> dict[s
     """The mean PSNR [dB] over all frames; whole clips are decoded."""
     vae, params = SVDVAE(weights.load_config(folder, "vae")), weights.load_params(folder, "vae", dtype=jnp.float32)
     apply = jax.jit(lambda params, x: vae.apply({"params": params}, x))
-    outputs = np.concatenate([apply(params, _to_float(clip)[None]) for clip in clips])
+    outputs = np.concatenate([apply(params, to_float(clip)[None]) for clip in clips])
     rows = np.linspace(0, len(clips) - 1, 7).round().astype(int)
     grid = {"originals": clips[rows, 7], "reconstructions": to_uint8(outputs[rows, 7])}
     Image.fromarray(sample_grid(grid)).save(picture)
-    psnr = frame_psnr(outputs, _to_float(clips))
-    return {"vae_psnr": float(psnr.mean()), "vae_motion": _motion(outputs), "real_motion": _motion(_to_float(clips))}
+    psnr = frame_psnr(outputs, to_float(clips))
+    return {"vae_psnr": float(psnr.mean()), "vae_motion": _motion(outputs), "real_motion": _motion(to_float(clips))}
 
 
 def denoising_losses(folder: str, clips: np.ndarray, fps: float) -> dict[str, float]:
@@ -124,18 +125,14 @@ def sample(folder: str, clips: np.ndarray, fps: float, picture: pathlib.Path) ->
     for i in np.linspace(0, len(clips) - 1, _DRAWN_CLIPS).round().astype(int):
         rows |= {f"real clip {i}": clips[i], f"teacher, {options.steps} steps, {i}": to_uint8(outputs[i])}
     Image.fromarray(sample_grid(rows)).save(picture)
-    first = frame_psnr(outputs[:, :1], _to_float(clips[:, :1]))
+    first = frame_psnr(outputs[:, :1], to_float(clips[:, :1]))
     return {
         "samples": len(clips),
         "first_frame_psnr": float(first.mean()),
         "sampled_motion": _motion(outputs),
-        "sampled_real_motion": _motion(_to_float(clips)),
+        "sampled_real_motion": _motion(to_float(clips)),
         "unet_seconds": model.seconds["UNet"] / len(clips),
     }
-
-
-def _to_float(pixels: np.ndarray) -> np.ndarray:
-    return pixels.astype(np.float32) / 127.5 - 1
 
 
 def _motion(clips: np.ndarray) -> float:

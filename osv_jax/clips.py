@@ -105,10 +105,19 @@ def open_clips(config: ConfigDict, networks: Networks, workdir: pathlib.Path) ->
 
 
 def index_videos(config: ConfigDict, workdir: pathlib.Path) -> pixels.ClipIndex:
-    """The clips of `config.data.videos`, at the first resolution, with a line about files that were left out."""
-    data, first = config.data, phases_of(config)[0]
-    folder = demo.demo_videos() if data.videos == "demo" else data.videos
-    index = pixels.index_clips(folder, data.num_frames, data.fps, first.height, first.width, workdir / "clips.json")
+    """The clips of `config.data.videos`, at the first resolution; see `index_folder`."""
+    first = phases_of(config)[0]
+    return index_folder(config.data.videos, config.data, first.height, first.width, workdir / "clips.json")
+
+
+def index_folder(name: str, data: ConfigDict, height: int, width: int, cache_file: pathlib.Path) -> pixels.ClipIndex:
+    """The clips of a folder, or of `demo`, with a line about each file that was left out.
+
+    Args:
+        data: has `num_frames` and `fps` of a clip.
+        height, width, cache_file: see `pixels.index_clips`.
+    """
+    index = pixels.index_clips(demo.video_folder(name), data.num_frames, data.fps, height, width, cache_file)
     if index.skipped:
         print(f"{len(index.skipped)} videos were left out:", file=sys.stderr)
         for path, reason in index.skipped[:10]:

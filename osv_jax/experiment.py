@@ -229,11 +229,16 @@ def _shapes_of(architectures: Mapping[str, Config]) -> dict[str, Params]:
     return {name: unflatten_dict(expected_params(name, made)) for name, made in architectures.items()}
 
 
-def load_frozen(config: ConfigDict, networks: Networks, devices: jax.sharding.Mesh) -> dict[str, Params]:
-    """The frozen parameters, each read onto the devices that hold it; CLIP's only where clips are to be encoded."""
+def frozen_shapes(config: ConfigDict, networks: Networks) -> dict[str, Params]:
+    """Shapes of the frozen parameters that a step takes; CLIP's only where clips are to be encoded."""
     needed = [name for name in ARCHITECTURES if not (config.data.dataset and name == "image_encoder")]
     modules = {name: getattr(networks, name) for name in needed}
-    shapes = _shapes_of({name: module.config for name, module in modules.items() if module is not None})
+    return _shapes_of({name: module.config for name, module in modules.items() if module is not None})
+
+
+def load_frozen(config: ConfigDict, networks: Networks, devices: jax.sharding.Mesh) -> dict[str, Params]:
+    """The frozen parameters of `frozen_shapes`, each read onto the devices that hold it."""
+    shapes = frozen_shapes(config, networks)
     shardings = mesh.parameter_shardings(devices, shapes)
     dtype, random = jnp.dtype(config.dtype), random_components(config)
     drawn = {name: tree for name, tree in shapes.items() if name in random}

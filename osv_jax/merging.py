@@ -9,7 +9,6 @@ from typing import Any
 
 import jax
 import numpy as np
-from flax.traverse_util import unflatten_dict
 
 from osv_jax import experiment
 from osv_jax.convert import weights
@@ -48,29 +47,25 @@ def merge_run(
         raise UserError("The run has no weights folder of its own: give the base's with --weights.")
     random = {} if base else _random_architectures(config)
     with new_folder(output, overwrite) as partial:
-        others = [name for name in ARCHITECTURES if name != "unet"]
-        copied = [name for name in others if folder and name not in random and (weights.locate(folder) / name).is_dir()]
-        for name in copied:
-            weights.load_config(folder, name)  # Complains about an incomplete one.
-            shutil.copytree(weights.locate(folder) / name, partial / name)
-        shapes = {name: expected_params(name, made) for name, made in random.items()}
-        if "unet" in random:
-            trained.check_fits(shapes["unet"], source)
-        trees = {name: unflatten_dict(flat) for name, flat in shapes.items()}
-        made = experiment.fill_randomly(trees, DTYPES[config["dtype"]]) if random else {}
-        for name in others:
-            if name in random:
+        architecture = random["unet"] if "unet" in random else weights.load_config(folder, "unet")
+        trained.check_fits(expected_params("unet", architecture), source)
+        made = experiment.random_frozen(random, DTYPES[config["dtype"]]) if random else {}
+        params = made["unet"] if "unet" in made else weights.load_params(folder, "unet", dtype=np.float32)
+        merged = trained.merge_into(jax.tree.map(lambda x: np.asarray(x).astype(np.float32), params))
+        weights.save_component(partial / "unet", "unet", architecture, _cast(merged, dtype), pathlib.Path(source))
+        written = ["unet"]
+        for name in ARCHITECTURES:
+            if name == "unet":
+                continue
+            if name in made:
                 weights.save_component(partial / name, name, random[name], made[name], pathlib.Path(source))
-        if "unet" in random:
-            architecture, params = random["unet"], made["unet"]
-        else:
-            architecture = weights.load_config(folder, "unet")
-            trained.check_fits(expected_params("unet", architecture), source)
-            params = jax.tree.map(np.asarray, weights.load_params(folder, "unet", dtype=np.float32))
-        merged = trained.merge_into(jax.tree.map(lambda x: x.astype(np.float32), params))
-        merged = _cast(merged, dtype)
-        weights.save_component(partial / "unet", "unet", architecture, merged, pathlib.Path(source))
-    return ["unet", *(name for name in others if name in copied or name in random)]
+            elif folder and (weights.locate(folder) / name).is_dir():
+                weights.load_config(folder, name)  # Complains about an incomplete one.
+                shutil.copytree(weights.locate(folder) / name, partial / name)
+            else:
+                continue
+            written.append(name)
+    return written
 
 
 def pack_weights(

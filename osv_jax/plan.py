@@ -20,14 +20,12 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from absl import flags
-from flax.traverse_util import unflatten_dict
 from jax.experimental import topologies
 from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict, config_flags
 
 from osv_jax import experiment
-from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.distill.networks import Networks
 from osv_jax.errors import UserError
 from osv_jax.experiment import Optimizers, Phase
@@ -122,13 +120,10 @@ def trace(
     config: ConfigDict, networks: Networks, optimizers: Optimizers, phase: Phase, devices: Mesh
 ) -> jax.stages.Traced:
     """The step that training runs on clips of a phase's size, encoding included, for devices that need not be there."""
-    shapes = {
-        name: unflatten_dict(expected_params(name, module.config))
-        for name in ARCHITECTURES
-        if (module := getattr(networks, name)) is not None
-    }
     dtype = jnp.dtype(config.dtype)
-    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes)
+    frozen = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), experiment.frozen_shapes(config, networks)
+    )
     state = jax.eval_shape(experiment.make_init(config, networks, optimizers), jax.random.key(0), frozen["unet"])
     count, frames = config.batch_size, config.data.num_frames
     clips = {

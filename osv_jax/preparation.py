@@ -170,7 +170,7 @@ def read_source(args: argparse.Namespace) -> Source:
     elif minimum or maximum:
         raise UserError("Bounds on scores need --source=openvid:FOLDER: a folder of videos has no scores.")
     else:
-        videos, skipped = read_folder(demo.demo_videos() if args.source == "demo" else pathlib.Path(args.source))
+        videos, skipped = read_folder(demo.video_folder(args.source))
     num_test = args.test_videos
     if num_test is None:
         num_test = _OPENVID_TEST_VIDEOS if is_openvid else 0

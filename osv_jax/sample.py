@@ -24,6 +24,7 @@ from osv_jax.data.video import cover
 from osv_jax.diffusion.samplers import SAMPLERS
 from osv_jax.errors import UserError
 from osv_jax.image_to_video import DTYPES, ImageToVideo, Options, read_image
+from osv_jax.runtime import command_line
 from osv_jax.runtime.pictures import to_uint8, write_video
 
 __all__ = ["ImageToVideo", "Options", "main"]
@@ -193,9 +194,7 @@ def _parts(seconds: dict[str, float]) -> str:
 
 def run() -> None:
     """The program: what the user can mend is one sentence on stderr and exit status 2."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # What is compiled once need not be compiled again by the next start.
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path("~/.cache/osv_jax/jax").expanduser()))
+    command_line.keep_compiled_programs()
     try:
         main()
     except UserError as error:

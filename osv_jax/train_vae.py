@@ -8,6 +8,7 @@ whose `scaling_factor` gives the training clips' latents unit variance.
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import math
 import pathlib
 import shutil
@@ -23,10 +24,11 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict, config_flags
 
+from osv_jax.clips import index_folder
 from osv_jax.convert import weights
 from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.importers import replace_folder
-from osv_jax.data import demo, pixels
+from osv_jax.data import pixels
 from osv_jax.distill.autoencoder import (
     PARTS,
     Metrics,
@@ -59,8 +61,9 @@ def train_vae(config: ConfigDict, workdir: pathlib.Path) -> None:
     devices = mesh.make_mesh(-1, 1)
     if config.batch_size % devices.size:
         raise UserError(f"config.batch_size={config.batch_size} does not split over {devices.size} devices.")
-    index = _index(config, config.data.videos, workdir / "clips.json")
-    test = _index(config, config.data.test_videos or config.data.videos, workdir / "test_clips.json")
+    data = config.data
+    index = index_folder(data.videos, data, data.height, data.width, workdir / "clips.json")
+    test = index_folder(data.test_videos or data.videos, data, data.height, data.width, workdir / "test_clips.json")
     checkpoint.write_config(workdir, config.to_dict())
 
     vae = SVDVAE(architecture, dtype=jnp.dtype(config.dtype))
@@ -74,7 +77,7 @@ def train_vae(config: ConfigDict, workdir: pathlib.Path) -> None:
         state = jax.device_put(_first_state(config, architecture, optimizer), mesh.replicated(devices))
         if start:
             pixels.restore_step(checkpoint.restore_data(checkpoints, start), index, config.batch_size, config.seed)
-            like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), state)
+            like = checkpoint.abstract(state, jax.tree.map(lambda x: x.sharding, state))
             state = checkpoint.restore_state(checkpoints, start, like)
             print(f"Resuming from step {start}.")
         size = sum(x.size for x in jax.tree.leaves(state.params))
@@ -157,12 +160,6 @@ def check_config(config: ConfigDict) -> VAEConfig:
     return architecture
 
 
-def _index(config: ConfigDict, videos: str, cache: pathlib.Path) -> pixels.ClipIndex:
-    data = config.data
-    folder = demo.demo_videos() if videos == "demo" else videos
-    return pixels.index_clips(folder, data.num_frames, data.fps, data.height, data.width, cache)
-
-
 def _first_state(config: ConfigDict, architecture: VAEConfig, optimizer: optax.GradientTransformation) -> VAEState:
     if config.init_from:
         params = weights.load_params(config.init_from, "vae", dtype=jnp.float32)
@@ -241,8 +238,7 @@ def save_vae(workdir: pathlib.Path, architecture: VAEConfig, factor: float, para
     """Writes `workdir/vae`, whole or not at all."""
     partial = workdir / ".vae.partial"
     shutil.rmtree(partial, ignore_errors=True)
-    fields = {name: getattr(architecture, name) for name in architecture.__dataclass_fields__}
-    made = VAEConfig(**fields | {"scaling_factor": factor})
+    made = dataclasses.replace(architecture, scaling_factor=factor)
     weights.save_component(partial, "vae", made, params, workdir)
     replace_folder(partial, workdir / "vae")
 

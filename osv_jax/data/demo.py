@@ -12,6 +12,11 @@ from osv_jax.errors import UserError
 _NAMES = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 
 
+def video_folder(name: str) -> pathlib.Path:
+    """The folder that a configuration or a command line names: `demo` stands for `demo_videos`."""
+    return demo_videos() if name == "demo" else pathlib.Path(name)
+
+
 def demo_videos() -> pathlib.Path:
     """A folder with three short real videos: 5 s of 1280x720, 10 s of 640x272 and 4 s of 176x144.
 

@@ -16,9 +16,7 @@ from osv_jax.runtime import distributed
 
 def run(main: Callable[[list[str]], int | None]) -> None:
     """Runs a program; what the user can mend is one sentence on stderr and exit status 2, SIGTERM status 143."""
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # What is compiled once need not be compiled again by the next start.
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path("~/.cache/osv_jax/jax").expanduser()))
+    keep_compiled_programs()
 
     def quietly(argv: list[str]) -> int | None:
         logging.set_verbosity(logging.ERROR)  # Orbax tells 20 lines about every checkpoint.
@@ -34,6 +32,12 @@ def run(main: Callable[[list[str]], int | None]) -> None:
     except distributed.Preempted as stop:
         print(stop, file=sys.stderr)
         sys.exit(distributed.EXIT_STATUS)
+
+
+def keep_compiled_programs() -> None:
+    """What is compiled once need not be compiled again by the next start."""
+    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
+        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path("~/.cache/osv_jax/jax").expanduser()))
 
 
 def parse(argv: list[str]) -> list[str]:

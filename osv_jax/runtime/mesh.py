@@ -82,12 +82,11 @@ def parameter_spec(shape: tuple[int, ...], fsdp: int) -> PartitionSpec:
 
 def unsplit_parameters(tree: Any, fsdp: int) -> list[str]:
     """Names of the large parameters that `fsdp` devices cannot share, because it divides none of their dimensions."""
-    leaves = jax.tree.leaves_with_path(tree)
     if fsdp == 1:
         return []
     return [
         jax.tree_util.keystr(path, simple=True, separator="/")
-        for path, leaf in leaves
+        for path, leaf in jax.tree.leaves_with_path(tree)
         if np.prod(leaf.shape) >= _MIN_SHARDED_ELEMENTS and parameter_spec(leaf.shape, fsdp) == PartitionSpec()
     ]
 
