@@ -236,6 +236,9 @@ def make_plan(config: ConfigDict, topology: str) -> bool:
     if config.weights and not pathlib.Path(config.weights).is_dir():
         print(f"{config.weights} is not there: planning for Stable Video Diffusion's own sizes.")
         config.weights, config.random_networks.unet = "", {}
+    if config.data.dataset:
+        print("Planning for clips that are encoded in the step, which takes more memory than reading their latents.")
+        config.data.dataset = ""
     networks, optimizers = experiment.networks_of(config), experiment.optimizers_of(config)
     chip, available = devices_of(topology)
     sizes = mesh.mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.context, len(available))

@@ -63,6 +63,11 @@ def test_the_memory_of_a_step(toy, capsys, monkeypatch):
     assert "all-gather" in output and "of 1.00 GB" in output and "at the chip's peak" in output and "  fits (" in output
 
 
+def test_prepared_latents_need_not_be_there(toy, capsys):
+    assert plan.make_plan(small(**{"data.dataset": "nowhere"}), "cpu")
+    assert "Planning for clips that are encoded in the step" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_comes_with_advice(toy, capsys, monkeypatch):
     monkeypatch.setattr(plan, "devices_of", lambda topology: (plan.Chip("chip", 1e3, None), jax.devices()[:1]))
     assert not plan.make_plan(small(remat="full"), "v5e:1")
