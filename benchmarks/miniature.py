@@ -20,9 +20,9 @@ import numpy as np
 from jaxtyping import Array
 from PIL import Image
 
+from osv_jax.compare import motion
 from osv_jax.convert import weights
-from osv_jax.data import video
-from osv_jax.data.cutting import Cutting, motion_of
+from osv_jax.data import pixels
 from osv_jax.distill import finetune
 from osv_jax.distill.autoencoder import frame_psnr
 from osv_jax.distill.networks import build_networks
@@ -32,8 +32,8 @@ from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.runtime.pictures import sample_grid, to_uint8
 from osv_jax.train_vae import to_float
 
-# Seconds from clip to clip, and draws of noise for each.
-_STRIDE, _DRAWS = 0.25, 32
+# Frames from clip to clip, what moves, and draws of noise for each.
+_SHIFT, _MIN_MOTION, _DRAWS = 3, 0.3, 32
 _DRAWN_CLIPS = 3
 
 
@@ -50,7 +50,8 @@ def main() -> None:
     parser.add_argument("--width", type=int, default=96)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
-    clips = read_clips(args.videos, args.clips, 14, args.fps, args.height, args.width)
+    size = (14, args.fps, args.height, args.width)
+    clips = pixels.spread_clips(args.videos, args.clips, *size, shift=_SHIFT, min_motion=_MIN_MOTION)
     print(f"{len(clips)} clips of {args.videos}", flush=True)
 
     measured = {"clips": len(clips), **reconstruct(args.weights, clips, args.output / "reconstructions.png")}
@@ -63,19 +64,6 @@ def main() -> None:
     (args.output / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
 
 
-def read_clips(folder: pathlib.Path, count: int, num_frames: int, fps: float, height: int, width: int) -> np.ndarray:
-    """Up to `count` clips that move, uint8 [n f h w 3], evenly spaced over the videos of a folder; they overlap."""
-    cutting = Cutting(num_frames, fps, height, width, _STRIDE)
-    places = []
-    for path in sorted(folder.iterdir()):
-        info = video.probe(path)
-        if not cutting.unfit(info):
-            places += [(path, start) for start in cutting.starts(info)]
-    clips = [video.read_clip(path, start, num_frames, fps, height, width) for path, start in places]
-    clips = [clip for clip in clips if motion_of(clip) >= 0.3]
-    return np.stack([clips[i] for i in np.unique(np.linspace(0, len(clips) - 1, count).round().astype(int))])
-
-
 def reconstruct(folder: str, clips: np.ndarray, picture: pathlib.Path) -> dict[str, float]:
     """The mean PSNR [dB] over all frames; whole clips are decoded."""
     vae, params = SVDVAE(weights.load_config(folder, "vae")), weights.load_params(folder, "vae", dtype=jnp.float32)
@@ -85,7 +73,7 @@ def reconstruct(folder: str, clips: np.ndarray, picture: pathlib.Path) -> dict[s
     grid = {"originals": clips[rows, 7], "reconstructions": to_uint8(outputs[rows, 7])}
     Image.fromarray(sample_grid(grid)).save(picture)
     psnr = frame_psnr(outputs, to_float(clips))
-    return {"vae_psnr": float(psnr.mean()), "vae_motion": _motion(outputs), "real_motion": _motion(to_float(clips))}
+    return {"vae_psnr": float(psnr.mean()), "vae_motion": motion(to_uint8(outputs)), "real_motion": motion(clips)}
 
 
 def denoising_losses(folder: str, clips: np.ndarray, fps: float) -> dict[str, float]:
@@ -129,15 +117,10 @@ def sample(folder: str, clips: np.ndarray, fps: float, picture: pathlib.Path) ->
     return {
         "samples": len(clips),
         "first_frame_psnr": float(first.mean()),
-        "sampled_motion": _motion(outputs),
-        "sampled_real_motion": _motion(to_float(clips)),
+        "sampled_motion": motion(to_uint8(outputs)),
+        "sampled_real_motion": motion(clips),
         "unet_seconds": model.seconds["UNet"] / len(clips),
     }
-
-
-def _motion(clips: np.ndarray) -> float:
-    """Mean absolute difference of frames that follow each other, 0 to 255."""
-    return float(np.abs(np.diff(clips.clip(-1, 1), axis=1)).mean() * 127.5)
 
 
 if __name__ == "__main__":

@@ -73,9 +73,31 @@ def get_config(variant: str = "") -> ConfigDict:
 
     if variant == "tiny":
         make_tiny(config)
+    elif variant == "miniature":
+        make_miniature(config)
     elif variant:
-        raise ValueError(f"configs/stage1.py has the variants '' and 'tiny', not {variant!r}.")
+        raise ValueError(f"configs/stage1.py has the variants '', 'tiny' and 'miniature', not {variant!r}.")
     return config
+
+
+def make_miniature(config: ConfigDict) -> None:
+    """Turns a configuration into the one for the small SVD that comes with the package."""
+    config.weights = "miniature"
+    config.data.dataset = "runs/miniature/latents"
+    config.data.fps = 12.0
+    config.data.resolutions = ((0, 64, 96),)
+    config.batch_size = 2
+    config.num_steps = 300
+    config.optimizer.learning_rate = 1e-4
+    config.optimizer.disc_learning_rate = 1e-3
+    config.lora.rank = config.lora.alpha = 8
+    # A grid as fine as the 25 steps that the teacher samples with.
+    config.num_levels = 25
+    config.discriminator_blocks = (0, 1)
+    config.dtype = "float32"
+    config.remat = "none"
+    config.log_every = 5
+    config.picture_every = config.checkpoint_every = 100
 
 
 def make_tiny(config: ConfigDict) -> None:

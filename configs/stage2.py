@@ -1,6 +1,7 @@
 """Stage 2 of OSV (adversarial consistency distillation), started from a workdir of stage 1 (`--config.init_from=...`).
 
-`configs/stage2.py` holds the paper's settings for 2 devices; `configs/stage2.py:tiny` continues the embedded stage 1.
+`configs/stage2.py` holds the paper's settings for 2 devices; `configs/stage2.py:tiny` continues the embedded stage 1;
+`configs/stage2.py:miniature` distils the small SVD that comes with the package, see docs/miniature.md.
 """
 
 import pathlib
@@ -33,6 +34,16 @@ def get_config(variant: str = "") -> ConfigDict:
         config.optimizer.learning_rate = 1e-2
         config.data.resolutions = ((0, 32, 48),)
         config.init_from = "runs/demo/stage1"
+    elif variant == "miniature":
+        stage1["make_miniature"](config)
+        # What stage 1 gave, stored in the package; the demo makes the dataset of a few other clips.
+        config.init_from = "miniature/stage1"
+        config.data.dataset = "runs/demo/latents"
+        config.trainable = ("lora",)
+        config.solver_steps = 1
+        config.num_steps = 40
+        config.optimizer.learning_rate = 1e-3
+        config.picture_every = config.checkpoint_every = 40
     elif variant:
-        raise ValueError(f"configs/stage2.py has the variants '' and 'tiny', not {variant!r}.")
+        raise ValueError(f"configs/stage2.py has the variants '', 'tiny' and 'miniature', not {variant!r}.")
     return config

@@ -14,6 +14,7 @@ import os
 import pathlib
 import time
 from collections.abc import Callable, Hashable, Mapping
+from types import MappingProxyType
 from typing import Any
 
 import jax
@@ -54,9 +55,9 @@ class Options:
     Attributes:
         sampler: `tts` (OSV's Time Travel Sampler, Eq. 13), `consistency`, or `euler` (SVD's, with guidance).
         steps: of the sampler: 1 by default, 25 for Euler.
-        height, width: size of the video [px]; the size a run was trained at, or else 576 x 1024.
+        height, width: size of the video [px]; the size it was trained at here, or else 576 x 1024.
         num_frames: those the UNet was trained on.
-        fps: frames a second, which SVD is told and videos are played at.
+        fps: frames a second, which SVD is told and videos are played at; those it was trained on here, or else 7.
         motion_bucket_id: SVD's amount of motion, 1 to 255.
         noise_aug_strength: standard deviation of the noise on the image that the VAE sees.
         min_guidance_scale, max_guidance_scale: Euler's guidance weight at the first and at the last frame.
@@ -71,7 +72,7 @@ class Options:
     height: int | None = None
     width: int | None = None
     num_frames: int | None = None
-    fps: float = 7
+    fps: float | None = None
     motion_bucket_id: float = 127
     noise_aug_strength: float = 0.02
     min_guidance_scale: float = 1.0
@@ -85,7 +86,7 @@ class Options:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise UserError(f"{name}={value} must be at least 1.")
-        if not self.fps > 0:
+        if self.fps is not None and not self.fps > 0:
             raise UserError(f"fps={self.fps} must be positive.")
         if not self.noise_aug_strength >= 0:
             raise UserError(f"noise_aug_strength={self.noise_aug_strength} must not be negative.")
@@ -133,8 +134,14 @@ class ImageToVideo:
         dtype: Any,
         attention: str = "auto",
         notice: str = "",
+        video: Mapping[str, Any] = MappingProxyType({}),
     ):
-        """Networks and their parameters by component; `trained` is what has been merged into the UNet's."""
+        """Networks and their parameters by component.
+
+        Args:
+            trained: what has been merged into the UNet's.
+            video: of the clips that the UNet was trained on; see `weights.load_video`.
+        """
         options = {"dtype": dtype, "param_dtype": dtype, "attention": attention}
         self.unet = SVDUNet(configs["unet"], **options)
         self.vae = SVDVAE(configs["vae"], **options)
@@ -142,7 +149,8 @@ class ImageToVideo:
         self.params, self.notice = params, notice
         self.boundary = trained.config.get("boundary", "svd")
         self.num_levels = trained.config.get("num_levels", 100)
-        self._size = {"height": 576, "width": 1024, "num_frames": self.unet.config.num_frames} | trained.video_size
+        own = {"height": 576, "width": 1024, "num_frames": self.unet.config.num_frames, "fps": 7}
+        self._video = own | dict(video) | trained.video
         self._programs: dict[Hashable, Callable] = {}
         self.seconds = dict.fromkeys(("compile", "CLIP", "VAE encode", "UNet", "decode"), 0.0)
         self.on_part: Callable[[str], None] = lambda part: None
@@ -178,7 +186,7 @@ class ImageToVideo:
         with jax.default_matmul_precision("highest"):
             # Tuned parameters come as NumPy arrays.
             params["unet"] = jax.device_put(trained.merge_into(params["unet"]), jax.local_devices()[0])
-        return cls(configs, params, trained, jnp.dtype(dtype), attention, notice)
+        return cls(configs, params, trained, jnp.dtype(dtype), attention, notice, weights.load_video(weights_folder))
 
     def __call__(
         self, image: ImageLike, seed: int = 0, number: int = 0, **options: Any
@@ -206,7 +214,7 @@ class ImageToVideo:
         Raises:
             UserError: a size that the VAE cannot make, or more steps than the sampler has noise levels.
         """
-        own = {"steps": DEFAULT_STEPS[options.sampler], **self._size}
+        own = {"steps": DEFAULT_STEPS[options.sampler], **self._video}
         own = {name: value for name, value in own.items() if getattr(options, name) is None}
         options = dataclasses.replace(options, **own)
         factor = self.vae.config.downscale

@@ -65,6 +65,7 @@ def merge_run(
             else:
                 continue
             written.append(name)
+        weights.save_video(partial, trained.video)
     return written
 
 
@@ -90,6 +91,7 @@ def pack_weights(
             config = weights.load_config(source, name)
             params = _cast(weights.load_params(source, name), dtype)
             weights.save_packed(partial / name, name, config, params, pathlib.Path(source))
+        weights.save_video(partial, weights.load_video(source))
     return components
 
 

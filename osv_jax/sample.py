@@ -143,19 +143,21 @@ def write_output(path: pathlib.Path, frames: UInt8[np.ndarray, "f h w 3"], fps: 
         Image.fromarray(frame).save(path / f"{number:03d}.png")
 
 
-class _Parser(argparse.ArgumentParser):
+class Parser(argparse.ArgumentParser):
+    """Of a command line whose mistakes are `UserError`s."""
+
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
+    parser = Parser(
         prog="python -m osv_jax.sample",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
         allow_abbrev=False,
     )
-    add, own = parser.add_argument, "the model's"
+    add, own = parser.add_argument, "what it was trained at"
     add("--image", nargs="+", required=True, metavar="FILE", help="image files, or folders of them")
     add("--output", required=True, help="NAME.mp4, NAME.gif, or a folder for PNG pictures; {name}: the image's name")
     add("--weights", required=True, help="folder that tools/convert_weights.py wrote, or `miniature`")
@@ -164,13 +166,13 @@ def _parser() -> argparse.ArgumentParser:
     add("--sampler", choices=SAMPLERS, default="tts", help="%(choices)s (default %(default)s)")
     add("--steps", type=int, help="steps of the sampler (default 1; euler: 25)")
     add("--seed", type=int, default=0, help="of all noise (default %(default)s)")
-    add("--fps", type=float, default=7, help="frames a second, told to SVD and played (default %(default)s)")
+    add("--fps", type=float, help=f"frames a second, told to SVD and played (default: {own} here, or 7)")
     add("--motion_bucket_id", type=float, default=127, help="amount of motion, 1 to 255 (default %(default)s)")
     add("--noise_aug_strength", type=float, default=0.02, help="noise on the image (default %(default)s)")
     add("--min_guidance_scale", type=float, default=1.0, help="euler's, at the first frame (default %(default)s)")
     add("--max_guidance_scale", type=float, default=3.0, help="euler's, at the last frame (default %(default)s)")
-    add("--height", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} of a workdir, or 576)")
-    add("--width", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} of a workdir, or 1024)")
+    add("--height", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} here, or 576)")
+    add("--width", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} here, or 1024)")
     add("--num_frames", type=int, help=f"(default: {own}, 14 for SVD and 25 for SVD-XT)")
     add(
         "--decode_chunk_size",

@@ -26,7 +26,7 @@ from ml_collections import ConfigDict, config_flags
 
 from osv_jax import experiment
 from osv_jax.clips import LatentClips, PixelClips, open_clips
-from osv_jax.convert import lora_files
+from osv_jax.convert import lora_files, weights
 from osv_jax.diffusion.edm import SIGMA_MAX, denoise
 from osv_jax.diffusion.ode import guided_denoiser
 from osv_jax.diffusion.samplers import euler, euler_levels
@@ -84,7 +84,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     experiment.check_config(config)
     checkpoint.check_workdir(workdir, config.to_dict())
     networks = experiment.networks_of(config)
-    origin = pathlib.Path(config.init_from) if config.init_from else None
+    origin = pathlib.Path(weights.locate(config.init_from)) if config.init_from else None
     start = checkpoint.latest_step(workdir) or 0
     given = None
     if origin and not start and lora_files.is_lora(origin):

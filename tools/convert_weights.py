@@ -78,7 +78,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     export.add_argument("--ema", action="store_true", help="export the student's average instead of the student")
     export.add_argument("--weights", help="with --format=unet: the base's weights folder (default: the run's own)")
-    export.add_argument("--dtype", default="float32", choices=importers.DTYPES, help="of the whole UNet (%(default)s)")
+    export.add_argument("--dtype", default="float32", choices=importers.DTYPES, help="stored dtype (%(default)s)")
     lora = commands.add_parser("import-lora", help="a LoRA trained elsewhere, to start training from or to sample with")
     lora.add_argument("source", metavar="LORA", help="PEFT adapter folder or LoRA .safetensors file")
     lora.add_argument("output", metavar="OUTPUT", help="folder to write, for config.init_from and sample.py --lora")
@@ -158,7 +158,7 @@ def _export_lora(args: argparse.Namespace) -> None:
     if not modules:
         raise UserError(f"{args.source} trained no LoRA: export the whole UNet with --format=unet.")
     write = {"peft": exporters.export_peft, "diffusers": exporters.export_diffusers}[args.format]
-    write(trained.student.lora, args.output, overwrite=args.overwrite)
+    write(trained.student.lora, args.output, args.dtype, args.overwrite)
     print(f"{args.output}: the LoRA of {which}, {modules} modules, alpha = rank.")
     if tuned:
         print(

@@ -11,7 +11,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 import numpy as np
-from flax.traverse_util import flatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from osv_jax.convert import lora_files
@@ -26,24 +26,35 @@ FORMATS = ("peft", "diffusers", "unet")
 Params = Mapping[str, Any]
 
 
-def export_peft(lora: Params, output: str | pathlib.Path, base_model: str = "", overwrite: bool = False) -> None:
+def export_peft(lora: Params, output: str | pathlib.Path, dtype: str = "float32", overwrite: bool = False) -> None:
     """Writes a PEFT adapter folder; see `lora_files.write_peft`.
 
+    Args:
+        dtype: stored dtype: "bfloat16", "float32" or "float16".
+
     Raises:
-        UserError: if `output` exists, unless it may be overwritten, or cannot be written.
+        UserError: if `output` exists, unless it may be overwritten, or cannot be written; also a value beyond `dtype`.
     """
     with new_folder(output, overwrite) as folder:
-        lora_files.write_peft(folder, lora, base_model)
+        lora_files.write_peft(folder, _stored(lora, dtype))
 
 
-def export_diffusers(lora: Params, output: str | pathlib.Path, overwrite: bool = False) -> None:
+def export_diffusers(lora: Params, output: str | pathlib.Path, dtype: str = "float32", overwrite: bool = False) -> None:
     """Writes a folder with `pytorch_lora_weights.safetensors`; see `lora_files.write_diffusers`.
+
+    Args:
+        dtype: stored dtype: "bfloat16", "float32" or "float16".
 
     Raises:
         UserError: as `export_peft`.
     """
     with new_folder(output, overwrite) as folder:
-        lora_files.write_diffusers(folder / lora_files.DIFFUSERS_WEIGHTS, lora)
+        lora_files.write_diffusers(folder / lora_files.DIFFUSERS_WEIGHTS, _stored(lora, dtype))
+
+
+def _stored(lora: Params, dtype: str) -> Params:
+    flat = flatten_dict(lora)
+    return unflatten_dict({path: cast(np.asarray(x), DTYPES[dtype], "/".join(path)) for path, x in flat.items()})
 
 
 def export_unet(

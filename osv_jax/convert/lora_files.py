@@ -144,13 +144,12 @@ def read_lora(path: str | pathlib.Path, shapes: Mapping[Path, Any]) -> LoraFile:
     return LoraFile(unflatten_dict(lora), dropped)
 
 
-def write_peft(folder: pathlib.Path, lora: Params, base_model: str = "") -> None:
+def write_peft(folder: pathlib.Path, lora: Params) -> None:
     """Writes a PEFT adapter folder that `PeftModel.from_pretrained(unet, folder)` loads.
 
     Args:
         folder: an existing folder.
         lora: with the scale folded in (alpha = rank).
-        base_model: noted in the config, for people.
     """
     found = {torch_module(path): rank for path, rank in ranks(lora).items()}
     # (most_common has the first of equals first, so the files of two exports are the same.)
@@ -158,7 +157,7 @@ def write_peft(folder: pathlib.Path, lora: Params, base_model: str = "") -> None
     others = {module: r for module, r in found.items() if r != rank}
     config = {
         "peft_type": "LORA",
-        "base_model_name_or_path": base_model,
+        "base_model_name_or_path": "",
         "r": rank,
         "lora_alpha": rank,
         "rank_pattern": others,

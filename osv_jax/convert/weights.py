@@ -2,7 +2,8 @@
 
 `params` is an Orbax checkpoint of the bare parameter tree; config.json holds our architecture config under `config`,
 and where the weights came from. A folder to load from may be in a bucket (`gs://...`). Weights that come with the
-package have `params.safetensors` instead, one small file; their folder is called `miniature`.
+package have `params.safetensors` instead, one small file; their folder is called `miniature`. A folder whose UNet was
+trained here also says on what clips, in `video.json`.
 """
 
 from __future__ import annotations
@@ -10,6 +11,7 @@ from __future__ import annotations
 import dataclasses
 import json
 import pathlib
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,13 +28,26 @@ from osv_jax.errors import UserError
 FORMAT = 1
 MINIATURE = "miniature"
 _PACKED = "params.safetensors"
+_VIDEO = "video.json"
 
 
 def locate(folder: str | pathlib.Path) -> epath.Path:
-    """The weights folder that a name stands for: `miniature` is the one inside this package."""
-    if str(folder) == MINIATURE:
-        return epath.Path(__file__).parents[1] / MINIATURE
+    """The folder that a name stands for: `miniature` is the weights folder inside this package, also in a path."""
+    if pathlib.PurePath(folder).parts[:1] == (MINIATURE,):
+        return epath.Path(__file__).parents[1] / folder
     return epath.Path(folder)
+
+
+def load_video(folder: str | pathlib.Path) -> dict[str, Any]:
+    """`height`, `width` [px], `num_frames` and `fps` of the clips that the UNet was trained on here, or nothing."""
+    file = locate(folder) / _VIDEO
+    return json.loads(file.read_text()) if file.exists() else {}
+
+
+def save_video(folder: pathlib.Path, clips: Mapping[str, Any]) -> None:
+    """Writes what `load_video` reads, if anything is known."""
+    if clips:
+        (folder / _VIDEO).write_text(json.dumps(dict(clips)) + "\n")
 
 
 def load_config(folder: str | pathlib.Path, component: str) -> Config:

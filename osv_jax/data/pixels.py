@@ -12,10 +12,11 @@ import uuid
 
 import grain
 import numpy as np
+from jaxtyping import UInt8
 from tqdm import tqdm
 
 from osv_jax.data import order, video
-from osv_jax.data.cutting import Cutting
+from osv_jax.data.cutting import Cutting, motion_of
 from osv_jax.data.video import EXTENSIONS
 from osv_jax.errors import UserError
 
@@ -66,10 +67,11 @@ def index_clips(
     height: int,
     width: int,
     cache_file: str | pathlib.Path | None = None,
+    stride: float | None = None,
 ) -> ClipIndex:
     """Finds the videos below a folder, decodes each once, and cuts those that can be used into clips.
 
-    Clips do not overlap and follow each other from the first frame on. Files that do not decode, are shorter than one
+    Clips follow each other from the first frame on. Files that do not decode, are shorter than one
     clip, or have fewer than `fps` frames a second (they would repeat frames) are left out with the reason.
 
     Args:
@@ -77,6 +79,7 @@ def index_clips(
         num_frames, fps: length [frames] and frame rate [1/s] of a clip.
         height, width: size [px] to which frames are scaled and cropped when they are read.
         cache_file: JSON file that remembers what decoding told, by path, size and modification time.
+        stride: from the start of a clip to that of the next [s]; by default they do not overlap.
 
     Raises:
         UserError: if the folder is missing or no folder, or holds no video, or none that can be used.
@@ -96,7 +99,7 @@ def index_clips(
         known = " ".join(EXTENSIONS)
         raise UserError(f"The folder {folder} holds no videos; put files in it that end in one of {known}.")
 
-    cutting = Cutting(num_frames, fps, height, width, stride=num_frames / fps)
+    cutting = Cutting(num_frames, fps, height, width, stride=num_frames / fps if stride is None else stride)
     clips, skipped, contents = [], [], []
     for path, (size, result) in zip(paths, _probe_all(folder, paths, cache_file), strict=True):
         reason = result if isinstance(result, str) else cutting.unfit(result)
@@ -111,9 +114,44 @@ def index_clips(
         raise UserError(
             f"None of the {len(skipped)} videos in {folder} can be used; add longer or intact ones:{reasons}{more}"
         )
-    description = json.dumps([contents, num_frames, float(fps)])
+    description = json.dumps([contents, num_frames, float(fps), *([] if stride is None else [stride])])
     content_hash = hashlib.sha256(description.encode()).hexdigest()[:16]
     return ClipIndex(folder, tuple(clips), tuple(skipped), num_frames, fps, height, width, content_hash)
+
+
+def spread_clips(
+    folder: str | pathlib.Path,
+    count: int,
+    num_frames: int,
+    fps: float,
+    height: int,
+    width: int,
+    shift: float,
+    min_motion: float = 0.0,
+) -> UInt8[np.ndarray, "n f h w 3"]:
+    """Up to `count` clips, evenly spread over the videos of a folder and over each of them, decoded.
+
+    Args:
+        folder, num_frames, fps, height, width: see `index_clips`.
+        shift: clips begin at multiples of this many frames, so that they may overlap.
+        min_motion: clips with less (see `cutting.motion_of`) are left out.
+
+    Raises:
+        UserError: as `index_clips`, or if nothing moves.
+    """
+    found = index_clips(folder, num_frames, fps, height, width, stride=shift / fps)
+    clips = [found.read(number)["video"] for number in _spread(len(found.clips), count if not min_motion else None)]
+    moving = [clip for clip in clips if motion_of(clip) >= min_motion]
+    if not moving:
+        raise UserError(f"Nothing moves in the {len(clips)} clips of {folder}; give other videos.")
+    return np.stack([moving[number] for number in _spread(len(moving), count)])
+
+
+def _spread(available: int, count: int | None) -> list[int]:
+    """Numbers of up to `count` things, evenly spaced."""
+    if count is None or count >= available:
+        return list(range(available))
+    return np.linspace(0, available - 1, count).round().astype(int).tolist()
 
 
 def _probe_all(

@@ -5,6 +5,7 @@ from __future__ import annotations
 import fractions
 import math
 import pathlib
+import textwrap
 from collections.abc import Mapping
 
 import av
@@ -16,6 +17,8 @@ from PIL import Image, ImageDraw, ImageFont
 from osv_jax.errors import UserError
 
 _MIN_FRAME_WIDTH = 96
+# Of a video with labels, and letters of a label that fit beside each other.
+_MIN_COLUMN_WIDTH, _LABEL_LETTERS = 160, 22
 _FONT_SIZE = 13
 _LINE = 18
 _GAP = 4
@@ -69,6 +72,33 @@ def _strip(label: str, frames: np.ndarray, max_frames: int, font: ImageFont.Free
         enlarged = frames[number].repeat(factor, axis=0).repeat(factor, axis=1)
         strip.paste(Image.fromarray(enlarged), (left, frame_top))
     return strip
+
+
+def beside_each_other(
+    columns: Mapping[str, UInt8[np.ndarray, "n f h w 3"]],
+) -> UInt8[np.ndarray, "f height width 3"]:
+    """A video in which clips play at once: a column with its label for every entry, clip below clip.
+
+    Frames are enlarged as in `sample_grid`, so that there is room for the labels, which may take several lines.
+    """
+    font = ImageFont.load_default(_FONT_SIZE)
+    count, num_frames, height, width, _ = next(iter(columns.values())).shape
+    factor = -(-_MIN_COLUMN_WIDTH // width)
+    height, width = factor * height + _GAP, factor * width + _GAP
+    lines = {label: textwrap.wrap(label, _LABEL_LETTERS) for label in columns}
+    top = _LINE * max(map(len, lines.values())) + _GAP
+    page = Image.new("RGB", (len(columns) * width + _GAP, top + count * height), "white")
+    draw = ImageDraw.Draw(page)
+    for column, label in enumerate(columns):
+        text = "\n".join(lines[label])
+        draw.multiline_text((_GAP + column * width, 1), text, fill="black", font=font)
+    film = np.repeat(np.asarray(page)[None], num_frames, axis=0)
+    for column, clips in enumerate(columns.values()):
+        for row, clip in enumerate(clips):
+            enlarged = clip.repeat(factor, axis=1).repeat(factor, axis=2)
+            left, upper = _GAP + column * width, top + row * height
+            film[:, upper : upper + enlarged.shape[1], left : left + enlarged.shape[2]] = enlarged
+    return film
 
 
 def write_video(path: str | pathlib.Path, frames: UInt8[np.ndarray, "f h w 3"], fps: float) -> None:

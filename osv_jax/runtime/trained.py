@@ -39,12 +39,12 @@ class Trained:
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
 
     @property
-    def video_size(self) -> dict[str, int]:
-        """`height`, `width` and `num_frames` of the clips that the run saw last, as far as it is known."""
+    def video(self) -> dict[str, Any]:
+        """`height`, `width`, `num_frames` and `fps` of the clips that the run saw last, as far as it is known."""
         data = self.config.get("data", {})
         sizes = [(height, width) for start, height, width in data.get("resolutions", ()) if start < self.step]
         size = dict(zip(("height", "width"), sizes[-1], strict=True)) if sizes else {}
-        return size | ({"num_frames": data["num_frames"]} if "num_frames" in data else {})
+        return size | {name: data[name] for name in ("num_frames", "fps") if name in data}
 
     def check_fits(self, shapes: Mapping[Path, Any], source: Any) -> None:
         """Checks the student against the UNet it is to be merged into.

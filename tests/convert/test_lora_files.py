@@ -175,7 +175,7 @@ def test_different_ranks_survive_both_formats(base, tmp_path):
     expected = run_torch(foreign(tmp_path / "theirs", r=4, **options))
     read = read_lora(tmp_path / "theirs", SHAPES)
     (tmp_path / "ours").mkdir()
-    write_peft(tmp_path / "ours", read.lora, "svd")
+    write_peft(tmp_path / "ours", read.lora)
     write_diffusers(tmp_path / "ours.safetensors", read.lora)
     for written in ("ours", "ours.safetensors"):
         assert_same(read_lora(tmp_path / written, SHAPES), read)

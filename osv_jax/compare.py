@@ -1,0 +1,243 @@
+"""Lays a student beside its teacher.
+
+    python -m osv_jax.compare --weights=weights/svd --lora=runs/stage2 --videos=my_videos --output=compared
+
+From the first frames of clips and from the same noise it makes the teacher's guided Euler sample, one step of the
+untrained student, and of the student one step, one step with the Time Travel Sampler, and two steps. --output receives
+comparison.png and comparison.mp4, with the real clips beside them, and measured.json: how far from the teacher's each
+latents are (mean squared error), how much the frames move, and how well the first frame is kept.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import pathlib
+import sys
+from collections.abc import Mapping
+
+import jax
+import numpy as np
+from absl import logging
+from jaxtyping import Float, UInt8
+from PIL import Image
+from tqdm import tqdm
+
+from osv_jax.data import demo, pixels
+from osv_jax.distill.autoencoder import frame_psnr
+from osv_jax.errors import UserError
+from osv_jax.image_to_video import DTYPES, ImageToVideo, Options
+from osv_jax.runtime import command_line
+from osv_jax.runtime.pictures import beside_each_other, sample_grid, to_uint8, write_video
+from osv_jax.sample import Parser
+
+UNTRAINED = "untrained student, 1 step"
+# Sampler and steps that the student is sampled with.
+STUDENT = {
+    "student, 1 step": ("consistency", 1),
+    "student, 1 step + TTS": ("tts", 1),
+    "student, 2 steps": ("consistency", 2),
+}
+_DRAWN_CLIPS = 2
+_FILMED_CLIPS = 4
+
+
+@dataclasses.dataclass(frozen=True)
+class Samples:
+    """What one way of sampling made of every clip.
+
+    Attributes:
+        latents: scaled.
+        frames: what they decode to.
+        evaluations: of the network for a clip (NFE).
+    """
+
+    latents: Float[np.ndarray, "n f latent_h latent_w c"]
+    frames: UInt8[np.ndarray, "n f h w 3"]
+    evaluations: int
+
+
+def main(arguments: list[str] | None = None) -> None:
+    """Samples, measures, draws.
+
+    Raises:
+        UserError: on anything the user can mend, before anything is compiled.
+    """
+    logging.set_verbosity(logging.WARNING)
+    args = _parser().parse_args(arguments)
+    output = pathlib.Path(args.output)
+    if args.clips < 1:
+        raise UserError(f"--clips={args.clips} must be at least 1.")
+    teacher = ImageToVideo.load(args.weights, dtype=args.dtype)
+    student = ImageToVideo.load(args.weights, args.lora, args.ema, args.dtype)
+    chosen = {name: getattr(args, name) for name in ("height", "width", "num_frames", "fps")}
+    # The student knows what it was trained on.
+    video = student.complete(Options(sampler="euler", steps=args.steps, **chosen))
+    clips = read_clips(args.videos, args.clips, video)
+    output.mkdir(parents=True, exist_ok=True)
+    if student.notice:
+        print(student.notice)
+    print(
+        f"{args.lora} beside {args.weights} on {len(clips)} clips of {args.videos}: {video.num_frames} frames of"
+        f" {video.height} x {video.width}, the teacher's samples in {video.steps} Euler steps"
+    )
+    made = sample_all(teacher, student, clips, video, args.seed)
+    measured = measure(made, clips)
+    print(table(measured))
+    description = {"weights": args.weights, "lora": args.lora, "clips": len(clips), "seed": args.seed}
+    (output / "measured.json").write_text(json.dumps(description | {"samples": measured}, indent=2) + "\n")
+    draw(output, clips, {label: samples.frames for label, samples in made.items()}, video.fps)
+    print(f"{output / 'comparison.png'}, {output / 'comparison.mp4'}, {output / 'measured.json'}")
+
+
+def read_clips(videos: str, count: int, options: Options) -> UInt8[np.ndarray, "n f h w 3"]:
+    """Up to `count` clips of a folder of videos, or of those that come with the package (`miniature`).
+
+    Raises:
+        UserError: no videos, or clips of the package at another size than theirs.
+    """
+    if videos != demo.HELD_OUT:
+        folder = demo.video_folder(videos)
+        return pixels.spread_clips(
+            folder, count, options.num_frames, options.fps, options.height, options.width, options.num_frames / 4
+        )
+    clips, fps = demo.held_out_clips()
+    if clips.shape[1:4] != (options.num_frames, options.height, options.width) or fps != options.fps:
+        raise UserError(
+            f"--videos={videos} are clips of {clips.shape[1]} frames of {clips.shape[2]} x {clips.shape[3]} at {fps:g}"
+            f" fps, but these networks make {options.num_frames} of {options.height} x {options.width} at"
+            f" {options.fps:g}: give a folder of videos."
+        )
+    return clips[:count]
+
+
+def sample_all(
+    teacher: ImageToVideo, student: ImageToVideo, clips: UInt8[np.ndarray, "n f h w 3"], video: Options, seed: int
+) -> dict[str, Samples]:
+    """Samples of every kind, from the same first frames and the same noise, by what they are called.
+
+    Args:
+        video: complete; how the teacher samples.
+    """
+
+    def options(model: ImageToVideo, sampler: str, steps: int) -> Options:
+        return model.complete(dataclasses.replace(video, sampler=sampler, steps=steps))
+
+    ways = {f"teacher, {video.steps} steps": (teacher, video)}
+    ways[UNTRAINED] = (teacher, options(teacher, "consistency", 1))
+    ways |= {name: (student, options(student, *chosen)) for name, chosen in STUDENT.items()}
+    latents = {name: [] for name in ways}
+    frames = {name: [] for name in ways}
+    # One clip after the other, so that memory does not depend on how many there are.
+    for number, clip in enumerate(tqdm(clips, unit="clip", desc="sampling")):
+        noise = teacher.noise(jax.random.fold_in(jax.random.key(seed), number), video)
+        for name, (model, chosen) in ways.items():
+            sampled = model.sample(clip[0], noise, chosen)
+            latents[name].append(np.asarray(sampled)[0])
+            frames[name].append(to_uint8(model.decode(sampled, chosen.decode_chunk_size))[0])
+    return {
+        name: Samples(np.stack(latents[name]), np.stack(frames[name]), chosen.num_evaluations)
+        for name, (_, chosen) in ways.items()
+    }
+
+
+def measure(made: Mapping[str, Samples], clips: UInt8[np.ndarray, "n f h w 3"]) -> dict[str, dict[str, float]]:
+    """What is told about every way of sampling, the first of which is the teacher's, and about the real clips.
+
+    Returns:
+        By name: `mse` of latents against the teacher's, the mean over clips, and `mse_std` over them; `motion`, the
+        mean absolute difference of frames that follow each other, 0 to 255; `first_frame_psnr` [dB] against the
+        condition; and the number of network `evaluations`.
+    """
+    target = next(iter(made.values())).latents
+    rows = {}
+    for name, samples in made.items():
+        errors = ((samples.latents - target) ** 2).mean(axis=(1, 2, 3, 4))
+        rows[name] = {
+            "mse": float(errors.mean()),
+            "mse_std": float(errors.std()),
+            "motion": motion(samples.frames),
+            "first_frame_psnr": float(frame_psnr(_unit(samples.frames[:, :1]), _unit(clips[:, :1])).mean()),
+            "evaluations": samples.evaluations,
+        }
+    return rows | {"real clips": {"motion": motion(clips)}}
+
+
+def motion(frames: UInt8[np.ndarray, "n f h w 3"]) -> float:
+    """Mean absolute difference of frames that follow each other, 0 to 255."""
+    return float(np.abs(np.diff(frames.astype(np.float32), axis=1)).mean())
+
+
+def table(measured: Mapping[str, Mapping[str, float]]) -> str:
+    """`measure`'s numbers for reading, with how many times closer to the teacher than the untrained student each is."""
+    lines = [f"{'':26}{'NFE':>5}{'MSE to the teacher':>20}{'closer':>9}{'motion':>8}{'first frame':>14}"]
+    for name, row in measured.items():
+        if "mse" not in row:
+            lines.append(f"{name:26}{'':34}{row['motion']:8.2f}")
+            continue
+        far = measured[UNTRAINED]["mse"]
+        closer = f"{far / row['mse']:.2f} x" if row["mse"] else "-"
+        lines.append(
+            f"{name:26}{row['evaluations']:5}{row['mse']:20.4f}{closer:>9}{row['motion']:8.2f}"
+            f"{row['first_frame_psnr']:11.2f} dB"
+        )
+    return "\n".join(lines)
+
+
+def draw(
+    output: pathlib.Path,
+    clips: UInt8[np.ndarray, "n f h w 3"],
+    frames: Mapping[str, UInt8[np.ndarray, "n f h w 3"]],
+    fps: float,
+) -> None:
+    """Writes comparison.png, a row for each kind of the first clips, and comparison.mp4, a column for each kind."""
+    rows = {}
+    kinds = {"real clip": clips, **frames}
+    for number in range(min(_DRAWN_CLIPS, len(clips))):
+        rows |= {f"{label} ({number + 1})": made[number] for label, made in kinds.items()}
+    Image.fromarray(sample_grid(rows)).save(output / "comparison.png")
+    filmed = {label: made[:_FILMED_CLIPS] for label, made in kinds.items()}
+    write_video(output / "comparison.mp4", beside_each_other(filmed), fps)
+
+
+def _unit(frames: UInt8[np.ndarray, "n f h w 3"]) -> Float[np.ndarray, "n f h w 3"]:
+    return frames.astype(np.float32) / 127.5 - 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = Parser(
+        prog="python -m osv_jax.compare",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        allow_abbrev=False,
+    )
+    add, own = parser.add_argument, "what it was trained at"
+    add("--weights", required=True, help="the teacher: folder that tools/convert_weights.py wrote, or `miniature`")
+    add("--lora", required=True, metavar="PATH", help="the student: workdir, PEFT folder or LoRA .safetensors")
+    add("--ema", action="store_true", help="of a workdir, use the student's average")
+    add("--videos", required=True, help="folder of videos; `demo`; or `miniature`, whose film nothing here was shown")
+    add("--output", required=True, metavar="FOLDER", help="to write to")
+    add("--clips", type=int, default=4, help="how many, evenly spread over the videos (default %(default)s)")
+    add("--steps", type=int, help="of the teacher (default 25)")
+    add("--seed", type=int, default=0, help="of all noise (default %(default)s)")
+    add("--fps", type=float, help=f"frames a second (default: {own} here, or 7)")
+    add("--height", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} here, or 576)")
+    add("--width", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} here, or 1024)")
+    add("--num_frames", type=int, help=f"(default: {own}, 14 for SVD and 25 for SVD-XT)")
+    add("--dtype", choices=DTYPES, help="of the networks (default: float32 on a CPU, bfloat16 elsewhere)")
+    return parser
+
+
+def run() -> None:
+    """The program: what the user can mend is one sentence on stderr and exit status 2."""
+    command_line.keep_compiled_programs()
+    try:
+        main()
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    run()
