@@ -69,8 +69,8 @@ def main(arguments: list[str] | None = None) -> None:
     output = pathlib.Path(args.output)
     if args.clips < 1:
         raise UserError(f"--clips={args.clips} must be at least 1.")
-    teacher = ImageToVideo.load(args.weights, dtype=args.dtype)
-    student = ImageToVideo.load(args.weights, args.lora, args.ema, args.dtype)
+    teacher = ImageToVideo.load(args.weights, dtype=args.dtype, context=args.context)
+    student = ImageToVideo.load(args.weights, args.lora, args.ema, args.dtype, context=args.context)
     chosen = {name: getattr(args, name) for name in ("height", "width", "num_frames", "fps")}
     # The student knows what it was trained on.
     video = student.complete(Options(sampler="euler", steps=args.steps, **chosen))
@@ -226,6 +226,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--width", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} here, or 1024)")
     add("--num_frames", type=int, help=f"(default: {own}, 14 for SVD and 25 for SVD-XT)")
     add("--dtype", choices=DTYPES, help="of the networks (default: float32 on a CPU, bfloat16 elsewhere)")
+    add("--context", type=int, default=1, help="devices that share every video, by its height (default %(default)s)")
     return parser
 
 

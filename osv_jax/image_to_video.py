@@ -35,6 +35,7 @@ from osv_jax.errors import UserError
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.svd_unet import SVDUNet, UNetConfig
 from osv_jax.models.svd_vae import SVDVAE
+from osv_jax.runtime.mesh import clip_shardings, make_mesh, replicated
 from osv_jax.runtime.pictures import to_uint8
 from osv_jax.runtime.trained import Trained, is_workdir, load_trained
 
@@ -135,18 +136,22 @@ class ImageToVideo:
         attention: str = "auto",
         notice: str = "",
         video: Mapping[str, Any] = MappingProxyType({}),
+        context: int = 1,
     ):
         """Networks and their parameters by component.
 
         Args:
             trained: what has been merged into the UNet's.
             video: of the clips that the UNet was trained on; see `weights.load_video`.
+            context: see `load`.
         """
         options = {"dtype": dtype, "param_dtype": dtype, "attention": attention}
         self.unet = SVDUNet(configs["unet"], **options)
         self.vae = SVDVAE(configs["vae"], **options)
         self.image_encoder = CLIPVision(configs["image_encoder"], **options)
-        self.params, self.notice = params, notice
+        self.notice = notice
+        self.devices = make_mesh(1, 1, context, jax.local_devices()[:context])
+        self.params = jax.device_put(dict(params), replicated(self.devices))
         self.boundary = trained.config.get("boundary", "svd")
         self.num_levels = trained.config.get("num_levels", 100)
         own = {"height": 576, "width": 1024, "num_frames": self.unet.config.num_frames, "fps": 7}
@@ -163,6 +168,7 @@ class ImageToVideo:
         ema: bool = False,
         dtype: str | None = None,
         attention: str = "auto",
+        context: int = 1,
     ) -> ImageToVideo:
         """Loads a weights folder and merges what was trained into it.
 
@@ -172,21 +178,25 @@ class ImageToVideo:
             ema: of a workdir, the student's average instead of the student.
             dtype: of `DTYPES`; by default float32 on a CPU, bfloat16 elsewhere.
             attention: see `layers.dot_product_attention`.
+            context: so many devices share every video, each making a part of its height.
 
         Raises:
-            UserError: missing or incomplete weights, a LoRA that cannot be read or does not fit.
+            UserError: missing or incomplete weights, a LoRA that cannot be read or does not fit, too few devices.
         """
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+        available = jax.local_device_count()
+        if not 1 <= context <= available:
+            raise UserError(f"context={context} must lie in 1 .. {available}, the devices of this machine.")
         configs = {name: weights.load_config(weights_folder, name) for name in COMPONENTS}
         # Before the weights, which take longest.
         trained, notice = _load_trained(lora, ema, configs["unet"]) if lora else (Trained(Student({}, {})), "")
         params = {name: weights.load_params(weights_folder, name, dtype=jnp.dtype(dtype)) for name in COMPONENTS}
         with jax.default_matmul_precision("highest"):
-            # Tuned parameters come as NumPy arrays.
-            params["unet"] = jax.device_put(trained.merge_into(params["unet"]), jax.local_devices()[0])
-        return cls(configs, params, trained, jnp.dtype(dtype), attention, notice, weights.load_video(weights_folder))
+            params["unet"] = trained.merge_into(params["unet"])
+        video = weights.load_video(weights_folder)
+        return cls(configs, params, trained, jnp.dtype(dtype), attention, notice, video, context)
 
     def __call__(
         self, image: ImageLike, seed: int = 0, number: int = 0, **options: Any
@@ -222,6 +232,12 @@ class ImageToVideo:
             value = getattr(options, name)
             if value % factor:
                 raise UserError(f"{name}={value} is not divisible by {factor}, the VAE's factor: use a multiple of it.")
+        rows, context = options.height // factor, self.devices.shape["context"]
+        if rows % context:
+            raise UserError(
+                f"context={context} does not divide the {rows} rows of latents of height={options.height}: use a"
+                f" divisor of {rows}, or another height."
+            )
         most = samplers.max_steps(options.sampler, self.num_levels)
         if most is not None and options.steps > most:
             raise UserError(f"steps={options.steps} is too many for {options.sampler}: at most {most}.")
@@ -308,12 +324,14 @@ class ImageToVideo:
 
     def _run(self, part: str, component: str, function: Callable, *inputs: Any, static: Hashable = ()) -> Any:
         """Calls `function(params, *inputs)`, compiled for these shapes, and takes the time."""
-        params = self.params[component]
+        params, inputs = self.params[component], jax.device_put(inputs, clip_shardings(self.devices, inputs))
         program = (part, static, tuple(leaf.shape for leaf in jax.tree.leaves(inputs)))
         if program not in self._programs:
             self.on_part(f"compiling {part}")
             start = time.perf_counter()
-            self._programs[program] = jax.jit(function).lower(params, *inputs).compile()
+            with jax.set_mesh(self.devices):
+                compiled = jax.jit(function, out_shardings=replicated(self.devices)).lower(params, *inputs).compile()
+            self._programs[program] = compiled
             self.seconds["compile"] += time.perf_counter() - start
         self.on_part(part)
         start = time.perf_counter()

@@ -47,7 +47,7 @@ def main(arguments: list[str] | None = None) -> None:
     for path in images:
         read_image(path)
     outputs = plan_outputs(images, args.output)
-    model = ImageToVideo.load(args.weights, args.lora, args.ema, args.dtype)
+    model = ImageToVideo.load(args.weights, args.lora, args.ema, args.dtype, context=args.context)
     options = model.complete(options)
     if model.notice:
         print(model.notice)
@@ -181,6 +181,7 @@ def _parser() -> argparse.ArgumentParser:
         help="frames decoded at a time; fewer take less memory (%(default)s)",
     )
     add("--dtype", choices=DTYPES, help="of the networks (default: float32 on a CPU, bfloat16 elsewhere)")
+    add("--context", type=int, default=1, help="devices that share every video, by its height (default %(default)s)")
     return parser
 
 

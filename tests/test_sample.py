@@ -175,6 +175,21 @@ def test_the_default_is_one_step_of_time_travel(model, picture):
     np.testing.assert_array_equal(frames, to_uint8(model.decode(sampled, 7))[0])
 
 
+def test_devices_share_a_video(model, weights, picture):
+    """The same video on two devices, each of which makes a part of its height."""
+    many = ImageToVideo.load(weights, context=2)
+    options = many.complete(Options(height=HEIGHT, width=WIDTH, num_frames=FRAMES))
+    noise = model.noise(jax.random.key(4), options)
+    expected, actual = (each.sample(picture, noise, options) for each in (model, many))
+    assert len(actual.sharding.device_set) == 2 and len(expected.sharding.device_set) == 1
+    assert relative_error(actual, expected) <= 1e-5
+    assert relative_error(many.decode(actual, 2), model.decode(expected, 2)) <= 1e-5
+    with pytest.raises(UserError, match="context=2 does not divide the 11 rows of latents of height=22"):
+        many.complete(Options(height=22, width=WIDTH))
+    with pytest.raises(UserError, match=r"context=9 must lie in 1 \.\. 8, the devices of this machine"):
+        ImageToVideo.load(weights, context=9)
+
+
 def decoded(path):
     with av.open(str(path)) as container:
         stream = container.streams.video[0]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import jax
@@ -17,24 +17,25 @@ BATCH_AXES = ("data", "fsdp")
 _MIN_SHARDED_ELEMENTS = 2**18
 
 
-def make_mesh(data: int, fsdp: int, context: int = 1) -> Mesh:
+def make_mesh(data: int, fsdp: int, context: int = 1, devices: Sequence[jax.Device] | None = None) -> Mesh:
     """The mesh of all devices, of all processes; one of the three may be -1, which takes what is left.
 
     Args:
         data: groups of devices with a copy of all parameters each; they split the batch.
         fsdp: devices that share the parameters; they split the batch, too.
         context: devices that share every clip, each having a part of its height.
+        devices: only these of this process.
 
     Raises:
         UserError: when the three do not multiply to the number of devices, or a clip would lie in several processes.
     """
-    sizes = mesh_sizes(data, fsdp, context, jax.device_count())
+    sizes = mesh_sizes(data, fsdp, context, jax.device_count() if devices is None else len(devices))
     if jax.local_device_count() % sizes[2]:
         raise UserError(
             f"config.mesh.context={sizes[2]} must divide the {jax.local_device_count()} devices of a process: a clip"
             " lies in one."
         )
-    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3)
+    return jax.make_mesh(sizes, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
 
 
 def mesh_sizes(data: int, fsdp: int, context: int, devices: int) -> tuple[int, int, int]:
@@ -60,6 +61,12 @@ def batch_shardings(mesh: Mesh, batch: Any) -> Any:
     """A batch's first axis is split over `data` and `fsdp`, and the height of clips (b f h w c) over `context`."""
     clip, other = PartitionSpec(BATCH_AXES, None, "context"), PartitionSpec(BATCH_AXES)
     return jax.tree.map(lambda leaf: NamedSharding(mesh, clip if np.ndim(leaf) == 5 else other), batch)
+
+
+def clip_shardings(mesh: Mesh, arrays: Any) -> Any:
+    """Of single clips (1 f h w c) the height is split over `context`; everything else is whole on every device."""
+    clip, other = PartitionSpec(None, None, "context"), PartitionSpec()
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, clip if np.ndim(leaf) == 5 else other), arrays)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
