@@ -33,7 +33,7 @@ from osv_jax.runtime.pictures import sample_grid, to_uint8
 from osv_jax.train_vae import to_float
 
 # Frames from clip to clip, what moves, and draws of noise for each.
-_SHIFT, _MIN_MOTION, _DRAWS = 3, 0.3, 32
+_SHIFT, _MIN_MOTION, _DRAWS = 3, 0.3, 8
 _DRAWN_CLIPS = 3
 
 
@@ -44,7 +44,7 @@ def main() -> None:
     parser.add_argument("videos", type=pathlib.Path, help="folder of videos that were not trained on")
     parser.add_argument("output", type=pathlib.Path, help="folder to write to")
     parser.add_argument("--clips", type=int, default=64, help="clips (default %(default)s)")
-    parser.add_argument("--samples", type=int, default=16, help="of which this many are sampled (default %(default)s)")
+    parser.add_argument("--samples", type=int, default=16, help="of which are sampled, or 0 (default %(default)s)")
     parser.add_argument("--fps", type=float, default=12.0)
     parser.add_argument("--height", type=int, default=64)
     parser.add_argument("--width", type=int, default=96)
@@ -58,9 +58,10 @@ def main() -> None:
     print(measured, flush=True)
     measured |= denoising_losses(args.weights, clips, args.fps)
     print(measured, flush=True)
-    chosen = clips[np.linspace(0, len(clips) - 1, args.samples).round().astype(int)]
-    measured |= sample(args.weights, chosen, args.fps, args.output / "teacher.png")
-    print(measured, flush=True)
+    if args.samples:
+        chosen = clips[np.linspace(0, len(clips) - 1, args.samples).round().astype(int)]
+        measured |= sample(args.weights, chosen, args.fps, args.output / "teacher.png")
+        print(measured, flush=True)
     (args.output / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
 
 

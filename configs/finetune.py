@@ -73,7 +73,7 @@ def _make_miniature(config: ConfigDict) -> None:
     config.data.fps = 12.0
     config.data.resolutions = ((0, 64, 96),)
     config.batch_size = 2
-    config.num_steps = 4000
+    config.num_steps = 2000
     config.optimizer.learning_rate = 1e-3
     config.optimizer.max_grad_norm = 1.0
     config.ema_decay = 0.995

@@ -22,7 +22,7 @@ from osv_jax import experiment, train
 from osv_jax.convert import weights
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.errors import UserError
-from osv_jax.image_to_video import ImageToVideo
+from osv_jax.image_to_video import ImageToVideo, Options
 from osv_jax.runtime import checkpoint, distributed
 from osv_jax.runtime.trained import load_trained
 
@@ -171,7 +171,7 @@ def test_merged_weights_are_the_student(run, ema, request, tmp_path, one_device)
     workdir, output = request.getfixturevalue(run), tmp_path / "merged"
     flags = ["--ema"] if ema else []
     assert main(["merge", str(workdir), str(output), "--dtype=float32", *flags]) == 0
-    assert sorted(folder.name for folder in output.iterdir()) == ["dinov2", "image_encoder", "unet", "vae"]
+    assert sorted(file.name for file in output.iterdir()) == ["dinov2", "image_encoder", "unet", "vae", "video.json"]
 
     # Stage 1 takes them for its teacher.
     config = micro_stage1.get_config()
@@ -210,6 +210,7 @@ def test_packed_weights_are_the_same_weights(straight, tmp_path, one_device, cap
 
     assert main(["pack", str(tmp_path / "packed"), str(tmp_path / "again"), "--dtype=float32"]) == 0
     assert_same(weights.load_params(tmp_path / "again", "vae"), frozen["packed"]["vae"])
+    assert weights.load_video(tmp_path / "again") == weights.load_video(tmp_path / "merged") != {}
     (tmp_path / "packed" / "vae" / "params.safetensors").write_bytes(b"half")
     assert main(["pack", str(tmp_path / "packed"), str(tmp_path / "third")]) == 2
     assert "incomplete" in capsys.readouterr().err
@@ -242,12 +243,8 @@ def test_a_new_unet_on_a_trained_vae(straight, tmp_path, one_device):
     shutil.copytree(straight, workdir)
     (workdir / "config.json").write_text(json.dumps(config.to_dict()))
     assert main(["merge", str(workdir), str(tmp_path / "merged"), "--dtype=float32"]) == 0
-    assert sorted(folder.name for folder in (tmp_path / "merged").iterdir()) == [
-        "dinov2",
-        "image_encoder",
-        "unet",
-        "vae",
-    ]
+    written = sorted(file.name for file in (tmp_path / "merged").iterdir())
+    assert written == ["dinov2", "image_encoder", "unet", "vae", "video.json"]
     assert_same(weights.load_params(tmp_path / "merged", "vae"), vae)
     assert main(["merge", str(straight), str(tmp_path / "plain"), "--dtype=float32"]) == 0
     for name in ("unet", "image_encoder"):
@@ -302,3 +299,10 @@ def test_a_finetuned_model_is_sampled_from_as_it_was_trained(straight, tmp_path,
     ):
         np.testing.assert_allclose(actual, expected, rtol=1e-5, atol=1e-6, err_msg=jax.tree_util.keystr(path))
     assert read.boundary == "svd"
+    # Both make videos like the clips of the run.
+    data = config.data
+    _, height, width = data.resolutions[-1]
+    for model in (merged, read):
+        options = model.complete(Options())
+        chosen = (options.height, options.width, options.num_frames, options.fps)
+        assert chosen == (height, width, data.num_frames, data.fps)

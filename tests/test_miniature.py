@@ -1,24 +1,26 @@
-"""The weights that come with the package: whole, small, attributed, and a UNet can be trained on them."""
+"""The weights that come with the package: whole, small, attributed, and they know the film."""
 
 import pathlib
 
+import jax
 import numpy as np
 import pytest
 from flax.traverse_util import flatten_dict
 
 from osv_jax import experiment
-from osv_jax.convert import weights
+from osv_jax.convert import lora_files, weights
 from osv_jax.convert.architectures import expected_params
 from osv_jax.data import demo, video
 from osv_jax.distill.autoencoder import frame_psnr
-from osv_jax.errors import UserError
+from osv_jax.image_to_video import ImageToVideo, Options
+from osv_jax.models import lora
 from osv_jax.models.svd_vae import SVDVAE
 
 FOLDER = pathlib.Path(weights.locate("miniature"))
-CONFIG = f"{pathlib.Path(__file__).parents[1] / 'configs' / 'finetune.py'}:miniature"
+CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
 
 
-@pytest.mark.parametrize("name", ["vae", "image_encoder", "dinov2"])
+@pytest.mark.parametrize("name", ["unet", "vae", "image_encoder", "dinov2"])
 def test_the_networks_are_whole(name):
     params = flatten_dict(weights.load_params("miniature", name))
     expected = expected_params(name, weights.load_config("miniature", name))
@@ -28,7 +30,7 @@ def test_the_networks_are_whole(name):
 
 
 def test_it_is_small_and_names_the_film():
-    assert sum(file.stat().st_size for file in FOLDER.rglob("*") if file.is_file()) <= 12e6
+    assert sum(file.stat().st_size for file in FOLDER.rglob("*.safetensors")) <= 12e6
     text = (FOLDER / "ATTRIBUTION.txt").read_text()
     assert "Blender Foundation" in text and "CC-BY 3.0" in text
 
@@ -42,20 +44,34 @@ def test_the_vae_knows_pictures():
     assert float(frame_psnr(output, pixels).mean()) > 22
 
 
-def test_a_unet_is_trained_on_it():
-    """Its configuration draws the UNet and nothing else; packed beside the others it is at most 12 MB."""
-    config = experiment.read_config(CONFIG)
+def test_its_unet_is_the_one_of_its_configuration():
+    """That draws the UNet and nothing else."""
+    config = experiment.read_config(f"{CONFIGS / 'finetune.py'}:miniature")
     experiment.check_config(config)
     made = experiment.architectures_of(config)
     assert experiment.random_components(config) == {"unet"}
-    assert made["vae"] == weights.load_config("miniature", "vae")
-    assert made["unet"].cross_attention_dim == made["image_encoder"].projection_dim
-    size = 2 * sum(np.prod(x.shape) for x in expected_params("unet", made["unet"]).values())
-    others = sum((FOLDER / name / "params.safetensors").stat().st_size for name in ("vae", "image_encoder", "dinov2"))
-    assert size + others < 11.9e6
+    assert made == {name: weights.load_config("miniature", name) for name in made}
+    assert weights.load_video("miniature") == {"height": 64, "width": 96, "num_frames": 14, "fps": 12.0}
 
 
-def test_what_is_not_there_yet_is_said(monkeypatch, tmp_path):
-    monkeypatch.setattr(weights, "locate", lambda folder: weights.epath.Path(tmp_path))
-    with pytest.raises(UserError, match=r"no unet yet.*docs/miniature.md"):
-        weights.load_config("miniature", "unet")
+def test_stage_2_begins_with_the_lora_of_stage_1():
+    """The configurations of both stages hold together, and what is stored is stage 1's."""
+    configs = [experiment.read_config(f"{CONFIGS / name}:miniature") for name in ("stage1.py", "stage2.py")]
+    for config in configs:
+        experiment.check_config(config)
+    networks = experiment.networks_of(configs[1])
+    read = experiment.read_lora(pathlib.Path(weights.locate(configs[1].init_from)), configs[1], networks)
+    assert not read.notice
+    own = lora.target_modules(weights.load_params("miniature", "unet"), configs[0].lora.targets)
+    assert set(lora_files.ranks(read.lora)) == set(own)
+    assert all(np.any(leaf) for leaf in jax.tree.leaves(read.lora)), "a LoRA that nothing has trained"
+
+
+def test_the_teacher_keeps_its_picture():
+    """Few steps from noise, for a frame of the film that was not trained on."""
+    clips, fps = demo.held_out_clips()
+    model = ImageToVideo.load("miniature")
+    options = model.complete(Options(sampler="euler", steps=6))
+    assert (options.height, options.width, options.num_frames, options.fps) == (64, 96, 14, fps)
+    frames = model(clips[1, 0], sampler="euler", steps=6)
+    assert float(frame_psnr(frames[:1] / 127.5 - 1, clips[1, :1] / 127.5 - 1).mean()) > 18

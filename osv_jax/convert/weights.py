@@ -154,14 +154,10 @@ def _describe(
 def _component_folder(folder: str | pathlib.Path, component: str) -> epath.Path:
     if component not in ARCHITECTURES:
         raise UserError(f"There is no component {component!r}: expected one of {', '.join(ARCHITECTURES)}.")
-    name, folder = folder, locate(folder)
+    folder = locate(folder)
     if (folder / "params").is_dir():
         raise UserError(f"{folder} is one component: give the folder that contains it, {folder.parent}.")
     directory = folder / component
-    if not directory.is_dir() and name == MINIATURE:
-        raise UserError(
-            f"The miniature that comes with osv_jax has no {component} yet: docs/miniature.md says how to train it."
-        )
     if not directory.is_dir():
         source = "DINOV2_FOLDER_OR_PTH" if component == "dinov2" else "SVD_FOLDER"
         command = f"python tools/convert_weights.py {ARCHITECTURES[component].command} {source} {folder}"
