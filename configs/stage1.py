@@ -87,7 +87,7 @@ def make_miniature(config: ConfigDict) -> None:
     config.data.fps = 12.0
     config.data.resolutions = ((0, 64, 96),)
     config.batch_size = 2
-    config.num_steps = 300
+    config.num_steps = 150
     config.optimizer.learning_rate = 1e-4
     config.optimizer.disc_learning_rate = 1e-3
     config.lora.rank = config.lora.alpha = 8
@@ -97,7 +97,7 @@ def make_miniature(config: ConfigDict) -> None:
     config.dtype = "float32"
     config.remat = "none"
     config.log_every = 5
-    config.picture_every = config.checkpoint_every = 100
+    config.picture_every = config.checkpoint_every = 50
 
 
 def make_tiny(config: ConfigDict) -> None:
