@@ -12,7 +12,7 @@ demo: $(VENV)/.demo
 	    --output=runs/demo/latents
 	$(VENV)/bin/python -m osv_jax.train --config=configs/stage2.py:miniature --workdir=runs/demo/stage2
 	test -e runs/demo/compared/comparison.mp4 || $(VENV)/bin/python -m osv_jax.compare --weights=miniature \
-	    --lora=runs/demo/stage2 --videos=miniature --output=runs/demo/compared
+	    --lora=runs/demo/stage2 --videos=miniature --clips=2 --output=runs/demo/compared
 
 # Two processes; a file stays in one, for its fixtures, and the longest files come first.
 test: $(VENV)/.test lint
