@@ -1,8 +1,8 @@
 """Stage 1 of OSV (latent GAN pretraining).
 
-`configs/stage1.py` holds the paper's settings for 8 devices; `configs/stage1.py:miniature` is how the LoRA was made that
-comes with the small SVD, see docs/miniature.md; `configs/stage1.py:tiny` has tiny random networks and the clips of a
-Python package, minutes on two CPU cores.
+`configs/stage1.py` holds the paper's settings for 8 devices; `configs/stage1.py:miniature` is how the LoRA was made
+that comes with the small SVD, see docs/miniature.md; `configs/stage1.py:tiny` has tiny random networks and the clips of
+a Python package, minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
