@@ -41,6 +41,20 @@ def test_index_cuts_consecutive_clips(index):
     assert synthetic_video.numbers(index.read(7)["video"]) == [16, 18, 20, 22]
 
 
+def test_clips_are_spread_over_the_videos_and_may_overlap(folder, tmp_path):
+    """Two frames of a clip are four of the videos': 9 clips in 40 frames and 5 in 25."""
+    every = pixels.spread_clips(folder, 100, **CLIPS, shift=2)
+    starts = [synthetic_video.numbers(clip)[0] for clip in every]
+    assert starts == [*range(0, 33, 4), *range(0, 17, 4)]
+    assert synthetic_video.numbers(every[1]) == [4, 6, 8, 10]
+    few = pixels.spread_clips(folder, 3, **CLIPS, shift=2)
+    np.testing.assert_array_equal(few, every[[0, 6, 13]])
+    # Each frame is brighter than the one before by 10, everywhere.
+    assert len(pixels.spread_clips(folder, 3, **CLIPS, shift=2, min_motion=8.0)) == 3
+    with pytest.raises(UserError, match="Nothing moves in the 14 clips"):
+        pixels.spread_clips(folder, 3, **CLIPS, shift=2, min_motion=12.0)
+
+
 def test_bad_files_are_skipped_with_the_reason(tmp_path):
     synthetic_video.write_constant(tmp_path / "good.mp4", 12, 10)
     synthetic_video.write_constant(tmp_path / "short.mp4", 6, 10)

@@ -50,6 +50,22 @@ def test_grid_of_large_frames_and_long_labels():
     assert (grid[:18, -4:] == 255).all()
 
 
+def test_clips_beside_each_other_keep_their_pixels(clip):
+    """Two clips in two columns, enlarged five times; the second column's are darker."""
+    film = pictures.beside_each_other(
+        {"one": np.stack([clip, clip]), "a label of two lines": np.stack([clip // 2] * 2)}
+    )
+    assert film.shape[0] == 14
+    height, width, top = 5 * 25 + 4, 5 * 33 + 4, 18 + 4
+    assert film.shape[1:] == (top + 2 * height, 2 * width + 4, 3)
+    for column, expected in enumerate((clip, clip // 2)):
+        for row in range(2):
+            left, upper = 4 + column * width, top + row * height
+            shown = film[:, upper : upper + 125 : 5, left : left + 165 : 5]
+            np.testing.assert_array_equal(shown, expected)
+    assert (film[0, :top, :width] < 128).any()  # letters
+
+
 def test_mp4_round_trip(tmp_path, clip):
     pictures.write_video(tmp_path / "clip.mp4", clip, 7)
     info = video.probe(tmp_path / "clip.mp4")
