@@ -64,7 +64,7 @@ def main(arguments: list[str] | None = None) -> None:
     Raises:
         UserError: on anything the user can mend, before anything is compiled.
     """
-    logging.set_verbosity(logging.WARNING)
+    logging.set_verbosity(logging.ERROR)  # Orbax warns of a file that it does not need.
     args = _parser().parse_args(arguments)
     output = pathlib.Path(args.output)
     if args.clips < 1:
