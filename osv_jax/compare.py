@@ -14,7 +14,6 @@ import argparse
 import dataclasses
 import json
 import pathlib
-import sys
 from collections.abc import Mapping
 
 import jax
@@ -27,10 +26,10 @@ from tqdm import tqdm
 from osv_jax.data import demo, pixels
 from osv_jax.distill.autoencoder import frame_psnr
 from osv_jax.errors import UserError
-from osv_jax.image_to_video import DTYPES, ImageToVideo, Options
-from osv_jax.runtime import command_line
+from osv_jax.image_to_video import ImageToVideo, Options
+from osv_jax.runtime import arguments, command_line
 from osv_jax.runtime.pictures import beside_each_other, sample_grid, to_uint8, write_video
-from osv_jax.sample import Parser
+from osv_jax.sample import add_video_options
 
 UNTRAINED = "untrained student, 1 step"
 # Sampler and steps that the student is sampled with.
@@ -58,14 +57,14 @@ class Samples:
     evaluations: int
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(given: list[str] | None = None) -> None:
     """Samples, measures, draws.
 
     Raises:
         UserError: on anything the user can mend, before anything is compiled.
     """
     logging.set_verbosity(logging.ERROR)  # Orbax warns of a file that it does not need.
-    args = _parser().parse_args(arguments)
+    args = _parser().parse_args(given)
     output = pathlib.Path(args.output)
     if args.clips < 1:
         raise UserError(f"--clips={args.clips} must be at least 1.")
@@ -206,38 +205,22 @@ def _unit(frames: UInt8[np.ndarray, "n f h w 3"]) -> Float[np.ndarray, "n f h w 
 
 
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m osv_jax.compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add, own = parser.add_argument, "what it was trained at"
+    parser = arguments.Parser("compare", __doc__)
+    add = parser.add_argument
     add("--weights", required=True, help="the teacher: folder that tools/convert_weights.py wrote, or `miniature`")
     add("--lora", required=True, metavar="PATH", help="the student: workdir, PEFT folder or LoRA .safetensors")
-    add("--ema", action="store_true", help="of a workdir, use the student's average")
     add("--videos", required=True, help="folder of videos; `demo`; or `miniature`, whose film nothing here was shown")
     add("--output", required=True, metavar="FOLDER", help="to write to")
     add("--clips", type=int, default=4, help="how many, evenly spread over the videos (default %(default)s)")
     add("--steps", type=int, help="of the teacher (default 25)")
-    add("--seed", type=int, default=0, help="of all noise (default %(default)s)")
-    add("--fps", type=float, help=f"frames a second (default: {own} here, or 7)")
-    add("--height", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} here, or 576)")
-    add("--width", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} here, or 1024)")
-    add("--num_frames", type=int, help=f"(default: {own}, 14 for SVD and 25 for SVD-XT)")
-    add("--dtype", choices=DTYPES, help="of the networks (default: float32 on a CPU, bfloat16 elsewhere)")
-    add("--context", type=int, default=1, help="devices that share every video, by its height (default %(default)s)")
+    add_video_options(parser)
     return parser
 
 
 def run() -> None:
     """The program: what the user can mend is one sentence on stderr and exit status 2."""
     command_line.keep_compiled_programs()
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    arguments.run(main)
 
 
 if __name__ == "__main__":

@@ -9,21 +9,20 @@ from __future__ import annotations
 
 import argparse
 import os
-import pathlib
-import sys
 from collections.abc import Sequence
-from typing import NoReturn
 
 from osv_jax.errors import UserError
+from osv_jax.runtime import arguments
+from osv_jax.runtime.arguments import COMPILED_PROGRAMS, Parser
 
 
-def main(arguments: Sequence[str] | None = None) -> None:
+def main(given: Sequence[str] | None = None) -> None:
     """Prepares, merges or inspects.
 
     Raises:
         UserError: on anything the user can mend, before anything is decoded where it can be known by then.
     """
-    args = _parser().parse_args(arguments)
+    args = _parser().parse_args(given)
     modes = [name for name in ("source", "merge", "inspect") if getattr(args, name)]
     if len(modes) != 1:
         raise UserError("Give one of --source (to prepare), --merge (to join shards) and --inspect; see --help.")
@@ -36,18 +35,8 @@ def main(arguments: Sequence[str] | None = None) -> None:
     {"source": preparation.prepare, "merge": preparation.merge, "inspect": preparation.inspect}[modes[0]](args)
 
 
-class _Parser(argparse.ArgumentParser):
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = _Parser(
-        prog="python -m osv_jax.prepare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
+    parser = Parser("prepare", __doc__)
     add = parser.add_argument
     add("--source", metavar="DIR", help="folder of videos, or openvid:FOLDER")
     add("--merge", nargs="+", metavar="PART", help="outputs of all shards, to be joined in --output")
@@ -84,15 +73,11 @@ def _parser() -> argparse.ArgumentParser:
 
 def run() -> None:
     """The program: what the user can mend is one sentence on stderr and exit status 2."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    arguments.run(main)
 
 
 if __name__ == "__main__":
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
         # What is compiled once need not be compiled again by the next start.
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(pathlib.Path("~/.cache/osv_jax/jax").expanduser())
+        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED_PROGRAMS)
     run()

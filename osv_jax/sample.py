@@ -12,7 +12,6 @@ import os
 import pathlib
 import sys
 import time
-from typing import NoReturn
 
 import jax
 import numpy as np
@@ -24,7 +23,7 @@ from osv_jax.data.video import cover
 from osv_jax.diffusion.samplers import SAMPLERS
 from osv_jax.errors import UserError
 from osv_jax.image_to_video import DTYPES, ImageToVideo, Options, read_image
-from osv_jax.runtime import command_line
+from osv_jax.runtime import arguments, command_line
 from osv_jax.runtime.pictures import to_uint8, write_video
 
 __all__ = ["ImageToVideo", "Options", "main"]
@@ -34,14 +33,14 @@ _VIDEO_SUFFIXES = (".mp4", ".gif")
 _OTHER_SUFFIXES = (*_IMAGE_SUFFIXES, ".avi", ".mkv", ".mov", ".webm")
 
 
-def main(arguments: list[str] | None = None) -> None:
+def main(given: list[str] | None = None) -> None:
     """Samples a video for every image.
 
     Raises:
         UserError: on anything the user can mend, before anything is compiled.
     """
     logging.set_verbosity(logging.ERROR)  # Orbax warns of a file that it does not need.
-    args = _parser().parse_args(arguments)
+    args = _parser().parse_args(given)
     options = Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})
     images = list_images(args.image)
     for path in images:
@@ -143,46 +142,40 @@ def write_output(path: pathlib.Path, frames: UInt8[np.ndarray, "f h w 3"], fps: 
         Image.fromarray(frame).save(path / f"{number:03d}.png")
 
 
-class Parser(argparse.ArgumentParser):
-    """Of a command line whose mistakes are `UserError`s."""
-
-    def error(self, message: str) -> NoReturn:
-        raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
-
-
 def _parser() -> argparse.ArgumentParser:
-    parser = Parser(
-        prog="python -m osv_jax.sample",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
-        allow_abbrev=False,
-    )
-    add, own = parser.add_argument, "what it was trained at"
+    parser = arguments.Parser("sample", __doc__)
+    add = parser.add_argument
     add("--image", nargs="+", required=True, metavar="FILE", help="image files, or folders of them")
     add("--output", required=True, help="NAME.mp4, NAME.gif, or a folder for PNG pictures; {name}: the image's name")
     add("--weights", required=True, help="folder that tools/convert_weights.py wrote, or `miniature`")
     add("--lora", metavar="PATH", help="workdir of a training run, PEFT folder or LoRA .safetensors, merged before use")
-    add("--ema", action="store_true", help="of a workdir, use the student's average")
     add("--sampler", choices=SAMPLERS, default="tts", help="%(choices)s (default %(default)s)")
     add("--steps", type=int, help="steps of the sampler (default 1; euler: 25)")
-    add("--seed", type=int, default=0, help="of all noise (default %(default)s)")
-    add("--fps", type=float, help=f"frames a second, told to SVD and played (default: {own} here, or 7)")
     add("--motion_bucket_id", type=float, default=127, help="amount of motion, 1 to 255 (default %(default)s)")
     add("--noise_aug_strength", type=float, default=0.02, help="noise on the image (default %(default)s)")
     add("--min_guidance_scale", type=float, default=1.0, help="euler's, at the first frame (default %(default)s)")
     add("--max_guidance_scale", type=float, default=3.0, help="euler's, at the last frame (default %(default)s)")
-    add("--height", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} here, or 576)")
-    add("--width", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} here, or 1024)")
-    add("--num_frames", type=int, help=f"(default: {own}, 14 for SVD and 25 for SVD-XT)")
     add(
         "--decode_chunk_size",
         type=int,
         default=7,
         help="frames decoded at a time; fewer take less memory (%(default)s)",
     )
+    add_video_options(parser)
+    return parser
+
+
+def add_video_options(parser: argparse.ArgumentParser) -> None:
+    """What every program that makes videos with a student can be told."""
+    add, own = parser.add_argument, "what it was trained at"
+    add("--ema", action="store_true", help="of a workdir, use the student's average")
+    add("--seed", type=int, default=0, help="of all noise (default %(default)s)")
+    add("--fps", type=float, help=f"frames a second, told to SVD and played (default: {own} here, or 7)")
+    add("--height", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} here, or 576)")
+    add("--width", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} here, or 1024)")
+    add("--num_frames", type=int, help=f"(default: {own}, 14 for SVD and 25 for SVD-XT)")
     add("--dtype", choices=DTYPES, help="of the networks (default: float32 on a CPU, bfloat16 elsewhere)")
     add("--context", type=int, default=1, help="devices that share every video, by its height (default %(default)s)")
-    return parser
 
 
 def _show(line: str) -> None:
@@ -198,11 +191,7 @@ def _parts(seconds: dict[str, float]) -> str:
 def run() -> None:
     """The program: what the user can mend is one sentence on stderr and exit status 2."""
     command_line.keep_compiled_programs()
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    arguments.run(main)
 
 
 if __name__ == "__main__":

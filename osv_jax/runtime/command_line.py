@@ -11,7 +11,7 @@ import jax
 from absl import app, flags, logging
 
 from osv_jax.errors import UserError
-from osv_jax.runtime import distributed
+from osv_jax.runtime import arguments, distributed
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
@@ -37,7 +37,7 @@ def run(main: Callable[[list[str]], int | None]) -> None:
 def keep_compiled_programs() -> None:
     """What is compiled once need not be compiled again by the next start."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(pathlib.Path("~/.cache/osv_jax/jax").expanduser()))
+        jax.config.update("jax_compilation_cache_dir", str(arguments.COMPILED_PROGRAMS))
 
 
 def parse(argv: list[str]) -> list[str]:
