@@ -29,8 +29,7 @@ from osv_jax.distill.networks import build_networks
 from osv_jax.distill.pixels import encode_batch
 from osv_jax.image_to_video import COMPONENTS, ImageToVideo, Options
 from osv_jax.models.svd_vae import SVDVAE
-from osv_jax.runtime.pictures import sample_grid, to_uint8
-from osv_jax.train_vae import to_float
+from osv_jax.runtime.pictures import sample_grid, to_float, to_uint8
 
 # Frames from clip to clip, what moves, and draws of noise for each.
 _SHIFT, _MIN_MOTION, _DRAWS = 3, 0.3, 8

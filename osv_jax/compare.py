@@ -28,7 +28,7 @@ from osv_jax.distill.autoencoder import frame_psnr
 from osv_jax.errors import UserError
 from osv_jax.image_to_video import ImageToVideo, Options
 from osv_jax.runtime import arguments, command_line
-from osv_jax.runtime.pictures import beside_each_other, sample_grid, to_uint8, write_video
+from osv_jax.runtime.pictures import beside_each_other, sample_grid, to_float, to_uint8, write_video
 from osv_jax.sample import add_video_options
 
 UNTRAINED = "untrained student, 1 step"
@@ -68,8 +68,9 @@ def main(given: list[str] | None = None) -> None:
     output = pathlib.Path(args.output)
     if args.clips < 1:
         raise UserError(f"--clips={args.clips} must be at least 1.")
-    teacher = ImageToVideo.load(args.weights, dtype=args.dtype, context=args.context)
-    student = ImageToVideo.load(args.weights, args.lora, args.ema, args.dtype, context=args.context)
+    teacher, student = ImageToVideo.load_each(
+        args.weights, [None, args.lora], args.ema, args.dtype, context=args.context
+    )
     chosen = {name: getattr(args, name) for name in ("height", "width", "num_frames", "fps")}
     # The student knows what it was trained on.
     video = student.complete(Options(sampler="euler", steps=args.steps, **chosen))
@@ -157,7 +158,7 @@ def measure(made: Mapping[str, Samples], clips: UInt8[np.ndarray, "n f h w 3"]) 
             "mse": float(errors.mean()),
             "mse_std": float(errors.std()),
             "motion": motion(samples.frames),
-            "first_frame_psnr": float(frame_psnr(_unit(samples.frames[:, :1]), _unit(clips[:, :1])).mean()),
+            "first_frame_psnr": float(frame_psnr(to_float(samples.frames[:, :1]), to_float(clips[:, :1])).mean()),
             "evaluations": samples.evaluations,
         }
     return rows | {"real clips": {"motion": motion(clips)}}
@@ -198,10 +199,6 @@ def draw(
     Image.fromarray(sample_grid(rows)).save(output / "comparison.png")
     filmed = {label: made[:_FILMED_CLIPS] for label, made in kinds.items()}
     write_video(output / "comparison.mp4", beside_each_other(filmed), fps)
-
-
-def _unit(frames: UInt8[np.ndarray, "n f h w 3"]) -> Float[np.ndarray, "n f h w 3"]:
-    return frames.astype(np.float32) / 127.5 - 1
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -17,7 +17,7 @@ from osv_jax.diffusion.conditioning import clip_pixels, random_noise_aug_strengt
 from osv_jax.errors import UserError
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.svd_vae import SVDVAE
-from osv_jax.runtime.pictures import to_uint8
+from osv_jax.runtime.pictures import to_float, to_uint8
 
 Encoded = dict[str, np.ndarray]
 
@@ -84,9 +84,6 @@ class Encoder:
         def encode_mode(images: Float[Array, "b h w 3"]) -> Float[Array, "b latent_h latent_w c"]:
             mean, _ = self.vae.apply({"params": params["vae"]}, images, method="encode")
             return mean.astype(jnp.float32)
-
-        def to_float(pixels: Array) -> Array:
-            return pixels.astype(jnp.float32) / 127.5 - 1
 
         first = to_float(video[:, 0])
         clip = clip_pixels(first, self.image_encoder.config.image_size)

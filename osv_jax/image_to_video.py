@@ -13,7 +13,7 @@ import dataclasses
 import os
 import pathlib
 import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any
 
@@ -35,7 +35,7 @@ from osv_jax.errors import UserError
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.svd_unet import SVDUNet, UNetConfig
 from osv_jax.models.svd_vae import SVDVAE
-from osv_jax.runtime.mesh import clip_shardings, make_mesh, replicated
+from osv_jax.runtime.mesh import batch_shardings, make_mesh, replicated
 from osv_jax.runtime.pictures import to_uint8
 from osv_jax.runtime.trained import Trained, is_workdir, load_trained
 
@@ -137,6 +137,7 @@ class ImageToVideo:
         notice: str = "",
         video: Mapping[str, Any] = MappingProxyType({}),
         context: int = 1,
+        programs: dict[Hashable, Callable] | None = None,
     ):
         """Networks and their parameters by component.
 
@@ -144,6 +145,7 @@ class ImageToVideo:
             trained: what has been merged into the UNet's.
             video: of the clips that the UNet was trained on; see `weights.load_video`.
             context: see `load`.
+            programs: what a model of the same networks has compiled, to share it.
         """
         options = {"dtype": dtype, "param_dtype": dtype, "attention": attention}
         self.unet = SVDUNet(configs["unet"], **options)
@@ -156,7 +158,7 @@ class ImageToVideo:
         self.num_levels = trained.config.get("num_levels", 100)
         own = {"height": 576, "width": 1024, "num_frames": self.unet.config.num_frames, "fps": 7}
         self._video = own | dict(video) | trained.video
-        self._programs: dict[Hashable, Callable] = {}
+        self._programs: dict[Hashable, Callable] = {} if programs is None else programs
         self.seconds = dict.fromkeys(("compile", "CLIP", "VAE encode", "UNet", "decode"), 0.0)
         self.on_part: Callable[[str], None] = lambda part: None
 
@@ -183,6 +185,23 @@ class ImageToVideo:
         Raises:
             UserError: missing or incomplete weights, a LoRA that cannot be read or does not fit, too few devices.
         """
+        return cls.load_each(weights_folder, [lora], ema, dtype, attention, context)[0]
+
+    @classmethod
+    def load_each(
+        cls,
+        weights_folder: str | os.PathLike,
+        loras: Sequence[str | os.PathLike | None],
+        ema: bool = False,
+        dtype: str | None = None,
+        attention: str = "auto",
+        context: int = 1,
+    ) -> list[ImageToVideo]:
+        """As `load`, a model for each LoRA (None: the weights as they are); all but the UNets' parameters they share.
+
+        Raises:
+            UserError: as `load`.
+        """
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         if dtype not in DTYPES:
             raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
@@ -191,12 +210,15 @@ class ImageToVideo:
             raise UserError(f"context={context} must lie in 1 .. {available}, the devices of this machine.")
         configs = {name: weights.load_config(weights_folder, name) for name in COMPONENTS}
         # Before the weights, which take longest.
-        trained, notice = _load_trained(lora, ema, configs["unet"]) if lora else (Trained(Student({}, {})), "")
+        students = [_load_trained(lora, ema, configs["unet"]) for lora in loras]
         params = {name: weights.load_params(weights_folder, name, dtype=jnp.dtype(dtype)) for name in COMPONENTS}
-        with jax.default_matmul_precision("highest"):
-            params["unet"] = trained.merge_into(params["unet"])
         video = weights.load_video(weights_folder)
-        return cls(configs, params, trained, jnp.dtype(dtype), attention, notice, video, context)
+        models, programs = [], {}
+        for trained, notice in students:
+            with jax.default_matmul_precision("highest"):
+                own = params | {"unet": trained.merge_into(params["unet"])}
+            models.append(cls(configs, own, trained, jnp.dtype(dtype), attention, notice, video, context, programs))
+        return models
 
     def __call__(
         self, image: ImageLike, seed: int = 0, number: int = 0, **options: Any
@@ -269,18 +291,20 @@ class ImageToVideo:
             image_latents=self._run("VAE encode", "vae", self._encode_mode, pixels + strength * noise.image),
             added_time_ids=added_time_ids(options.fps, options.motion_bucket_id, strength),
         )
-        static = (
-            options.sampler,
-            options.steps,
-            options.guided,
-            options.min_guidance_scale,
-            options.max_guidance_scale,
-        )
+        weight = None
+        if options.guided:
+            weight = jnp.linspace(options.min_guidance_scale, options.max_guidance_scale, options.num_frames)
 
-        def sample(params: Any, cond: Conditioning, noise: Array, key: jax.Array) -> Array:
-            return self._sample(params, cond, noise, key, options)
+        def denoiser(x: Array, sigma: Array) -> Array:
+            return self._run("UNet", "unet", self._denoise, x, sigma, cond, weight)
 
-        return self._run("UNet", "unet", sample, cond, noise.latents, noise.key, static=static)
+        levels = samplers.even_levels
+        if options.sampler == "euler":
+            return samplers.euler(denoiser, noise.latents, samplers.euler_levels(options.steps))
+        if options.sampler == "consistency":
+            return samplers.consistency(denoiser, noise.latents, levels(options.steps, self.num_levels), noise.key)
+        finer = levels(options.steps + 1, self.num_levels)
+        return samplers.time_travel(denoiser, noise.latents, levels(options.steps, self.num_levels), finer)
 
     def decode(
         self, latents: Float[Array, "b f latent_h latent_w c"], chunk_size: int
@@ -304,28 +328,19 @@ class ImageToVideo:
         unscaled = latents / self.vae.config.scaling_factor
         return self.vae.apply({"params": params}, unscaled, method="decode").astype(jnp.float32)
 
-    def _sample(self, params: Any, cond: Conditioning, noise: Array, key: jax.Array, options: Options) -> Array:
+    def _denoise(self, params: Any, x: Array, sigma: Array, cond: Conditioning, guidance: Array | None) -> Array:
         def network(*inputs: Array) -> Array:
             return self.unet.apply({"params": params}, *inputs)
 
-        def denoiser(x: Array, sigma: Array) -> Array:
-            return denoise(network, x, sigma, cond, self.boundary)
+        if guidance is not None:
+            return guided_denoiser(network, cond, guidance, self.boundary)(x, sigma)
+        return denoise(network, x, sigma, cond, self.boundary)
 
-        levels = samplers.even_levels
-        if options.sampler == "tts":
-            finer = levels(options.steps + 1, self.num_levels)
-            return samplers.time_travel(denoiser, noise, levels(options.steps, self.num_levels), finer)
-        if options.sampler == "consistency":
-            return samplers.consistency(denoiser, noise, levels(options.steps, self.num_levels), key)
-        if options.guided:
-            weight = np.linspace(options.min_guidance_scale, options.max_guidance_scale, noise.shape[1])
-            denoiser = guided_denoiser(network, cond, weight.astype(np.float32), self.boundary)
-        return samplers.euler(denoiser, noise, samplers.euler_levels(options.steps))
-
-    def _run(self, part: str, component: str, function: Callable, *inputs: Any, static: Hashable = ()) -> Any:
+    def _run(self, part: str, component: str, function: Callable, *inputs: Any) -> Any:
         """Calls `function(params, *inputs)`, compiled for these shapes, and takes the time."""
-        params, inputs = self.params[component], jax.device_put(inputs, clip_shardings(self.devices, inputs))
-        program = (part, static, tuple(leaf.shape for leaf in jax.tree.leaves(inputs)))
+        params, inputs = self.params[component], jax.device_put(inputs, batch_shardings(self.devices, inputs))
+        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(inputs))
+        program = (part, self.boundary, jax.tree.structure(inputs), shapes)
         if program not in self._programs:
             self.on_part(f"compiling {part}")
             start = time.perf_counter()
@@ -360,9 +375,11 @@ def read_image(image: ImageLike) -> UInt8[np.ndarray, "h w 3"]:
         raise UserError(f"{path} cannot be read as an image: it is damaged or something else.") from error
 
 
-def _load_trained(path: str | os.PathLike, ema: bool, config: UNetConfig) -> tuple[Trained, str]:
-    """What `--lora` names, and what there is to know about it."""
-    shapes = expected_params("unet", config)
+def _load_trained(path: str | os.PathLike | None, ema: bool, config: UNetConfig) -> tuple[Trained, str]:
+    """What `--lora` names, or nothing, and what there is to know about it."""
+    if path is None:
+        return Trained(Student(lora={}, tuned={})), ""
+    shapes, path = expected_params("unet", config), pathlib.Path(weights.locate(path))
     if is_workdir(path):
         trained = load_trained(path, ema)
         trained.check_fits(shapes, path)

@@ -21,7 +21,7 @@ import numpy as np
 import optax
 from absl import flags
 from flax.traverse_util import unflatten_dict
-from jaxtyping import Array, Float, UInt8
+from jaxtyping import Array, UInt8
 from ml_collections import ConfigDict, config_flags
 
 from osv_jax.clips import index_folder
@@ -44,6 +44,7 @@ from osv_jax.errors import UserError
 from osv_jax.models.lpips import LPIPS, SMALLEST_SIDE, load_lpips
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
 from osv_jax.runtime import checkpoint, command_line, mesh, metrics, pictures
+from osv_jax.runtime.pictures import to_float
 
 # Clips that reconstructions and the scaling factor are measured on, and those that are drawn.
 _MEASURED_CLIPS, _DRAWN_CLIPS = 256, 7
@@ -193,11 +194,6 @@ def _check_finite(number: int, row: dict[str, float]) -> None:
             f"Step {number}: {', '.join(f'{name} is {row[name]}' for name in bad)}. Training stopped; earlier"
             " checkpoints are intact. Lower config.learning_rate, in a new workdir."
         )
-
-
-def to_float(video: UInt8[Array, "*batch h w 3"]) -> Float[Array, "*batch h w 3"]:
-    """Pixels to [-1, 1]."""
-    return jnp.asarray(video).astype(jnp.float32) / 127.5 - 1
 
 
 def reconstruct(vae: SVDVAE, params: Params, index: pixels.ClipIndex) -> tuple[float, UInt8[np.ndarray, "h w 3"]]:

@@ -175,6 +175,29 @@ def test_the_default_is_one_step_of_time_travel(model, picture):
     np.testing.assert_array_equal(frames, to_uint8(model.decode(sampled, 7))[0])
 
 
+def test_one_program_serves_any_number_of_steps_and_every_student_alike(weights, workdir, picture):
+    run, _ = workdir
+    teacher, student, again = ImageToVideo.load_each(weights, [None, run, run])
+    size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
+    options = student.complete(Options(sampler="consistency", **size))
+    noise = student.noise(jax.random.key(5), options)
+    first = student.sample(picture, noise, options)
+    compiled = student.seconds["compile"]
+    for chosen in ({"sampler": "consistency", "steps": 3}, {"sampler": "tts", "steps": 2}):
+        student.sample(picture, noise, student.complete(Options(**size, **chosen)))
+    np.testing.assert_array_equal(again.sample(picture, noise, options), first)
+    assert student.seconds["compile"] == compiled > 0 and again.seconds["compile"] == 0
+    # The teacher's outputs are made clean in another way than this student's.
+    assert relative_error(teacher.sample(picture, noise, options), first) > 1e-2
+
+
+def test_what_comes_with_the_package_is_found_by_name():
+    models = ImageToVideo.load_each("miniature", [None, "miniature/stage1"])
+    base, merged = (flatten_dict(model.params["unet"]) for model in models)
+    changed = [path for path in base if not np.array_equal(base[path], merged[path])]
+    assert changed and all(path[-1] == "kernel" for path in changed)
+
+
 def test_devices_share_a_video(model, weights, picture):
     """The same video on two devices, each of which makes a part of its height."""
     many = ImageToVideo.load(weights, context=2)

@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from osv_jax.diffusion.conditioning import Conditioning
@@ -56,7 +57,11 @@ def euler_solve(
 
     def step(x: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
         sigma, lower = pair
-        slope = (x - denoiser(x, sigma)) / per_clip(sigma)
-        return x + per_clip(lower - sigma) * slope, None
+        return euler_step(x, denoiser(x, sigma), per_clip(sigma), per_clip(lower)), None
 
     return jax.lax.scan(step, x, (levels[:-1], levels[1:]))[0]
+
+
+def euler_step(x: Array, x0: Array, sigma: Array | np.floating, lower: Array | np.floating) -> Array:
+    """x at sigma, taken for the clean x0, goes down to the level `lower` along dx/dsigma = (x - x0) / sigma."""
+    return x + (lower - sigma) * ((x - x0) / sigma)

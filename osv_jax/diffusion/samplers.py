@@ -1,4 +1,7 @@
-"""SVD's Euler sampler, consistency sampling and OSV's Time Travel Sampler: functions of a denoiser, no parameters."""
+"""SVD's Euler sampler, consistency sampling and OSV's Time Travel Sampler: functions of a denoiser, no parameters.
+
+They are plain loops: compile the denoiser, and the same program serves every sampler and any number of steps.
+"""
 
 from __future__ import annotations
 
@@ -8,7 +11,7 @@ import numpy as np
 from jaxtyping import Array, Float
 
 from osv_jax.diffusion.edm import SIGMA_MAX, SIGMA_MIN, sigma_grid
-from osv_jax.diffusion.ode import Denoiser, euler_solve
+from osv_jax.diffusion.ode import Denoiser, euler_step
 
 SAMPLERS = ("tts", "consistency", "euler")
 
@@ -64,8 +67,9 @@ def euler(
     """
     # SVD's scheduler starts with the standard deviation of noised unit-variance data.
     x = noise * np.sqrt(levels[0] ** 2 + 1)
-    down_to_0 = jnp.append(jnp.asarray(levels), 0.0)[:, None]
-    return euler_solve(denoiser, x, jnp.broadcast_to(down_to_0, (len(levels) + 1, len(x))))
+    for sigma, lower in zip(levels, [*levels[1:], np.float32(0)], strict=True):
+        x = euler_step(x, denoiser(x, _per_clip(sigma, x)), sigma, lower)
+    return x
 
 
 def consistency(
@@ -81,14 +85,10 @@ def consistency(
         key: of the k - 1 others.
     """
     fresh = jax.random.normal(key, (len(levels) - 1, *noise.shape), noise.dtype)
-
-    def step(sample: Array, level: tuple[Array, Array]) -> tuple[Array, None]:
-        sigma, eps = level
+    sample = jnp.zeros_like(noise)
+    for sigma, eps in zip(levels[::-1], [noise, *fresh], strict=True):
         x = sample + sigma * eps
-        return denoiser(x, _per_clip(sigma, x)), None
-
-    noises = jnp.concatenate([noise[None], fresh])
-    sample, _ = jax.lax.scan(step, jnp.zeros_like(noise), (jnp.asarray(levels)[::-1], noises))
+        sample = denoiser(x, _per_clip(sigma, x))
     return sample
 
 
@@ -116,17 +116,14 @@ def time_travel(
     if len(finer_levels) != len(levels) + 1:
         raise ValueError(f"finer_levels must have {len(levels) + 1} levels, got {len(finer_levels)}.")
     # The halves of a step follow one rule: t^k_k, t^{k+1}_k, t^k_{k-1}, ..., and t^k_0 = 0 to end on a prediction.
-    visited = jnp.asarray(np.stack([levels, finer_levels[:-1]], axis=1)[::-1].reshape(-1))
-
-    def step(x: Array, pair: tuple[Array, Array]) -> tuple[Array, None]:
-        sigma, following = pair
+    visited = np.stack([levels, finer_levels[:-1]], axis=1)[::-1].reshape(-1)
+    x = levels[-1] * noise
+    for sigma, following in zip(visited, [*visited[1:], np.float32(0)], strict=True):
         sample = denoiser(x, _per_clip(sigma, x))
         eps = (noise + (x - sample) / sigma) / 2
-        return sample + following * eps, None
-
-    x, _ = jax.lax.scan(step, levels[-1] * noise, (visited, jnp.append(visited[1:], 0.0)))
+        x = sample + following * eps
     return x
 
 
-def _per_clip(sigma: Float[Array, ""], x: Float[Array, "b *rest"]) -> Float[Array, " b"]:
+def _per_clip(sigma: np.float32, x: Float[Array, "b *rest"]) -> Float[Array, " b"]:
     return jnp.broadcast_to(sigma, x.shape[:1])

@@ -58,15 +58,12 @@ def mesh_sizes(data: int, fsdp: int, context: int, devices: int) -> tuple[int, i
 
 
 def batch_shardings(mesh: Mesh, batch: Any) -> Any:
-    """A batch's first axis is split over `data` and `fsdp`, and the height of clips (b f h w c) over `context`."""
-    clip, other = PartitionSpec(BATCH_AXES, None, "context"), PartitionSpec(BATCH_AXES)
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, clip if np.ndim(leaf) == 5 else other), batch)
+    """A batch's first axis is split over `data` and `fsdp`, and the height of clips (b f h w c) over `context`.
 
-
-def clip_shardings(mesh: Mesh, arrays: Any) -> Any:
-    """Of single clips (1 f h w c) the height is split over `context`; everything else is whole on every device."""
-    clip, other = PartitionSpec(None, None, "context"), PartitionSpec()
-    return jax.tree.map(lambda leaf: NamedSharding(mesh, clip if np.ndim(leaf) == 5 else other), arrays)
+    Scalars, such as a key, are whole on every device.
+    """
+    specs = {0: PartitionSpec(), 5: PartitionSpec(BATCH_AXES, None, "context")}
+    return jax.tree.map(lambda leaf: NamedSharding(mesh, specs.get(np.ndim(leaf), PartitionSpec(BATCH_AXES))), batch)
 
 
 def replicated(mesh: Mesh) -> NamedSharding:

@@ -25,6 +25,11 @@ _GAP = 4
 _BT709 = 1
 
 
+def to_float(frames: UInt8[Array, "*batch h w 3"]) -> Float[Array, "*batch h w 3"]:
+    """Pixels as frames in [-1, 1], of NumPy or of JAX as they come."""
+    return frames.astype(np.float32) / 127.5 - 1
+
+
 def to_uint8(frames: Float[Array, "*batch h w 3"]) -> UInt8[np.ndarray, "*batch h w 3"]:
     """Frames in [-1, 1] (clipped to it) as pixels."""
     return ((np.asarray(frames).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
@@ -54,24 +59,29 @@ def sample_grid(
 def _strip(label: str, frames: np.ndarray, max_frames: int, font: ImageFont.FreeTypeFont) -> Image.Image:
     is_video = frames.ndim == 4
     frames = frames if is_video else frames[None]
-    count, height, width, _ = frames.shape
-    chosen = np.unique(np.linspace(0, count - 1, min(count, max_frames)).round().astype(int))
-    factor = -(-_MIN_FRAME_WIDTH // width)
+    chosen = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), max_frames)).round().astype(int))
+    frames = _enlarged(frames[chosen], _MIN_FRAME_WIDTH)
+    _, height, width, _ = frames.shape
     frame_top = 2 * _LINE if is_video else _LINE
     size = (
-        max(len(chosen) * (width * factor + _GAP) + _GAP, math.ceil(font.getbbox(label)[2]) + 2 * _GAP),
-        frame_top + height * factor + _GAP,
+        max(len(chosen) * (width + _GAP) + _GAP, math.ceil(font.getbbox(label)[2]) + 2 * _GAP),
+        frame_top + height + _GAP,
     )
     strip = Image.new("RGB", size, "white")
     draw = ImageDraw.Draw(strip)
     draw.text((_GAP, 1), label, fill="black", font=font)
-    for column, number in enumerate(chosen):
-        left = _GAP + column * (width * factor + _GAP)
+    for column, (number, frame) in enumerate(zip(chosen, frames, strict=True)):
+        left = _GAP + column * (width + _GAP)
         if is_video:
             draw.text((left, _LINE), str(number), fill="gray", font=font)
-        enlarged = frames[number].repeat(factor, axis=0).repeat(factor, axis=1)
-        strip.paste(Image.fromarray(enlarged), (left, frame_top))
+        strip.paste(Image.fromarray(frame), (left, frame_top))
     return strip
+
+
+def _enlarged(frames: UInt8[np.ndarray, "*batch h w 3"], min_width: int) -> UInt8[np.ndarray, "*batch h2 w2 3"]:
+    """By the smallest whole factor that makes frames so wide, pixel by pixel."""
+    factor = -(-min_width // frames.shape[-2])
+    return frames.repeat(factor, axis=-3).repeat(factor, axis=-2)
 
 
 def beside_each_other(
@@ -82,22 +92,21 @@ def beside_each_other(
     Frames are enlarged as in `sample_grid`, so that there is room for the labels, which may take several lines.
     """
     font = ImageFont.load_default(_FONT_SIZE)
+    columns = {label: _enlarged(clips, _MIN_COLUMN_WIDTH) for label, clips in columns.items()}
     count, num_frames, height, width, _ = next(iter(columns.values())).shape
-    factor = -(-_MIN_COLUMN_WIDTH // width)
-    height, width = factor * height + _GAP, factor * width + _GAP
+    row_height, column_width = height + _GAP, width + _GAP
     lines = {label: textwrap.wrap(label, _LABEL_LETTERS) for label in columns}
     top = _LINE * max(map(len, lines.values())) + _GAP
-    page = Image.new("RGB", (len(columns) * width + _GAP, top + count * height), "white")
+    page = Image.new("RGB", (len(columns) * column_width + _GAP, top + count * row_height), "white")
     draw = ImageDraw.Draw(page)
     for column, label in enumerate(columns):
         text = "\n".join(lines[label])
-        draw.multiline_text((_GAP + column * width, 1), text, fill="black", font=font)
+        draw.multiline_text((_GAP + column * column_width, 1), text, fill="black", font=font)
     film = np.repeat(np.asarray(page)[None], num_frames, axis=0)
     for column, clips in enumerate(columns.values()):
         for row, clip in enumerate(clips):
-            enlarged = clip.repeat(factor, axis=1).repeat(factor, axis=2)
-            left, upper = _GAP + column * width, top + row * height
-            film[:, upper : upper + enlarged.shape[1], left : left + enlarged.shape[2]] = enlarged
+            left, upper = _GAP + column * column_width, top + row * row_height
+            film[:, upper : upper + height, left : left + width] = clip
     return film
 
 
