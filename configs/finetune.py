@@ -1,8 +1,9 @@
 """Fine-tuning of SVD: denoising of real clips as SVD itself was trained (SF-V Eq. 1 to 3).
 
 `configs/finetune.py` trains a LoRA; `configs/finetune.py:tiny` trains every layer of tiny random networks on the clips
-of a Python package; `configs/finetune.py:miniature` is how the UNet of `--weights=miniature` was made, see
-docs/miniature.md. What comes out is a teacher for `configs/stage1.py`: see docs/training.md.
+of a Python package; `configs/finetune.py:miniature` is how the UNet of `--weights=miniature` was made, and
+`configs/finetune.py:miniature_lora` adapts that UNet to other clips, see docs/miniature.md. What comes out is a teacher
+for `configs/stage1.py`: see docs/training.md.
 """
 
 import pathlib
@@ -14,10 +15,14 @@ from ml_collections import ConfigDict
 def get_config(variant: str = "") -> ConfigDict:
     stage1 = runpy.run_path(str(pathlib.Path(__file__).with_name("stage1.py")))
     config = stage1["get_config"]()
-    if variant in ("tiny", "miniature"):
+    if variant == "tiny":
         stage1["make_tiny"](config)
+    elif variant in ("miniature", "miniature_lora"):
+        stage1["make_miniature"](config)
     elif variant:
-        raise ValueError(f"configs/finetune.py has the variants '', 'tiny' and 'miniature', not {variant!r}.")
+        raise ValueError(
+            f"configs/finetune.py has the variants '', 'tiny', 'miniature' and 'miniature_lora', not {variant!r}."
+        )
     _remove_distillation(config)
 
     config.objective = "finetune"
@@ -44,6 +49,8 @@ def get_config(variant: str = "") -> ConfigDict:
         config.ema_decay = 0.95
     elif variant == "miniature":
         _make_miniature(config)
+    elif variant == "miniature_lora":
+        _make_miniature_lora(config)
     else:
         config.num_steps = 10_000
         config.optimizer.learning_rate = 1e-5
@@ -54,7 +61,6 @@ def get_config(variant: str = "") -> ConfigDict:
 
 def _make_miniature(config: ConfigDict) -> None:
     """A UNet from nothing, for the VAE that comes with the package; CLIP there is random."""
-    config.weights = "miniature"
     config.random_networks = ConfigDict(
         {
             "unet": {
@@ -69,19 +75,29 @@ def _make_miniature(config: ConfigDict) -> None:
         }
     )
     config.trainable = ("all",)
-    config.data.dataset = "runs/miniature/latents"
-    config.data.fps = 12.0
-    config.data.resolutions = ((0, 64, 96),)
-    config.batch_size = 2
     config.num_steps = 2000
     config.optimizer.learning_rate = 1e-3
     config.optimizer.max_grad_norm = 1.0
     config.ema_decay = 0.995
-    # CLIP is random: dropping its embedding alone teaches nothing, and guidance needs both to be dropped.
-    config.dropout.embedding = config.dropout.latents = 0.0
+    _drop_both_or_none(config)
     config.log_every = 20
     config.picture_every = 400
     config.checkpoint_every = 100
+
+
+def _make_miniature_lora(config: ConfigDict) -> None:
+    """A LoRA of the UNet that comes with the package, on the clips that `make demo` prepares."""
+    config.data.dataset = "runs/demo/latents"
+    config.num_steps = 200
+    config.optimizer.learning_rate = 1e-3
+    config.ema_decay = 0.99
+    _drop_both_or_none(config)
+    config.picture_every = config.checkpoint_every = 100
+
+
+def _drop_both_or_none(config: ConfigDict) -> None:
+    """CLIP is random there: dropping its embedding alone teaches nothing, and guidance needs both to be dropped."""
+    config.dropout.embedding = config.dropout.latents = 0.0
 
 
 def _remove_distillation(config: ConfigDict) -> None:

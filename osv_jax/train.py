@@ -27,12 +27,13 @@ from ml_collections import ConfigDict, config_flags
 from osv_jax import experiment
 from osv_jax.clips import LatentClips, PixelClips, open_clips
 from osv_jax.convert import lora_files, weights
+from osv_jax.diffusion.conditioning import Conditioning
 from osv_jax.diffusion.edm import SIGMA_MAX, denoise
 from osv_jax.diffusion.ode import guided_denoiser
 from osv_jax.diffusion.samplers import euler, euler_levels
 from osv_jax.distill.finetune import BAND_METRIC
 from osv_jax.distill.networks import Networks, Params
-from osv_jax.distill.state import TrainState
+from osv_jax.distill.state import Student, TrainState
 from osv_jax.errors import UserError
 from osv_jax.experiment import Optimizers, Phase
 from osv_jax.runtime import checkpoint, command_line, distributed, mesh, metrics, pictures
@@ -259,14 +260,23 @@ def make_picture(
     whole = mesh.replicated(devices)
 
     @functools.partial(jax.jit, out_shardings=whole)
-    def sample(state: TrainState, frozen: Params) -> jax.Array:
+    def encode(frozen: Params) -> tuple[Conditioning, jax.Array]:
         batch = experiment.to_batch(config, networks, frozen, example, encode_key)
-        noise = jax.random.normal(noise_key, batch.latents.shape)
-        network = networks.unet_with(state.student.variables(frozen["unet"], scale))
+        return batch.cond, jax.random.normal(noise_key, batch.latents.shape)
+
+    @functools.partial(jax.jit, out_shardings=whole)
+    def denoised(student: Student, frozen: Params, cond: Conditioning, x: jax.Array, sigma: jax.Array) -> jax.Array:
+        network = networks.unet_with(student.variables(frozen["unet"], scale))
         if config.objective == "finetune":
-            guidance = jnp.linspace(1.0, _MAX_GUIDANCE, noise.shape[1])
-            return euler(guided_denoiser(network, batch.cond, guidance), noise, euler_levels(_EULER_STEPS))
-        return denoise(network, SIGMA_MAX * noise, jnp.full(1, SIGMA_MAX), batch.cond, config.boundary)
+            return guided_denoiser(network, cond, jnp.linspace(1.0, _MAX_GUIDANCE, x.shape[1]))(x, sigma)
+        return denoise(network, x, sigma, cond, config.boundary)
+
+    def sample(state: TrainState, frozen: Params) -> jax.Array:
+        cond, noise = encode(frozen)
+        denoiser = functools.partial(denoised, state.student, frozen, cond)
+        if config.objective == "finetune":
+            return euler(denoiser, noise, euler_levels(_EULER_STEPS))
+        return denoiser(SIGMA_MAX * noise, np.full(1, SIGMA_MAX, np.float32))
 
     decode = jax.jit(networks.decode_video, out_shardings=whole)
 

@@ -54,6 +54,14 @@ def test_its_unet_is_the_one_of_its_configuration():
     assert weights.load_video("miniature") == {"height": 64, "width": 96, "num_frames": 14, "fps": 12.0}
 
 
+def test_its_unet_can_be_adapted_to_other_clips():
+    """A LoRA of the stored UNet, not of a random one."""
+    config = experiment.read_config(f"{CONFIGS / 'finetune.py'}:miniature_lora")
+    experiment.check_config(config)
+    assert not experiment.random_components(config)
+    assert config.trainable == ("lora",) and config.data.dataset == "runs/demo/latents"
+
+
 def test_stage_2_begins_with_the_lora_of_stage_1():
     """The configurations of both stages hold together, and what is stored is stage 1's."""
     configs = [experiment.read_config(f"{CONFIGS / name}:miniature") for name in ("stage1.py", "stage2.py")]
