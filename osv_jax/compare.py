@@ -1,9 +1,9 @@
-"""Lays a student beside its teacher.
+"""Lays a student, or several, beside the teacher.
 
     python -m osv_jax.compare --weights=weights/svd --lora=runs/stage2 --videos=my_videos --output=compared
 
 From the first frames of clips and from the same noise it makes the teacher's guided Euler sample, one step of the
-untrained student, and of the student one step, one step with the Time Travel Sampler, and two steps. --output receives
+untrained student, and of each student one step, one step with the Time Travel Sampler, and two steps. --output receives
 comparison.png and comparison.mp4, with the real clips beside them, and measured.json: how far from the teacher's each
 latents are (mean squared error), how much the frames move, and how well the first frame is kept.
 """
@@ -32,12 +32,8 @@ from osv_jax.runtime.pictures import beside_each_other, sample_grid, to_float, t
 from osv_jax.sample import add_video_options
 
 UNTRAINED = "untrained student, 1 step"
-# Sampler and steps that the student is sampled with.
-STUDENT = {
-    "student, 1 step": ("consistency", 1),
-    "student, 1 step + TTS": ("tts", 1),
-    "student, 2 steps": ("consistency", 2),
-}
+# Sampler and steps that students are sampled with.
+WAYS = {"1 step": ("consistency", 1), "1 step + TTS": ("tts", 1), "2 steps": ("consistency", 2)}
 _DRAWN_CLIPS = 2
 _FILMED_CLIPS = 4
 
@@ -68,21 +64,25 @@ def main(given: list[str] | None = None) -> None:
     output = pathlib.Path(args.output)
     if args.clips < 1:
         raise UserError(f"--clips={args.clips} must be at least 1.")
-    teacher, student = ImageToVideo.load_each(
-        args.weights, [None, args.lora], args.ema, args.dtype, context=args.context
+    teacher, *trained = ImageToVideo.load_each(
+        args.weights, [None, *args.lora], args.ema, args.dtype, context=args.context
     )
+    names = ["student"] if len(args.lora) == 1 else args.lora
+    students = dict(zip(names, trained, strict=True))
     chosen = {name: getattr(args, name) for name in ("height", "width", "num_frames", "fps")}
-    # The student knows what it was trained on.
-    video = student.complete(Options(sampler="euler", steps=args.steps, **chosen))
+    # A student knows what it was trained on.
+    video = trained[0].complete(Options(sampler="euler", steps=args.steps, **chosen))
     clips = read_clips(args.videos, args.clips, video)
     output.mkdir(parents=True, exist_ok=True)
-    if student.notice:
-        print(student.notice)
+    for student in trained:
+        if student.notice:
+            print(student.notice)
     print(
-        f"{args.lora} beside {args.weights} on {len(clips)} clips of {args.videos}: {video.num_frames} frames of"
-        f" {video.height} x {video.width}, the teacher's samples in {video.steps} Euler steps"
+        f"{', '.join(args.lora)} beside {args.weights} on {len(clips)} clips of {args.videos}:"
+        f" {video.num_frames} frames of {video.height} x {video.width}, the teacher's samples in {video.steps} Euler"
+        " steps"
     )
-    made = sample_all(teacher, student, clips, video, args.seed)
+    made = sample_all(teacher, students, clips, video, args.seed)
     measured = measure(made, clips)
     print(table(measured))
     description = {"weights": args.weights, "lora": args.lora, "clips": len(clips), "seed": args.seed}
@@ -113,11 +113,16 @@ def read_clips(videos: str, count: int, options: Options) -> UInt8[np.ndarray, "
 
 
 def sample_all(
-    teacher: ImageToVideo, student: ImageToVideo, clips: UInt8[np.ndarray, "n f h w 3"], video: Options, seed: int
+    teacher: ImageToVideo,
+    students: Mapping[str, ImageToVideo],
+    clips: UInt8[np.ndarray, "n f h w 3"],
+    video: Options,
+    seed: int,
 ) -> dict[str, Samples]:
     """Samples of every kind, from the same first frames and the same noise, by what they are called.
 
     Args:
+        students: by what they are called.
         video: complete; how the teacher samples.
     """
 
@@ -126,7 +131,8 @@ def sample_all(
 
     ways = {f"teacher, {video.steps} steps": (teacher, video)}
     ways[UNTRAINED] = (teacher, options(teacher, "consistency", 1))
-    ways |= {name: (student, options(student, *chosen)) for name, chosen in STUDENT.items()}
+    for name, student in students.items():
+        ways |= {f"{name}, {way}": (student, options(student, *chosen)) for way, chosen in WAYS.items()}
     latents = {name: [] for name in ways}
     frames = {name: [] for name in ways}
     # One clip after the other, so that memory does not depend on how many there are.
@@ -171,15 +177,16 @@ def motion(frames: UInt8[np.ndarray, "n f h w 3"]) -> float:
 
 def table(measured: Mapping[str, Mapping[str, float]]) -> str:
     """`measure`'s numbers for reading, with how many times closer to the teacher than the untrained student each is."""
-    lines = [f"{'':26}{'NFE':>5}{'MSE to the teacher':>20}{'closer':>9}{'motion':>8}{'first frame':>14}"]
+    room = max(map(len, measured)) + 1
+    lines = [f"{'':{room}}{'NFE':>5}{'MSE to the teacher':>20}{'closer':>9}{'motion':>8}{'first frame':>14}"]
     for name, row in measured.items():
         if "mse" not in row:
-            lines.append(f"{name:26}{'':34}{row['motion']:8.2f}")
+            lines.append(f"{name:{room}}{'':34}{row['motion']:8.2f}")
             continue
         far = measured[UNTRAINED]["mse"]
         closer = f"{far / row['mse']:.2f} x" if row["mse"] else "-"
         lines.append(
-            f"{name:26}{row['evaluations']:5}{row['mse']:20.4f}{closer:>9}{row['motion']:8.2f}"
+            f"{name:{room}}{row['evaluations']:5}{row['mse']:20.4f}{closer:>9}{row['motion']:8.2f}"
             f"{row['first_frame_psnr']:11.2f} dB"
         )
     return "\n".join(lines)
@@ -205,7 +212,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = arguments.Parser("compare", __doc__)
     add = parser.add_argument
     add("--weights", required=True, help="the teacher: folder that tools/convert_weights.py wrote, or `miniature`")
-    add("--lora", required=True, metavar="PATH", help="the student: workdir, PEFT folder or LoRA .safetensors")
+    add("--lora", required=True, nargs="+", metavar="PATH", help="a student: workdir, PEFT folder or LoRA .safetensors")
     add("--videos", required=True, help="folder of videos; `demo`; or `miniature`, whose film nothing here was shown")
     add("--output", required=True, metavar="FOLDER", help="to write to")
     add("--clips", type=int, default=4, help="how many, evenly spread over the videos (default %(default)s)")

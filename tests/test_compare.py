@@ -23,7 +23,12 @@ CLIPS, FRAMES, HEIGHT, WIDTH = 3, 4, 16, 24
 LATENTS = (1, FRAMES, 2, 3, 4)
 TEACHER, ONE_STEP = "teacher, 5 steps", "student, 1 step"
 # How far from the teacher's latents the fake models' are, by what is compared.
-FACTORS = dict(zip((compare.UNTRAINED, *compare.STUDENT), (3.0, 2.0, 1.5, 1.0), strict=True))
+FACTORS = {
+    compare.UNTRAINED: 3.0,
+    "student, 1 step": 2.0,
+    "student, 1 step + TTS": 1.5,
+    "student, 2 steps": 1.0,
+}
 VIDEO = Options(sampler="euler", steps=5, height=HEIGHT, width=WIDTH, num_frames=FRAMES, fps=8.0)
 
 
@@ -56,7 +61,7 @@ def clips():
 @pytest.fixture
 def models():
     student = {("consistency", 1): 2.0, ("tts", 1): 1.5, ("consistency", 2): 1.0}
-    return FakeModel({("euler", 5): 1.0, ("consistency", 1): 3.0}), FakeModel(student)
+    return FakeModel({("euler", 5): 1.0, ("consistency", 1): 3.0}), {"student": FakeModel(student)}
 
 
 def test_every_kind_starts_from_the_same_noise_and_the_clips_first_frame(models, clips):
@@ -70,6 +75,16 @@ def test_every_kind_starts_from_the_same_noise_and_the_clips_first_frame(models,
     first = [int(clip[0, 0, 0, 0]) for clip in clips]
     assert models[0].seen == [(*way, pixel) for pixel in first for way in (("euler", 5), ("consistency", 1))]
     assert [made[name].evaluations for name in made] == [10, 1, 1, 2, 2]
+
+
+def test_several_students_keep_their_names(models, clips):
+    teacher, students = models
+    two = {"runs/a": students["student"], "runs/b": FakeModel(students["student"].factors)}
+    made = compare.sample_all(teacher, two, clips, VIDEO, seed=1)
+    kinds = [f"{name}, {way}" for name in two for way in ("1 step", "1 step + TTS", "2 steps")]
+    assert list(made) == [TEACHER, compare.UNTRAINED, *kinds]
+    lines = compare.table(compare.measure(made, clips)).splitlines()
+    assert len({len(line) for line in lines if "dB" in line}) == 1
 
 
 def test_what_is_measured(models, clips):

@@ -28,6 +28,7 @@ from osv_jax.convert import exporters, importers, lora_files, weights
 from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.naming import flax_shape_to_torch
 from osv_jax.errors import UserError
+from osv_jax.models.lora import truncate_lora
 from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.runtime.trained import Trained, load_trained
 
@@ -76,6 +77,7 @@ def _parser() -> argparse.ArgumentParser:
         choices=exporters.FORMATS,
         help="peft: an adapter folder; diffusers: pytorch_lora_weights.safetensors; unet: the whole UNet, LoRA merged",
     )
+    export.add_argument("--rank", type=int, help="export the closest LoRA of this smaller rank")
     export.add_argument("--ema", action="store_true", help="export the student's average instead of the student")
     export.add_argument("--weights", help="with --format=unet: the base's weights folder (default: the run's own)")
     export.add_argument("--dtype", default="float32", choices=importers.DTYPES, help="stored dtype (%(default)s)")
@@ -152,14 +154,23 @@ def _export_lora(args: argparse.Namespace) -> None:
     modules = len(lora_files.ranks(trained.student.lora))
     tuned = jax.tree.leaves(trained.student.tuned)
     if args.format == "unet":
+        if args.rank is not None:
+            raise UserError("--rank is of a LoRA; --format=unet writes the whole UNet. Leave one of them out.")
         _export_unet(trained, args)
         print(f"{args.output}: the UNet with {which}, {modules} LoRA modules and {len(tuned)} tuned arrays merged.")
         return
     if not modules:
         raise UserError(f"{args.source} trained no LoRA: export the whole UNet with --format=unet.")
     write = {"peft": exporters.export_peft, "diffusers": exporters.export_diffusers}[args.format]
-    write(trained.student.lora, args.output, args.dtype, args.overwrite)
-    print(f"{args.output}: the LoRA of {which}, {modules} modules, alpha = rank.")
+    adapter, loss = trained.student.lora, ""
+    if args.rank is not None:
+        rank = min(lora_files.ranks(adapter).values())
+        if not 1 <= args.rank <= rank:
+            raise UserError(f"--rank={args.rank} must lie in 1 .. {rank}, the rank of the LoRA in {args.source}.")
+        adapter, error = truncate_lora(adapter, args.rank)
+        loss = f" Of rank {rank}, {args.rank} are left, which changes its products by {100 * error:.2g} %."
+    write(adapter, args.output, args.dtype, args.overwrite)
+    print(f"{args.output}: the LoRA of {which}, {modules} modules, alpha = rank.{loss}")
     if tuned:
         print(
             f"This is only the LoRA part: the run also trained {sum(x.size for x in tuned):,} base parameters in "

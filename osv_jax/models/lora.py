@@ -15,6 +15,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 Params = Mapping[str, Any]
@@ -73,3 +74,36 @@ def merge_lora(params: Params, lora: Params) -> dict[str, Any]:
         update = flat[(*path, "a")].astype(jnp.float32) @ flat[(*path, "b")].astype(jnp.float32)
         merged[(*path, "kernel")] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
     return unflatten_dict(merged)
+
+
+def truncate_lora(lora: Params, rank: int) -> tuple[dict[str, Any], float]:
+    """The LoRA of a smaller rank whose products `a b` are closest to those given, alpha = rank.
+
+    Args:
+        rank: at most the given one. Where a kernel itself has less, `a` and `b` are filled up with zeros.
+
+    Returns:
+        The LoRA, as NumPy arrays, and how far its products are from those given: ||difference|| / ||given|| over all
+        modules.
+
+    Raises:
+        ValueError: a rank that is not in 1 .. the given one.
+    """
+    flat = {path: np.asarray(leaf) for path, leaf in flatten_dict(lora).items()}
+    smaller, lost, whole = {}, 0.0, 0.0
+    for path in sorted({path[:-1] for path in flat}):
+        a, b = flat[(*path, "a")], flat[(*path, "b")]
+        if not 1 <= rank <= len(b):
+            raise ValueError(f"rank must be in 1 .. {len(b)}, got {rank}.")
+        # Of the two small factors, not of the product, which is as large as the kernel.
+        q_a, r_a = np.linalg.qr(a.reshape(-1, len(b)).astype(np.float64))
+        q_b, r_b = np.linalg.qr(b.T.astype(np.float64))
+        left, values, right = np.linalg.svd(r_a @ r_b.T)
+        kept = min(rank, len(values))
+        root = np.sqrt(values[:kept])
+        empty = ((0, 0), (0, rank - kept))
+        new_a, new_b = np.pad((q_a @ left[:, :kept]) * root, empty), np.pad((q_b @ right[:kept].T) * root, empty).T
+        smaller[(*path, "a")] = new_a.reshape(*a.shape[:-1], rank).astype(a.dtype)
+        smaller[(*path, "b")] = new_b.astype(b.dtype)
+        lost, whole = lost + (values[kept:] ** 2).sum(), whole + (values**2).sum()
+    return unflatten_dict(smaller), math.sqrt(lost / whole) if whole else 0.0

@@ -24,7 +24,7 @@ from osv_jax.convert.lora_files import ranks, read_lora
 from osv_jax.convert.weights import load_params
 from osv_jax.distill.state import Student, TrainState
 from osv_jax.errors import UserError
-from osv_jax.models.lora import merge_lora, scale_lora
+from osv_jax.models.lora import merge_lora, scale_lora, truncate_lora
 from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.runtime import checkpoint
 
@@ -166,6 +166,17 @@ def test_import_after_export_is_bit_identical(home, state, capsys):
             assert actual[path].dtype == leaf.dtype
 
 
+def test_a_smaller_rank_is_exported_and_what_it_loses_is_said(home, state, capsys):
+    assert export("runs/stage2", "round/small", "peft", "--rank=1", "--overwrite") == 0
+    smaller, error = truncate_lora(scale_lora(state["student"]["lora"], SCALE), 1)
+    assert 0.01 < error < 1
+    told = capsys.readouterr().out
+    assert f"Of rank 2, 1 are left, which changes its products by {100 * error:.2g} %." in told
+    actual = flatten_dict(read_lora("round/small", SHAPES).lora)
+    for path, leaf in flatten_dict(smaller).items():
+        np.testing.assert_array_equal(actual[path], leaf)
+
+
 def test_tuned_layers_are_in_the_merged_unet_and_their_absence_elsewhere_is_said(base, tuned_run, capsys):
     workdir, student = tuned_run
     assert export(workdir, "exported/tuned", "unet", "--dtype=float32") == 0
@@ -227,6 +238,8 @@ def test_a_float16_overflow_is_refused(tmp_path):
         (["runs/stage2", "svd", "--format=peft"], ["svd exists", "--overwrite"]),
         (["runs/stage2", "svd/model_index.json/x", "--format=peft"], ["cannot be written"]),
         (["weights", "out", "--format=peft"], ["weights has no config.json", "--workdir"]),
+        (["runs/stage2", "out", "--format=peft", "--rank=3"], ["--rank=3 must lie in 1 .. 2"]),
+        (["runs/stage2", "out", "--format=unet", "--rank=1"], ["--rank is of a LoRA", "--format=unet"]),
         (["runs/empty", "out", "--format=peft"], ["runs/empty has no checkpoint"]),
         (["runs/broken", "out", "--format=peft"], ["runs/broken/checkpoints/3 is damaged"]),
         (["runs/garbled", "out", "--format=peft"], ["config.json is damaged"]),

@@ -187,3 +187,27 @@ def test_initial_values_are_pefts(reference):
         assert abs(a.std() / bound - 3**-0.5) < 0.05
     sums = [float(leaf.sum()) for path, leaf in tree.items() if path[-1] == "a"]
     assert len(set(sums)) == len(sums)
+
+
+def test_the_smaller_rank_is_the_closest(rng):
+    """Eckart-Young: what is lost are the smallest singular values of the products."""
+    given = {"conv": {"a": (3, 3, 5, 4), "b": (4, 6)}, "thin": {"a": (2, 4), "b": (4, 7)}}
+    given = jax.tree.map(
+        lambda shape: rng.standard_normal(shape, np.float32), given, is_leaf=lambda x: type(x) is tuple
+    )
+    products = {name: (module["a"].reshape(-1, 4) @ module["b"]).astype(np.float64) for name, module in given.items()}
+    values = {name: np.linalg.svd(product)[1] for name, product in products.items()}
+    for rank in (1, 2, 3, 4):
+        smaller, error = lora.truncate_lora(given, rank)
+        assert smaller["conv"]["a"].shape == (3, 3, 5, rank) and smaller["conv"]["b"].shape == (rank, 6)
+        lost = 0.0
+        for name, module in smaller.items():
+            assert module["a"].dtype == module["b"].dtype == np.float32
+            difference = np.linalg.norm(module["a"].reshape(-1, rank) @ module["b"] - products[name])
+            tail = np.sqrt((values[name][rank:] ** 2).sum())
+            np.testing.assert_allclose(difference, tail, rtol=1e-4, atol=1e-5)
+            lost += tail**2
+        whole = sum((product**2).sum() for product in products.values())
+        np.testing.assert_allclose(error, np.sqrt(lost / whole), rtol=1e-4, atol=1e-6)
+    with pytest.raises(ValueError, match=r"rank must be in 1 \.\. 4, got 5"):
+        lora.truncate_lora(given, 5)
