@@ -242,11 +242,11 @@ def latent_batches(
         UserError: if the batch does not split over the processes, or exceeds `num_epochs` passes.
     """
     records = order.Order(len(dataset), batch_size, seed, num_epochs, process_index, process_count)
+    read_step = _ReadStep(dataset, records)
+    read_step.open()
     # A whole step is one element, so that worker processes, which take elements in turn, keep the order.
     prefetch = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
-    steps = (
-        grain.MapDataset.range(start_step, records.num_steps).map(_ReadStep(dataset, records)).to_iter_dataset(prefetch)
-    )
+    steps = grain.MapDataset.range(start_step, records.num_steps).map(read_step).to_iter_dataset(prefetch)
     if num_workers:
         # Grain asks absl's flags, and programs without such never parse them.
         if not flags.FLAGS.is_parsed():
@@ -261,6 +261,18 @@ class _ReadStep:
 
     dataset: LatentDataset
     order: order.Order
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state)
+        self.open()  # In the worker process, before its threads start.
+
+    def open(self) -> None:
+        """Reads one record in the calling thread.
+
+        TFDS imports its parts when they are first used, under locks of its own: two threads that both read their first
+        record can wait for each other for ever.
+        """
+        _features(self.dataset.schema).deserialize_example_np(_source(self.dataset.files)[0])
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
         source, features, part = _source(self.dataset.files), _features(self.dataset.schema), self.order.part

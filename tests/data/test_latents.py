@@ -3,9 +3,11 @@
 import contextlib
 import itertools
 import json
+import pickle
 import shutil
 import subprocess
 import sys
+import threading
 
 import ml_dtypes
 import numpy as np
@@ -161,6 +163,24 @@ def test_resuming_in_an_epoch_with_other_workers_gives_exactly_the_rest(dataset)
     assert [a + b for a, b in zip(*rest, strict=True)] == [batch["clip_id"].tolist() for batch in whole[step:]]
     with pytest.raises(UserError, match="The records are not those that the checkpoint was trained on"):
         order.restore_step(state, "other", "The records", 2, 5)
+
+
+def test_the_first_record_is_read_before_any_thread_starts(dataset, monkeypatch):
+    """TFDS's imports can lock each other when two threads begin at once."""
+    opened_by, original = [], Schema.features
+
+    def features(schema):
+        opened_by.append(threading.current_thread())
+        return original(schema)
+
+    monkeypatch.setattr(Schema, "features", features)
+    latents._features.cache_clear()
+    assert len(ids(dataset, batch_size=2, seed=5, num_epochs=1)) == NUM_RECORDS // 2
+    assert opened_by == [threading.main_thread()]
+    # What travels to a worker process reads there as it arrives.
+    latents._features.cache_clear()
+    pickle.loads(pickle.dumps(latents._ReadStep(dataset, order.Order(NUM_RECORDS, 2, 5))))
+    assert opened_by == 2 * [threading.main_thread()]
 
 
 def test_what_is_not_whole_is_refused(folder, tmp_path):
