@@ -40,12 +40,15 @@ def get_config(variant: str = "") -> ConfigDict:
         config.init_from = "miniature/stage1"
         config.data.dataset = "runs/demo/latents"
         config.trainable = ("lora",)
-        # Half of the teacher's way at once: with short ones, what it has at the end takes long to reach the beginning.
-        config.solver_steps = 12
+        config.lora.rank = config.lora.alpha = 4
+        # The teacher's whole way at once, on a coarse grid: with a part of it, what the teacher has at the end takes
+        # long to reach the beginning.
+        config.num_levels = 9
+        config.solver_steps = 8
         config.batch_size = 1
-        config.num_steps = 30
+        config.num_steps = 20
         config.optimizer.learning_rate = 4e-3
-        config.picture_every = config.checkpoint_every = 30
+        config.picture_every = config.checkpoint_every = 20
     elif variant:
         raise ValueError(f"configs/stage2.py has the variants '', 'tiny' and 'miniature', not {variant!r}.")
     return config
