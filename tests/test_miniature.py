@@ -1,5 +1,6 @@
 """The weights that come with the package: whole, small, attributed, and they know the film."""
 
+import dataclasses
 import pathlib
 
 import jax
@@ -15,6 +16,7 @@ from osv_jax.distill.autoencoder import frame_psnr
 from osv_jax.image_to_video import ImageToVideo, Options
 from osv_jax.models import lora
 from osv_jax.models.svd_vae import SVDVAE
+from osv_jax.runtime.pictures import to_float, to_uint8
 
 FOLDER = pathlib.Path(weights.locate("miniature"))
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -75,12 +77,28 @@ def test_stage_2_begins_with_the_lora_of_stage_1():
     assert all(np.any(leaf) for leaf in jax.tree.leaves(read.lora)), "a LoRA that nothing has trained"
 
 
-def test_the_teacher_keeps_its_picture():
-    """Few steps from noise, for a frame of the film that was not trained on."""
+@pytest.fixture(scope="module")
+def sampled():
+    """Latents of a clip that was not trained on, by the teacher in a few steps and by both students in one."""
     clips, fps = demo.held_out_clips()
-    model = ImageToVideo.load("miniature")
-    options = model.complete(Options(sampler="euler", steps=6))
+    teacher, student = ImageToVideo.load_each("miniature", [None, "miniature/stage2"])
+    options = teacher.complete(Options(sampler="euler", steps=9))
     assert (options.height, options.width, options.num_frames, options.fps) == (64, 96, 14, fps)
-    frames = model(clips[1, 0], sampler="euler", steps=6)
-    first, condition = (x[None, :1].astype(np.float32) / 127.5 - 1 for x in (frames, clips[1]))
-    assert float(frame_psnr(first, condition).mean()) > 18
+    one_step = dataclasses.replace(options, sampler="consistency", steps=1)
+    noise = teacher.noise(jax.random.key(0), options)
+    ways = {"teacher": (teacher, options), "untrained": (teacher, one_step), "student": (student, one_step)}
+    latents = {name: np.asarray(model.sample(clips[1, 0], noise, chosen)) for name, (model, chosen) in ways.items()}
+    return clips[1], teacher, latents
+
+
+def test_the_teacher_keeps_its_picture(sampled):
+    """Few steps from noise, for a frame of the film that was not trained on."""
+    clip, teacher, latents = sampled
+    first = to_float(to_uint8(teacher.decode(latents["teacher"][:, :2], 2))[:, :1])
+    assert float(frame_psnr(first, to_float(clip[None, :1])).mean()) > 18
+
+
+def test_the_stored_student_comes_to_its_teacher_in_one_step(sampled):
+    _, _, latents = sampled
+    error = {name: ((made - latents["teacher"]) ** 2).mean() for name, made in latents.items()}
+    assert error["student"] < error["untrained"] / 1.5
