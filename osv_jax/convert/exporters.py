@@ -94,6 +94,9 @@ def new_folder(output: str | pathlib.Path, overwrite: bool) -> Iterator[pathlib.
         shutil.rmtree(partial, ignore_errors=True)
         partial.mkdir(parents=True)
         yield partial
+        # Safetensors lets nobody but the owner read what it writes; these files are as open as their folder.
+        for file in filter(pathlib.Path.is_file, partial.rglob("*")):
+            file.chmod(partial.stat().st_mode & 0o666)
         replace_folder(partial, output)
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror}): choose another output.") from error

@@ -225,6 +225,12 @@ def test_peft_targets_are_named_one_by_one(state):
     assert not any(re.search(r"attn2\.to_[qk]$", name) for name in config["target_modules"])
 
 
+def test_whoever_may_read_the_folder_may_read_the_files(state):
+    export("runs/stage2", "exported/open", "peft", "--overwrite")
+    folder = pathlib.Path("exported/open")
+    assert {file.stat().st_mode & 0o777 for file in folder.iterdir()} == {folder.stat().st_mode & 0o666}
+
+
 def test_a_float16_overflow_is_refused(tmp_path):
     params = {"x": {"kernel": np.full((2, 3), 1e5, np.float32)}}
     with pytest.raises(UserError, match=r"x\.weight has values beyond float16"):
