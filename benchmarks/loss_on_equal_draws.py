@@ -49,10 +49,10 @@ def main() -> None:
         like = checkpoint.abstract(first, mesh.parameter_shardings(devices, first))
         last = checkpoint.restore_state(checkpoints, checkpoints.latest_step(), like)
         step = jax.jit(experiment.make_train_step(config, networks, optimizers))
-        for name, state in {"before": first, "after": last}.items():
-            losses = losses_of(step, state, frozen, batches)
-            error = np.std(losses) / len(losses) ** 0.5
-            print(f"{name:<7} {np.mean(losses):.5f} +- {error:.5f} over {len(losses)} batches", flush=True)
+        before, after = (np.array(losses_of(step, state, frozen, batches)) for state in (first, last))
+    for name, values in {"before": before, "after": after, "after - before": after - before}.items():
+        error = values.std() / len(values) ** 0.5
+        print(f"{name:<15} {values.mean():.5f} +- {error:.5f} over {len(values)} batches")
 
 
 def first_state(config: ConfigDict, networks: Networks, optimizers: Optimizers, frozen: Params) -> TrainState:
