@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import os
 import pathlib
 import time
@@ -124,7 +125,7 @@ class ImageToVideo:
     Attributes:
         notice: what there is to know about the LoRA, or nothing.
         seconds: time spent so far by part: `compile`, `CLIP`, `VAE encode`, `UNet`, `decode`.
-        on_part: called with the name of every part that begins.
+        on_part: called with the name of every part that begins; of the UNet, with the number of the evaluation.
     """
 
     def __init__(
@@ -295,8 +296,12 @@ class ImageToVideo:
         if options.guided:
             weight = jnp.linspace(options.min_guidance_scale, options.max_guidance_scale, options.num_frames)
 
+        calls = samplers.num_evaluations(options.sampler, options.steps, guided=False)
+        number = itertools.count(1)
+
         def denoiser(x: Array, sigma: Array) -> Array:
-            return self._run("UNet", "unet", self._denoise, x, sigma, cond, weight)
+            progress = f" {next(number)} of {calls}"
+            return self._run("UNet", "unet", self._denoise, x, sigma, cond, weight, progress=progress)
 
         levels = samplers.even_levels
         if options.sampler == "euler":
@@ -336,7 +341,7 @@ class ImageToVideo:
             return guided_denoiser(network, cond, guidance, self.boundary)(x, sigma)
         return denoise(network, x, sigma, cond, self.boundary)
 
-    def _run(self, part: str, component: str, function: Callable, *inputs: Any) -> Any:
+    def _run(self, part: str, component: str, function: Callable, *inputs: Any, progress: str = "") -> Any:
         """Calls `function(params, *inputs)`, compiled for these shapes, and takes the time."""
         params, inputs = self.params[component], jax.device_put(inputs, batch_shardings(self.devices, inputs))
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(inputs))
@@ -348,7 +353,7 @@ class ImageToVideo:
                 compiled = jax.jit(function, out_shardings=replicated(self.devices)).lower(params, *inputs).compile()
             self._programs[program] = compiled
             self.seconds["compile"] += time.perf_counter() - start
-        self.on_part(part)
+        self.on_part(part + progress)
         start = time.perf_counter()
         result = jax.block_until_ready(self._programs[program](params, *inputs))
         self.seconds[part] += time.perf_counter() - start

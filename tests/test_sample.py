@@ -183,8 +183,11 @@ def test_one_program_serves_any_number_of_steps_and_every_student_alike(weights,
     noise = student.noise(jax.random.key(5), options)
     first = student.sample(picture, noise, options)
     compiled = student.seconds["compile"]
-    for chosen in ({"sampler": "consistency", "steps": 3}, {"sampler": "tts", "steps": 2}):
+    for chosen, calls in (({"sampler": "consistency", "steps": 3}, 3), ({"sampler": "tts", "steps": 2}, 4)):
+        parts = []
+        student.on_part = parts.append
         student.sample(picture, noise, student.complete(Options(**size, **chosen)))
+        assert parts == ["CLIP", "VAE encode", *(f"UNet {number} of {calls}" for number in range(1, calls + 1))]
     np.testing.assert_array_equal(again.sample(picture, noise, options), first)
     assert student.seconds["compile"] == compiled > 0 and again.seconds["compile"] == 0
     # The teacher's outputs are made clean in another way than this student's.
