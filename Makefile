@@ -7,10 +7,8 @@ PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint 
 
 # XLA's other way to multiply matrices on a CPU takes 1.6 times as long for networks of this kind. The others save a
 # sixth of the time that compiling takes, which is a third of the demo's, and cost a few per cent of the steps'.
-DEMO_XLA_FLAGS := --xla_cpu_experimental_ynn_fusion_type= --xla_backend_optimization_level=1 \
+demo: export XLA_FLAGS ?= --xla_cpu_experimental_ynn_fusion_type= --xla_backend_optimization_level=1 \
     --xla_llvm_disable_expensive_passes=true
-
-demo: export XLA_FLAGS ?= $(DEMO_XLA_FLAGS)
 demo: $(VENV)/.demo
 	$(VENV)/bin/python -m osv_jax.prepare --config=configs/stage2.py:miniature --source=demo --stride=0.5 \
 	    --output=runs/demo/latents

@@ -37,7 +37,7 @@ from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.svd_unet import SVDUNet, UNetConfig
 from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.runtime.mesh import batch_shardings, make_mesh, replicated
-from osv_jax.runtime.pictures import to_uint8
+from osv_jax.runtime.pictures import to_float, to_uint8
 from osv_jax.runtime.trained import Trained, is_workdir, load_trained
 
 # A file, an image, or RGB values [h w 3].
@@ -285,7 +285,7 @@ class ImageToVideo:
         Args:
             options: complete; see `complete`.
         """
-        pixels = jnp.asarray(image, jnp.float32)[None] / 127.5 - 1
+        pixels = to_float(image[None])
         strength = jnp.full(1, options.noise_aug_strength)
         cond = Conditioning(
             image_embedding=self._run("CLIP", "image_encoder", self._encode_image, pixels),

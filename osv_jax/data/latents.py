@@ -243,7 +243,6 @@ def latent_batches(
     """
     records = order.Order(len(dataset), batch_size, seed, num_epochs, process_index, process_count)
     read_step = _ReadStep(dataset, records)
-    read_step.open()
     # A whole step is one element, so that worker processes, which take elements in turn, keep the order.
     prefetch = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
     steps = grain.MapDataset.range(start_step, records.num_steps).map(read_step).to_iter_dataset(prefetch)
@@ -252,6 +251,8 @@ def latent_batches(
         if not flags.FLAGS.is_parsed():
             flags.FLAGS.mark_as_parsed()
         steps = steps.mp_prefetch(grain.MultiprocessingOptions(num_workers=num_workers, per_worker_buffer_size=2))
+    else:
+        read_step.open()
     return steps.map(_as_bfloat16)
 
 
