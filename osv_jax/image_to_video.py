@@ -46,6 +46,9 @@ ImageLike = str | os.PathLike | Image.Image | np.ndarray
 COMPONENTS = ("unet", "vae", "image_encoder")
 DTYPES = ("bfloat16", "float32")
 
+# Compiled once in a process: models of the same networks share them.
+_PROGRAMS: dict[Hashable, Callable] = {}
+
 # Steps of a sampler when nothing is said: OSV's one, the teacher's 25.
 DEFAULT_STEPS = {"tts": 1, "consistency": 1, "euler": 25}
 
@@ -120,7 +123,9 @@ class Noise:
 
 
 class ImageToVideo:
-    """SVD, or a student of it, ready to make videos of any number and size; each program is compiled once a size.
+    """SVD, or a student of it, ready to make videos of any number and size.
+
+    Each program is compiled once a size, for all models of the same networks.
 
     Attributes:
         notice: what there is to know about the LoRA, or nothing.
@@ -138,7 +143,6 @@ class ImageToVideo:
         notice: str = "",
         video: Mapping[str, Any] = MappingProxyType({}),
         context: int = 1,
-        programs: dict[Hashable, Callable] | None = None,
     ):
         """Networks and their parameters by component.
 
@@ -146,7 +150,6 @@ class ImageToVideo:
             trained: what has been merged into the UNet's.
             video: of the clips that the UNet was trained on; see `weights.load_video`.
             context: see `load`.
-            programs: what a model of the same networks has compiled, to share it.
         """
         options = {"dtype": dtype, "param_dtype": dtype, "attention": attention}
         self.unet = SVDUNet(configs["unet"], **options)
@@ -159,7 +162,6 @@ class ImageToVideo:
         self.num_levels = trained.config.get("num_levels", 100)
         own = {"height": 576, "width": 1024, "num_frames": self.unet.config.num_frames, "fps": 7}
         self._video = own | dict(video) | trained.video
-        self._programs: dict[Hashable, Callable] = {} if programs is None else programs
         self.seconds = dict.fromkeys(("compile", "CLIP", "VAE encode", "UNet", "decode"), 0.0)
         self.on_part: Callable[[str], None] = lambda part: None
 
@@ -214,11 +216,11 @@ class ImageToVideo:
         students = [_load_trained(lora, ema, configs["unet"]) for lora in loras]
         params = {name: weights.load_params(weights_folder, name, dtype=jnp.dtype(dtype)) for name in COMPONENTS}
         video = weights.load_video(weights_folder)
-        models, programs = [], {}
+        models = []
         for trained, notice in students:
             with jax.default_matmul_precision("highest"):
                 own = params | {"unet": trained.merge_into(params["unet"])}
-            models.append(cls(configs, own, trained, jnp.dtype(dtype), attention, notice, video, context, programs))
+            models.append(cls(configs, own, trained, jnp.dtype(dtype), attention, notice, video, context))
         return models
 
     def __call__(
@@ -345,17 +347,18 @@ class ImageToVideo:
         """Calls `function(params, *inputs)`, compiled for these shapes, and takes the time."""
         params, inputs = self.params[component], jax.device_put(inputs, batch_shardings(self.devices, inputs))
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(inputs))
-        program = (part, self.boundary, jax.tree.structure(inputs), shapes)
-        if program not in self._programs:
+        networks = (self.unet, self.vae, self.image_encoder)
+        program = (part, networks, self.boundary, self.devices, jax.tree.structure(inputs), shapes)
+        if program not in _PROGRAMS:
             self.on_part(f"compiling {part}")
             start = time.perf_counter()
             with jax.set_mesh(self.devices):
                 compiled = jax.jit(function, out_shardings=replicated(self.devices)).lower(params, *inputs).compile()
-            self._programs[program] = compiled
+            _PROGRAMS[program] = compiled
             self.seconds["compile"] += time.perf_counter() - start
         self.on_part(part + progress)
         start = time.perf_counter()
-        result = jax.block_until_ready(self._programs[program](params, *inputs))
+        result = jax.block_until_ready(_PROGRAMS[program](params, *inputs))
         self.seconds[part] += time.perf_counter() - start
         return result
 

@@ -104,7 +104,9 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
         # Without a TPU machine libtpu asks the network who else there is.
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         try:
-            described = topologies.get_topology_desc(topology, platform="tpu")
+            # libtpu takes every host for one with four chips, but single chips are rented, too.
+            single = {"chips_per_host_bounds": (1, 1, 1)} if re.fullmatch(r"1(x1)*", shape) else {}
+            described = topologies.get_topology_desc(topology, platform="tpu", **single)
         except Exception as error:  # libtpu's own; JAX names no type for them
             raise UserError(
                 f"--topology={topology} cannot be compiled for: {str(error).splitlines()[0]}; give a shape that exists,"
@@ -235,7 +237,7 @@ def make_plan(config: ConfigDict, topology: str) -> bool:
     experiment.check_config(config)
     if config.weights and not pathlib.Path(config.weights).is_dir():
         print(f"{config.weights} is not there: planning for Stable Video Diffusion's own sizes.")
-        config.weights, config.random_networks.unet = "", {}
+        config.weights = ""
     if config.data.dataset:
         print("Planning for clips that are encoded in the step, which takes more memory than reading their latents.")
         config.data.dataset = ""

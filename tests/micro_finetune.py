@@ -13,7 +13,8 @@ def get_config() -> ConfigDict:
     micro = micro_stage1.get_config()
     for key in ("random_networks", "lora", "picture_every", "log_every"):
         config[key] = micro[key]
-    config.data.resolutions, config.data.num_frames = micro.data.resolutions, micro.data.num_frames
+    for key in ("videos", "resolutions", "num_frames"):
+        config.data[key] = micro.data[key]
     config.trainable = ("lora", "temporal_transformer")
     config.num_steps, config.checkpoint_every, config.keep_checkpoints = 4, 2, 10
     return config

@@ -6,6 +6,7 @@ import runpy
 
 import tiny
 from ml_collections import ConfigDict
+from small_videos import small_videos
 
 
 def get_config() -> ConfigDict:
@@ -16,6 +17,7 @@ def get_config() -> ConfigDict:
     config.random_networks.dinov2.num_hidden_layers = 1
     config.discriminator_blocks = (0,)
     config.data.resolutions, config.data.num_frames = ((0, 16, 24),), 3
+    config.data.videos = str(small_videos())
     config.lora.rank = config.lora.alpha = 4
     config.checkpoint_every, config.picture_every, config.log_every = 3, 1000, 1
     config.keep_checkpoints = 3

@@ -13,7 +13,7 @@ def get_config() -> ConfigDict:
     micro = micro_stage1.get_config()
     for key in ("random_networks", "discriminator_blocks", "lora", "picture_every", "log_every"):
         config[key] = micro[key]
-    config.data.num_frames = micro.data.num_frames
+    config.data.videos, config.data.num_frames = micro.data.videos, micro.data.num_frames
     config.data.resolutions = ((0, 16, 24), (2, 24, 16))
     config.num_steps, config.checkpoint_every, config.keep_checkpoints = 4, 1, 10
     return config

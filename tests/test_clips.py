@@ -11,11 +11,12 @@ import micro_stage2
 import numpy as np
 import pytest
 from fake_encoder import FakeEncoder
+from small_videos import small_videos
 from toy_unet import toy_training
 from workdirs import assert_same, metrics_of, state_of
 
 from osv_jax import clips, experiment, preparation, prepare, train
-from osv_jax.data import demo, latents
+from osv_jax.data import latents
 from osv_jax.data.latents import Schema
 from osv_jax.distill.latents import batch_of_records
 from osv_jax.errors import UserError
@@ -38,9 +39,9 @@ def prepared(tmp_path_factory):
         schema = Schema(3, height // 2, width // 2, 4, 8, 2)
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(preparation, "_encoder", lambda *_, schema=schema: FakeEncoder(schema))
-            size = [f"--height={height}", f"--width={width}", "--num_augmented=2", "--max_clips=5", "--workers=1"]
+            size = [f"--height={height}", f"--width={width}", "--num_augmented=2", "--stride=0.25", "--workers=1"]
             output = folder / f"{height}x{width}"
-            prepare.main([f"--source={demo.demo_videos()}", f"--output={output}", f"--config={configuration}", *size])
+            prepare.main([f"--source={small_videos()}", f"--output={output}", f"--config={configuration}", *size])
     return folder
 
 

@@ -13,6 +13,7 @@ from toy_unet import toy_networks
 from osv_jax import plan
 from osv_jax.errors import UserError
 from osv_jax.models import layers
+from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.runtime import mesh
 
 
@@ -68,6 +69,23 @@ def test_prepared_latents_need_not_be_there(toy, capsys):
     assert "Planning for clips that are encoded in the step" in capsys.readouterr().out
 
 
+def test_without_the_weights_the_sizes_are_svds(capsys, monkeypatch):
+    class Traced(Exception):
+        pass
+
+    def trace(config, networks, *_):
+        raise Traced(networks.unet.config)
+
+    monkeypatch.setattr(plan, "trace", trace)
+    config = small(weights="nowhere")
+    config.random_networks = {}
+    config.lock()  # As those of the command line are.
+    with pytest.raises(Traced) as traced:
+        plan.make_plan(config, "cpu")
+    assert traced.value.args == (UNetConfig(),)
+    assert "nowhere is not there: planning for Stable Video Diffusion's own sizes" in capsys.readouterr().out
+
+
 def test_what_does_not_fit_comes_with_advice(toy, capsys, monkeypatch):
     monkeypatch.setattr(plan, "devices_of", lambda topology: (plan.Chip("chip", 1e3, None), jax.devices()[:1]))
     assert not plan.make_plan(small(remat="full"), "v5e:1")
@@ -111,6 +129,19 @@ def test_a_gpu_host_is_as_many_cpu_devices(monkeypatch):
 def test_unknown_topologies_are_refused(topology):
     with pytest.raises(UserError, match=f"--topology={topology} is unknown; give a TPU slice"):
         plan.devices_of(topology)
+
+
+def test_one_chip_is_a_host_of_its_own(monkeypatch):
+    """Or libtpu would refuse it: its hosts have four chips."""
+    asked = []
+    described = type("Described", (), {"devices": jax.devices()})()
+    monkeypatch.setattr(
+        plan.topologies, "get_topology_desc", lambda name, **options: asked.append((name, options)) or described
+    )
+    for name in ("v5e:1x1", "v5p:1x1x1", "v5e:2x2"):
+        plan.devices_of(name)
+    single = {"platform": "tpu", "chips_per_host_bounds": (1, 1, 1)}
+    assert asked == [("v5e:1x1", single), ("v5p:1x1x1", single), ("v5e:2x2", {"platform": "tpu"})]
 
 
 def test_a_slice_without_libtpu_is_refused():

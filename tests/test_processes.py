@@ -11,25 +11,17 @@ import time
 
 import numpy as np
 import pytest
+from small_videos import small_videos
 from test_train import environment
 from workdirs import metrics_of
 
-from osv_jax.data import demo
 from osv_jax.runtime import checkpoint, distributed
 
 SCRIPT = pathlib.Path(__file__).with_name("toy_train.py")
 STEPS, BATCH = 12, 8
 
 
-@pytest.fixture(scope="module")
-def videos(tmp_path_factory):
-    """One video, so that an epoch is short."""
-    folder = tmp_path_factory.mktemp("videos")
-    shutil.copy(next(demo.demo_videos().glob("carphone*.mp4")), folder)
-    return folder
-
-
-def start(workdir, videos, devices, processes=1, seconds=0.0):
+def start(workdir, devices, processes=1, seconds=0.0):
     """Starts the processes of a run, each with so many devices."""
     workdir.mkdir(exist_ok=True)
     with socket.socket() as free:
@@ -41,7 +33,7 @@ def start(workdir, videos, devices, processes=1, seconds=0.0):
         if processes > 1:
             variables |= {"JAX_COORDINATOR_ADDRESS": address, "JAX_NUM_PROCESSES": str(processes)}
             variables["JAX_PROCESS_ID"] = str(number)
-        arguments = [str(argument) for argument in (workdir, videos, STEPS, devices, seconds)]
+        arguments = [str(argument) for argument in (workdir, small_videos(), STEPS, devices, seconds)]
         command = [sys.executable, str(SCRIPT), *arguments]
         with (workdir / f"log_{number}").open("w") as log:
             started.append(subprocess.Popen(command, env=variables, stdout=log, stderr=subprocess.STDOUT))
@@ -78,19 +70,19 @@ def read_of(workdir):
 
 
 @pytest.fixture(scope="module")
-def straight(videos, tmp_path_factory):
+def straight(tmp_path_factory):
     """A run of one process with eight devices that nothing stopped."""
     workdir = tmp_path_factory.mktemp("straight") / "run"
-    (process,) = start(workdir, videos, devices=8)
+    (process,) = start(workdir, devices=8)
     assert process.wait(300) == 0, logs(workdir)
     return workdir
 
 
 @pytest.fixture(scope="module")
-def killed(videos, tmp_path_factory):
+def killed(tmp_path_factory):
     """A run of two processes with four devices each, of which one was killed after a checkpoint; and that one."""
     workdir = tmp_path_factory.mktemp("killed") / "run"
-    processes = start(workdir, videos, devices=4, processes=2, seconds=0.3)
+    processes = start(workdir, devices=4, processes=2, seconds=0.3)
     wait_for(lambda: checkpoint.latest_step(workdir), processes, workdir)
     processes[1].send_signal(signal.SIGKILL)
     time.sleep(0.5)
@@ -132,17 +124,17 @@ def copied(killed, tmp_path):
     return copy
 
 
-def test_a_killed_run_of_two_processes_continues_in_one(killed, straight, videos, tmp_path):
+def test_a_killed_run_of_two_processes_continues_in_one(killed, straight, tmp_path):
     workdir = copied(killed, tmp_path)
-    (process,) = start(workdir, videos, devices=8)
+    (process,) = start(workdir, devices=8)
     assert process.wait(300) == 0, logs(workdir)
     assert "Resuming from step" in (workdir / "log_0").read_text()
     assert_same_run(workdir, straight, STEPS)
 
 
-def test_sigterm_to_one_process_ends_both_with_a_checkpoint_of_the_same_step(killed, straight, videos, tmp_path):
+def test_sigterm_to_one_process_ends_both_with_a_checkpoint_of_the_same_step(killed, straight, tmp_path):
     workdir, before = copied(killed, tmp_path), killed[1]
-    processes = start(workdir, videos, devices=2, processes=2, seconds=0.3)
+    processes = start(workdir, devices=2, processes=2, seconds=0.3)
     wait_for(lambda: before + 1 in metrics_of(workdir), processes, workdir)
     processes[1].send_signal(signal.SIGTERM)
     assert [process.wait(100) for process in processes] == [distributed.EXIT_STATUS] * 2, logs(workdir)

@@ -16,7 +16,7 @@ from conftest import relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
-from osv_jax import sample
+from osv_jax import image_to_video, sample
 from osv_jax.data.video import cover
 from osv_jax.diffusion.conditioning import Conditioning
 from osv_jax.diffusion.edm import denoise
@@ -104,7 +104,7 @@ def test_euler_is_the_pipeline_of_diffusers(pipeline, model, picture):
     options |= {"noise_aug_strength": 0.1, "max_guidance_scale": 2.5}
     latents = pipeline(
         Image.fromarray(picture),
-        num_inference_steps=25,
+        num_inference_steps=6,
         latents=noise,
         generator=torch.Generator().manual_seed(6),
         output_type="latent",
@@ -119,7 +119,7 @@ def test_euler_is_the_pipeline_of_diffusers(pipeline, model, picture):
         jnp.asarray(noise.permute(0, 1, 3, 4, 2).numpy()),
         jax.random.key(0),
     )
-    sampled = model.sample(picture, ours, model.complete(Options(sampler="euler", **options)))
+    sampled = model.sample(picture, ours, model.complete(Options(sampler="euler", steps=6, **options)))
     assert relative_error(sampled, latents.permute(0, 1, 3, 4, 2)) <= 1e-4
     # Each part as well as the whole: frames of the reference's latents, and of ours.
     expected = decoded.permute(0, 2, 3, 4, 1)
@@ -175,7 +175,8 @@ def test_the_default_is_one_step_of_time_travel(model, picture):
     np.testing.assert_array_equal(frames, to_uint8(model.decode(sampled, 7))[0])
 
 
-def test_one_program_serves_any_number_of_steps_and_every_student_alike(weights, workdir, picture):
+def test_one_program_serves_any_number_of_steps_and_every_student_alike(weights, workdir, picture, monkeypatch):
+    monkeypatch.setattr(image_to_video, "_PROGRAMS", {})
     run, _ = workdir
     teacher, student, again = ImageToVideo.load_each(weights, [None, run, run])
     size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
@@ -222,7 +223,9 @@ def decoded(path):
         return float(stream.average_rate), np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)])
 
 
-def test_the_program_makes_a_video_of_every_image(weights, images, tmp_path, capsys):
+def test_the_program_makes_a_video_of_every_image(weights, images, tmp_path, capsys, monkeypatch):
+    kept = {key: program for key, program in image_to_video._PROGRAMS.items() if key[0] != "decode"}
+    monkeypatch.setattr(image_to_video, "_PROGRAMS", kept)
     arguments = [f"--weights={weights}", *SIZE, "--fps=8", "--seed=3"]
     sample.main([*arguments, f"--image={images}", f"--output={tmp_path}/clips/{{name}}.mp4"])
     output = capsys.readouterr().out

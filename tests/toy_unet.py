@@ -2,8 +2,10 @@
 
 import contextlib
 import dataclasses
+import json
 
 import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
@@ -46,6 +48,33 @@ class ToyUNet(SVDUNet):
         return Dense(4, name="conv_out", **dtypes)(x + x[:, ::-1]).astype(jnp.float32)
 
 
+# Of a configuration, what the step does not depend on; of `data` it depends on the batch's shape only.
+_NOT_OF_THE_STEP = (
+    "checkpoint_every",
+    "data",
+    "init_from",
+    "keep_checkpoints",
+    "log_every",
+    "num_steps",
+    "picture_every",
+)
+_PROGRAMS = {}
+
+
+def _compile_once(compile_step):
+    """`train.compile_step` that compiles once for all runs of a process with the same step, as stopped and resumed."""
+
+    def remembered(run, state, batch):
+        settings = {name: value for name, value in run.config.to_dict().items() if name not in _NOT_OF_THE_STEP}
+        shapes = str(jax.tree.map(jax.typeof, (state, batch)))
+        key = (json.dumps(settings, sort_keys=True), shapes, run.devices)
+        if key not in _PROGRAMS:
+            _PROGRAMS[key] = compile_step(run, state, batch)
+        return _PROGRAMS[key]
+
+    return remembered
+
+
 @contextlib.contextmanager
 def toy_training():
     """Training on one device, the toy for the UNet and no pictures: those compile slowly and have their own tests.
@@ -56,6 +85,7 @@ def toy_training():
     mesh = tiny.one_device_mesh()
     with toy_networks(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.mesh, "make_mesh", lambda *sizes: mesh)
+        patch.setattr(train, "compile_step", _compile_once(train.compile_step))
         yield mesh
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -44,9 +45,17 @@ class Architecture:
 def expected_params(component: str, config: Config) -> dict[Path, jax.ShapeDtypeStruct]:
     """The parameters that `component` has under `config`, by path; nothing is computed."""
     architecture = ARCHITECTURES[component]
-    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in architecture.inputs(config)]
-    network = architecture.network(config)
-    init = lambda *args: network.init(jax.random.key(0), *args, **architecture.options)  # noqa: E731
+    options = tuple(architecture.options.items())
+    return dict(_expected_params(architecture.network(config), architecture.inputs(config), options))
+
+
+# Tracing the full-size UNet takes seconds, and a program asks for it more than once.
+@functools.cache
+def _expected_params(
+    network: nn.Module, shapes: tuple[tuple[int, ...], ...], options: tuple[tuple[str, Any], ...]
+) -> dict[Path, jax.ShapeDtypeStruct]:
+    inputs = [jax.ShapeDtypeStruct(shape, jnp.float32) for shape in shapes]
+    init = lambda *args: network.init(jax.random.key(0), *args, **dict(options))  # noqa: E731
     return flatten_dict(jax.eval_shape(init, *inputs)["params"])
 
 

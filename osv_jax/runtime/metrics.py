@@ -12,7 +12,6 @@ import matplotlib.figure
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
-from tensorboardX import SummaryWriter
 
 from osv_jax.errors import UserError
 
@@ -31,6 +30,9 @@ class MetricsWriter:
         self._active = process_index == 0
         if not self._active:
             return
+        # It imports torch where there is one, which takes longer than all else.
+        from tensorboardX import SummaryWriter
+
         self._pictures = pathlib.Path(workdir) / "pictures"
         self._pictures.mkdir(parents=True, exist_ok=True)
         path = pathlib.Path(workdir) / "metrics.jsonl"

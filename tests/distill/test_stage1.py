@@ -22,7 +22,6 @@ from osv_jax.distill.adversarial import AdversarialOptions
 from osv_jax.distill.networks import Networks, build_networks, random_params
 from osv_jax.distill.state import Student, init_state, make_optimizer, update_ema
 from osv_jax.models.discriminator import discriminate
-from osv_jax.runtime import mesh
 
 # One level of everything, for speed, and two channels a normalisation group: the variance of one channel's three frames
 # is so small now and then that rounding shows.
@@ -239,28 +238,6 @@ def test_step_depends_on_its_arguments_alone(step, state, frozen, batch, result)
     jax.tree.map(np.testing.assert_array_equal, later[0].replace(step=result[0].step), result[0])
     other = step(state, frozen, batch, jax.random.key(8))
     assert other[1]["loss_huber"] != result[1]["loss_huber"]
-
-
-def test_devices_change_nothing(monkeypatch, networks, state, frozen, batch, result):
-    # So that the tiny parameters are split at all.
-    monkeypatch.setattr(mesh, "_MIN_SHARDED_ELEMENTS", 2**8)
-    devices = mesh.make_mesh(data=2, fsdp=2, context=2)
-    shardings = mesh.parameter_shardings(devices, state)
-    with jax.set_mesh(devices):
-        step = jax.jit(
-            stage1.make_step(networks, SGD, SGD, OPTIONS), out_shardings=(shardings, mesh.replicated(devices))
-        )
-        new, metrics = step(
-            jax.device_put(state, shardings),
-            jax.device_put(frozen, mesh.parameter_shardings(devices, frozen)),
-            jax.device_put(batch, mesh.batch_shardings(devices, batch)),
-            KEY,
-        )
-    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(new))
-    expected, expected_metrics = result
-    for name, value in expected_metrics.items():
-        assert relative_error(metrics[name], value) < 1e-5, name
-    assert_moved_alike(parameters(new), parameters(expected), parameters(state))
 
 
 @pytest.fixture

@@ -1,7 +1,5 @@
 """The step of stage 2 against OSV's Eq. 8 to 10 written out plainly, and who learns from it."""
 
-import dataclasses
-
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -10,58 +8,27 @@ import plain_stage2 as plain
 import pytest
 import tiny
 from conftest import relative_error
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from jax.flatten_util import ravel_pytree
-from toy_unet import ToyUNet
+from students import (
+    GRADIENT,
+    RATES,
+    SGD,
+    TRAINABLE,
+    differences,
+    one_level_networks_and_frozen,
+    perturbed,
+    toy_networks_and_frozen,
+    trained_state,
+)
 
-from osv_jax.convert.architectures import expected_params
 from osv_jax.diffusion.edm import denoise
 from osv_jax.distill import adversarial, stage2
 from osv_jax.distill.adversarial import AdversarialOptions
-from osv_jax.distill.networks import build_networks, random_params
 from osv_jax.distill.stage2 import Stage2Options
 from osv_jax.distill.state import Student, init_state, update_ema
 from osv_jax.models import groups
 from osv_jax.models.discriminator import discriminate_pixels
-
-TRAINABLE = ("lora", "temporal_transformer")
-# Plain descent: Adam's first step is the gradient's sign, and that of a rounding error is anybody's guess.
-RATES = {"student": 0.5, "disc": 0.25}
-# Relative error of gradients in float32: the heads' norms over three frames amplify that of their input 200 times.
-GRADIENT = 1e-3
-SGD = (optax.sgd(RATES["student"]), optax.sgd(RATES["disc"]))
-UNET = tiny.ONE_LEVEL_UNET
-
-
-def one_level_networks_and_frozen():
-    configs = tiny.CONFIGS | {"unet": UNET}
-    shapes = {"unet": unflatten_dict(expected_params("unet", UNET))}
-    frozen = tiny.tiny_frozen() | jax.tree.map(jnp.asarray, random_params(shapes, 0, np.float32))
-    return build_networks(configs, discriminator_blocks=(0,)), frozen
-
-
-def toy_networks_and_frozen(dtype=jnp.float32):
-    networks = build_networks(tiny.CONFIGS, discriminator_blocks=(0,), dtype=dtype, param_dtype=dtype)
-    networks = dataclasses.replace(networks, unet=ToyUNet(tiny.CONFIGS["unet"], dtype, dtype))
-    batch = tiny.tiny_batch()
-    sample = jnp.concatenate([batch.latents, batch.latents], axis=-1)
-    cond = (batch.cond.image_embedding, batch.cond.added_time_ids)
-    shapes = jax.eval_shape(networks.unet.init, jax.random.key(0), sample, jnp.zeros(2), *cond)["params"]
-    unet = jax.tree.map(jnp.asarray, random_params({"unet": shapes}, 0, dtype))
-    return networks, tiny.tiny_frozen(dtype) | unet
-
-
-def perturbed(tree, seed):
-    """Every leaf moved a little; LoRA's b is zero at first, and hides most of what could go wrong."""
-    rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape, np.float32), tree)
-
-
-def trained_state(networks, frozen):
-    """A state in which student and average have both gone their ways."""
-    init = jax.jit(lambda key, unet: init_state(key, networks, unet, *SGD, 4, "all", TRAINABLE))
-    state = init(jax.random.key(0), frozen["unet"])
-    return state.replace(student=perturbed(state.student, 1), ema=perturbed(state.ema, 2))
 
 
 def draw_and_pose(networks, options=AdversarialOptions(), own=Stage2Options()):  # noqa: B008
@@ -75,14 +42,6 @@ def draw_and_pose(networks, options=AdversarialOptions(), own=Stage2Options()): 
 
 def descend(tree, gradient, rate):
     return jax.tree.map(lambda x, g: x - rate * g, tree, gradient)
-
-
-def differences(actual, expected, before=None):
-    """Relative error of all leaves together: of the values, and of their change from `before`."""
-    assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    flat = [np.asarray(ravel_pytree(tree)[0], np.float64) for tree in (actual, expected, before or expected)]
-    change = relative_error(flat[0] - flat[2], flat[1] - flat[2]) if before is not None else 0.0
-    return relative_error(flat[0], flat[1]), change
 
 
 # ---- The real UNet, one step.
