@@ -22,25 +22,28 @@ RATES = {"student": 0.5, "disc": 0.25}
 # Relative error of gradients in float32: the heads' norms over three frames amplify that of their input 200 times.
 GRADIENT = 1e-3
 SGD = (optax.sgd(RATES["student"]), optax.sgd(RATES["disc"]))
-UNET = tiny.ONE_LEVEL_UNET
+# One level of everything, for speed, and two channels for each group of a norm: the variance of one channel's three
+# frames is so small now and then that rounding shows.
+CONFIGS = tiny.CONFIGS | {
+    "unet": tiny.ONE_LEVEL_UNET,
+    "dinov2": dataclasses.replace(tiny.CONFIGS["dinov2"], hidden_size=64, num_hidden_layers=1),
+}
 
 
-def one_level_networks_and_frozen():
-    configs = tiny.CONFIGS | {"unet": UNET}
-    shapes = {"unet": unflatten_dict(expected_params("unet", UNET))}
-    frozen = tiny.tiny_frozen() | jax.tree.map(jnp.asarray, random_params(shapes, 0, np.float32))
-    return build_networks(configs, discriminator_blocks=(0,)), frozen
+def one_level_networks_and_frozen(dtype=jnp.float32):
+    networks = build_networks(CONFIGS, discriminator_blocks=(0,), dtype=dtype, param_dtype=dtype)
+    shapes = {name: unflatten_dict(expected_params(name, config)) for name, config in CONFIGS.items()}
+    return networks, jax.tree.map(jnp.asarray, random_params(shapes, 0, dtype))
 
 
 def toy_networks_and_frozen(dtype=jnp.float32):
-    networks = build_networks(tiny.CONFIGS, discriminator_blocks=(0,), dtype=dtype, param_dtype=dtype)
-    networks = dataclasses.replace(networks, unet=ToyUNet(tiny.CONFIGS["unet"], dtype, dtype))
+    networks, frozen = one_level_networks_and_frozen(dtype)
+    networks = dataclasses.replace(networks, unet=ToyUNet(CONFIGS["unet"], dtype, dtype))
     batch = tiny.tiny_batch()
     sample = jnp.concatenate([batch.latents, batch.latents], axis=-1)
     cond = (batch.cond.image_embedding, batch.cond.added_time_ids)
     shapes = jax.eval_shape(networks.unet.init, jax.random.key(0), sample, jnp.zeros(2), *cond)["params"]
-    unet = jax.tree.map(jnp.asarray, random_params({"unet": shapes}, 0, dtype))
-    return networks, tiny.tiny_frozen(dtype) | unet
+    return networks, frozen | jax.tree.map(jnp.asarray, random_params({"unet": shapes}, 0, dtype))
 
 
 def perturbed(tree, seed):

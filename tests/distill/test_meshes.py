@@ -60,7 +60,7 @@ def test_devices_change_nothing(stage, unet, sizes, monkeypatch):
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(new)} == {8}
     expected, expected_metrics = on_one_device(stage, unet)
     for name, value in expected_metrics.items():
-        assert relative_error(metrics[name], value) < 1e-5, name
+        assert relative_error(metrics[name], value) < (GRADIENT if name.startswith("grad_norm") else 1e-5), name
     for name in ("student", "ema", "disc"):
         value, change = differences(getattr(new, name), getattr(expected, name), getattr(state, name))
         print(f"{name}: relative error {value:.1e}, of the change {change:.1e}")

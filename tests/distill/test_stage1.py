@@ -14,6 +14,7 @@ from conftest import relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.flatten_util import ravel_pytree
 from ml_collections import ConfigDict
+from students import CONFIGS
 
 from osv_jax import experiment
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
@@ -23,12 +24,6 @@ from osv_jax.distill.networks import Networks, build_networks, random_params
 from osv_jax.distill.state import Student, init_state, make_optimizer, update_ema
 from osv_jax.models.discriminator import discriminate
 
-# One level of everything, for speed, and two channels a normalisation group: the variance of one channel's three frames
-# is so small now and then that rounding shows.
-CONFIGS = tiny.CONFIGS | {
-    "unet": tiny.ONE_LEVEL_UNET,
-    "dinov2": dataclasses.replace(tiny.CONFIGS["dinov2"], hidden_size=64, num_hidden_layers=1),
-}
 # Plain descent: Adam's first step is the gradient's sign, rounding errors' too.
 SGD = optax.sgd(0.5)
 OPTIONS = AdversarialOptions(lora_scale=1.5, huber_c=0.03, adversarial_weight=0.3, ema_decay=0.9)
