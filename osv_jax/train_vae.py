@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import math
 import pathlib
 import shutil
@@ -201,13 +202,12 @@ def reconstruct(vae: SVDVAE, params: Params, index: pixels.ClipIndex) -> tuple[f
 
     Of an index with more than 256 clips, 256 spread over it are taken.
     """
-    apply = jax.jit(lambda params, video: vae.apply({"params": params}, video))
     psnr, rows = [], []
     chosen = _spread(len(index.clips), _MEASURED_CLIPS)
     drawn = {chosen[i] for i in _spread(len(chosen), _DRAWN_CLIPS)}
     for i in chosen:
         video = index.read(i)["video"]
-        output = apply(params, to_float(video)[None])
+        output = _apply(vae, params, to_float(video)[None])
         psnr += np.asarray(frame_psnr(output, to_float(video)[None])).ravel().tolist()
         if i in drawn:
             frames = pictures.to_uint8(np.asarray(output[0]))
@@ -217,6 +217,17 @@ def reconstruct(vae: SVDVAE, params: Params, index: pixels.ClipIndex) -> tuple[f
     return float(np.mean(psnr)), picture
 
 
+# Compiled once, not for every picture.
+@functools.partial(jax.jit, static_argnums=0)
+def _apply(vae: SVDVAE, params: Params, video: Array) -> Array:
+    return vae.apply({"params": params}, video)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _encode(vae: SVDVAE, params: Params, images: Array) -> Array:
+    return vae.apply({"params": params}, images, method="encode")[0]
+
+
 def _spread(count: int, wanted: int) -> list[int]:
     """Up to `wanted` of `count` numbers, evenly spaced, first and last among them."""
     return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()
@@ -224,9 +235,8 @@ def _spread(count: int, wanted: int) -> list[int]:
 
 def scaling_factor(vae: SVDVAE, params: Params, index: pixels.ClipIndex) -> float:
     """1 / standard deviation of the latents' modes, over all elements of up to 256 clips spread over the index."""
-    encode = jax.jit(lambda params, images: vae.apply({"params": params}, images, method="encode")[0])
     chosen = _spread(len(index.clips), _MEASURED_CLIPS)
-    values = [np.asarray(encode(params, to_float(index.read(i)["video"])), np.float64) for i in chosen]
+    values = [np.asarray(_encode(vae, params, to_float(index.read(i)["video"])), np.float64) for i in chosen]
     return float(1 / np.std(values))
 
 

@@ -66,7 +66,7 @@ def test_a_stopped_run_continues_bit_for_bit(straight, stage1, stop, tmp_path, c
     for step in range(stop + 1, STEPS + 1):
         shutil.rmtree(workdir / "checkpoints" / str(step))
     capsys.readouterr()
-    train.train(stage2_config(stage1, num_steps=STEPS), workdir)
+    train.train(stage2_config(stage1, num_steps=STEPS, checkpoint_every=STEPS), workdir)
     output = capsys.readouterr().out
     assert f"Resuming from step {stop}." in output and "Starting from" not in output
     assert ("Compiling the step for 16 x 24" in output) == (stop < SWITCH)

@@ -54,7 +54,7 @@ def one_device(monkeypatch):
 
 @pytest.fixture(scope="module")
 def killed_run(tmp_path_factory) -> tuple[pathlib.Path, int]:
-    """A run killed with SIGKILL some time after its first checkpoint, and its last checkpoint."""
+    """A run killed with SIGKILL some time after its second checkpoint, and its last checkpoint."""
     workdir = tmp_path_factory.mktemp("killed") / "run"
     process = subprocess.Popen(
         [*PROGRAM, f"--workdir={workdir}", "--config.num_steps=1000000"],
@@ -63,52 +63,53 @@ def killed_run(tmp_path_factory) -> tuple[pathlib.Path, int]:
         stderr=subprocess.STDOUT,
     )
     deadline = time.monotonic() + 400
-    while not steps_of(workdir) and process.poll() is None and time.monotonic() < deadline:
+    while len(steps_of(workdir)) < 2 and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
     output = process.communicate()[0].decode()
-    assert steps_of(workdir), output
+    assert len(steps_of(workdir)) >= 2, output
     return workdir, steps_of(workdir)[-1]
 
 
 @pytest.fixture(scope="module")
 def resumed_run(killed_run, tmp_path_factory) -> tuple[pathlib.Path, int, str]:
-    killed, step = killed_run
+    """The run as a kill before its last checkpoint would have left it, taken up again to that step and no further."""
+    killed, last = killed_run
     workdir = tmp_path_factory.mktemp("resumed") / "run"
     shutil.copytree(killed, workdir)
-    result = run_program(f"--workdir={workdir}", f"--config.num_steps={step + 3}")
+    shutil.rmtree(workdir / "checkpoints" / str(last))
+    result = run_program(f"--workdir={workdir}", f"--config.num_steps={last}")
     assert result.returncode == 0, result.stderr
-    return workdir, step, result.stdout
+    return workdir, last, result.stdout
 
 
-def test_a_killed_run_continues_bit_for_bit(resumed_run, tmp_path):
-    resumed, step, output = resumed_run
-    assert f"Resuming from step {step}." in output
-    result = run_program(f"--workdir={tmp_path / 'run'}", f"--config.num_steps={step + 3}")
-    assert result.returncode == 0, result.stderr
-    straight = tmp_path / "run"
-
-    expected = state_of(straight, step + 3)
+def test_a_killed_run_continues_bit_for_bit(killed_run, resumed_run):
+    killed, _ = killed_run
+    resumed, last, output = resumed_run
+    assert f"Resuming from step {steps_of(killed)[-2]}." in output
+    # What the first run had got to on its own.
+    expected = state_of(killed, last)
     assert len(jax.tree.leaves(expected)) > 100
-    assert_same(state_of(resumed, step + 3), expected)
+    assert_same(state_of(resumed, last), expected)
     # The losses of every step depend on which clips it saw: equal losses mean an equal order.
-    assert metrics_of(resumed) == metrics_of(straight)
-    assert sorted(metrics_of(resumed)) == list(range(1, step + 4))
+    before, after = metrics_of(killed), metrics_of(resumed)
+    assert sorted(after) == list(range(1, last + 1))
+    assert after == {step: before[step] for step in after}
     positions = [
-        json.loads((workdir / "checkpoints" / str(step + 3) / "data" / "metadata").read_text())
-        for workdir in (resumed, straight)
+        json.loads((workdir / "checkpoints" / str(last) / "data" / "metadata").read_text())
+        for workdir in (resumed, killed)
     ]
-    assert positions[0] == positions[1] and positions[0]["position"] == 2 * (step + 3)
+    assert positions[0] == positions[1] and positions[0]["position"] == 2 * last
 
 
 def test_training_writes_what_it_promises(resumed_run):
-    workdir, step, output = resumed_run
+    workdir, last, output = resumed_run
     assert (workdir / "losses.png").stat().st_size > 1000
-    assert list((workdir / "pictures").glob(f"samples_{step + 3:07d}.png"))
+    assert list((workdir / "pictures").glob(f"samples_{last:07d}.png"))
     assert list((workdir / "tensorboard").iterdir())
     assert all(str(workdir / name) in output for name in ("metrics.jsonl", "checkpoints", "pictures"))
-    assert f"step {step + 3}/{step + 3}" in output and "ETA" in output and "clips/s" in output
-    row = metrics_of(workdir)[step + 3]
+    assert f"step {last}/{last}" in output and "ETA" in output and "clips/s" in output
+    row = metrics_of(workdir)[last]
     for player in ("student", "disc"):
         assert row[f"grad_norm/{player}"] > 0 and row[f"param_norm/{player}"] > 0
     for kind in ("spatial", "temporal"):
@@ -116,10 +117,10 @@ def test_training_writes_what_it_promises(resumed_run):
 
 
 def test_a_finished_run_ends_at_once(resumed_run, one_device, capsys):
-    workdir, step, _ = resumed_run
-    train.train(micro_config(num_steps=step + 3), workdir)
+    workdir, last, _ = resumed_run
+    train.train(micro_config(num_steps=last), workdir)
     output = capsys.readouterr().out
-    assert "Compiling" not in output and f"Done: {step + 3} steps." in output
+    assert "Compiling" not in output and f"Done: {last} steps." in output
 
 
 def test_a_damaged_checkpoint_is_named(killed_run, one_device, tmp_path):

@@ -19,7 +19,7 @@ from osv_jax.distill import autoencoder
 from osv_jax.errors import UserError
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
 
-STEPS = 3
+STEPS = 2
 TWO_LEVELS = {"architecture.block_out_channels": (32, 32)}
 
 
@@ -36,9 +36,18 @@ def vae_config(**changes):
 
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
-    mesh = tiny.one_device_mesh()
+    """One device, and one compilation for all runs with the same step."""
+    mesh, make_step, steps = tiny.one_device_mesh(), train_vae._make_step, {}
+
+    def make_step_once(config, vae, optimizer):
+        apart = ("data", "init_from", "checkpoint_every", "picture_every", "log_every", "keep_checkpoints")
+        settings = {name: value for name, value in config.to_dict().items() if name not in apart}
+        key = f"{settings} {config.data.crop}"
+        return steps.setdefault(key, make_step(config, vae, optimizer))
+
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_vae.mesh, "make_mesh", lambda *sizes: mesh)
+        patch.setattr(train_vae, "_make_step", make_step_once)
         yield
 
 
@@ -61,7 +70,7 @@ def images(videos, tmp_path_factory):
 def clips(videos, images, tmp_path_factory):
     """One on clips, from the first."""
     workdir = tmp_path_factory.mktemp("clips") / "run"
-    own = {"train": "decoder", "init_from": str(images)}
+    own = {"train": "decoder", "init_from": str(images), "checkpoint_every": STEPS}
     data = {"data.videos": str(videos), "data.num_frames": 2, "data.crop": (8, 12)}
     train_vae.train_vae(vae_config(**own, **data), workdir)
     return workdir
@@ -127,8 +136,7 @@ def test_images_leave_the_decoder_blind_to_neighbours(images, clips):
 def test_a_stopped_run_continues_bit_for_bit(videos, images, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(images, workdir)
-    for step in range(2, STEPS + 1):
-        shutil.rmtree(workdir / "checkpoints" / str(step))
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
     train_vae.train_vae(vae_config(**{"data.videos": str(videos)}), workdir)
     assert "Resuming from step 1." in capsys.readouterr().out
     assert same(params_of(workdir), params_of(images))

@@ -91,7 +91,7 @@ def toy_training():
 
 @contextlib.contextmanager
 def toy_networks():
-    """Training with the toy for the UNet, without pictures."""
+    """Training with the toy for the UNet, without pictures, and with curves drawn once."""
 
     def build_networks(*args, **options):
         made = networks.build_networks(*args, **options)
@@ -99,6 +99,8 @@ def toy_networks():
         return dataclasses.replace(made, unet=ToyUNet(unet.config, unet.dtype, unet.param_dtype))
 
     with pytest.MonkeyPatch.context() as patch:
+        curves = train.metrics.loss_curves
+        patch.setattr(train.metrics, "loss_curves", lambda rows, png, names: png.exists() or curves(rows, png, names))
         patch.setattr(train, "make_picture", lambda *_: lambda *_: np.zeros((8, 8, 3), np.uint8))
         patch.setattr(experiment, "build_networks", build_networks)
         patch.setitem(ARCHITECTURES, "unet", dataclasses.replace(ARCHITECTURES["unet"], network=ToyUNet))

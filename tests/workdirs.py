@@ -1,13 +1,16 @@
 """Reading and comparing what training runs left in their workdirs."""
 
-import json
+import functools
 import pathlib
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from osv_jax.runtime.metrics import read_metrics
 
+
+@functools.cache
 def state_of(workdir: pathlib.Path, step: int) -> dict:
     """The state of one checkpoint, whole, as nested dicts."""
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
@@ -16,7 +19,7 @@ def state_of(workdir: pathlib.Path, step: int) -> dict:
 
 def metrics_of(workdir: pathlib.Path) -> dict[int, dict]:
     """The metrics of every step, without those that no run repeats."""
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
+    rows = read_metrics(workdir / "metrics.jsonl")
     timing = ("seconds_per_step", "clips_per_second")
     return {row["step"]: {k: v for k, v in row.items() if k not in timing} for row in rows}
 

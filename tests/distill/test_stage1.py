@@ -23,6 +23,7 @@ from osv_jax.distill.adversarial import AdversarialOptions
 from osv_jax.distill.networks import Networks, build_networks, random_params
 from osv_jax.distill.state import Student, init_state, make_optimizer, update_ema
 from osv_jax.models.discriminator import discriminate
+from osv_jax.runtime import mesh
 
 # Plain descent: Adam's first step is the gradient's sign, rounding errors' too.
 SGD = optax.sgd(0.5)
@@ -235,6 +236,29 @@ def test_step_depends_on_its_arguments_alone(step, state, frozen, batch, result)
     assert other[1]["loss_huber"] != result[1]["loss_huber"]
 
 
+def test_devices_change_nothing(monkeypatch, networks, state, frozen, batch, result):
+    """The real UNet on the mesh that splits everything; `test_meshes` has all meshes and both stages, and a toy."""
+    # So that the tiny parameters are split at all.
+    monkeypatch.setattr(mesh, "_MIN_SHARDED_ELEMENTS", 2**8)
+    devices = mesh.make_mesh(data=2, fsdp=2, context=2)
+    shardings = mesh.parameter_shardings(devices, state)
+    with jax.set_mesh(devices):
+        step = jax.jit(
+            stage1.make_step(networks, SGD, SGD, OPTIONS), out_shardings=(shardings, mesh.replicated(devices))
+        )
+        new, metrics = step(
+            jax.device_put(state, shardings),
+            jax.device_put(frozen, mesh.parameter_shardings(devices, frozen)),
+            jax.device_put(batch, mesh.batch_shardings(devices, batch)),
+            KEY,
+        )
+    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(new))
+    expected, expected_metrics = result
+    for name, value in expected_metrics.items():
+        assert relative_error(metrics[name], value) < 1e-5, name
+    assert_moved_alike(parameters(new), parameters(expected), parameters(state))
+
+
 @pytest.fixture
 def questions(networks, monkeypatch):
     """What stage 1 hands to the common step: its random numbers, and the question it poses to the student."""
@@ -323,9 +347,12 @@ def test_half_precision_step_is_finite_and_multiplies_no_float32(state):
 
 
 def test_real_configuration_traces():
-    """Everything that configs/stage1.py does in a step, at its sizes; nothing is computed."""
+    """Everything that configs/stage1.py does in a step, at its sizes; nothing is computed.
+
+    But for the number of layers, which only takes time.
+    """
     config = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "configs" / "stage1.py"))["get_config"]()
-    config.weights, config.random_networks = "", ConfigDict({"image_encoder": {}})
+    config.weights, config.random_networks = "", ConfigDict({"unet": {"layers_per_block": 1}, "dinov2": {}})
     real, optimizers = experiment.networks_of(config), experiment.optimizers_of(config)
     shapes = {name: unflatten_dict(expected_params(name, getattr(real, name).config)) for name in ARCHITECTURES}
     weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)

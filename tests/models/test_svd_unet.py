@@ -189,10 +189,9 @@ def plain_gradient(objective):
     return jax.jit(jax.grad(of("none")))(params)
 
 
-@pytest.mark.parametrize("remat", ["dots", "full"])
-def test_rematerialisation_changes_no_gradient(objective, plain_gradient, remat):
+def test_rematerialisation_changes_no_gradient(objective, plain_gradient):
     params, of = objective
-    gradient = jax.jit(jax.grad(of(remat)))(params)
+    gradient = jax.jit(jax.grad(of("full")))(params)
     assert relative_error(ravel_pytree(gradient)[0], ravel_pytree(plain_gradient)[0]) < 1e-5
 
 
