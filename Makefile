@@ -18,9 +18,10 @@ demo: $(VENV)/.demo
 	@echo "runs/demo/stage2 was trained just now, from the stored LoRA of stage 1 (miniature/stage1);"
 	@echo "miniature/stage2 is stored, too: a longer run of stage 2, see docs/miniature.md."
 
-# Two processes; a file stays in one, for its fixtures, and the longest files come first.
+# Two processes; a file stays in one, for its fixtures, and the shortest files come last, so that both end together.
 test: $(VENV)/.test lint
-	$(VENV)/bin/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/test_*.py tests/*/
+	$(VENV)/bin/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/distill tests/test_*.py tests/models \
+	    tests/convert tests/diffusion tests/data tests/runtime
 
 # Full-size networks: about 16 GiB of memory and half an hour.
 test-full-size: $(VENV)/.test
