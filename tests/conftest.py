@@ -17,10 +17,19 @@ import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
 
-# Every shape and type in a signature of the package holds, or the test that called it fails. NumPy's arrays may stand
-# for JAX's, as everywhere in JAX, and an int for a float.
+# NumPy's arrays may stand for JAX's, as everywhere in JAX, and an int for a float.
 jaxtyping.Array = jax.Array | np.ndarray
-jaxtyping.install_import_hook("osv_jax", "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))")
+
+
+def check_signatures(*modules: str) -> None:
+    """Every shape and type in a signature of these modules, imported later, holds, or the test that called it fails."""
+    checker = "beartype.beartype(conf=beartype.BeartypeConf(is_pep484_tower=True))"
+    jaxtyping.install_import_hook(list(modules), checker)
+
+
+# Not the networks': tracing them would take half as long again. `test_typing` has a process in which they are checked.
+_PACKAGE = pathlib.Path(__file__).parents[1] / "osv_jax"
+check_signatures(*(f"osv_jax.{path.stem}" for path in _PACKAGE.iterdir() if path.stem not in ("__init__", "models")))
 _struct_dataclass = flax.struct.dataclass
 
 

@@ -1,0 +1,38 @@
+"""A whole step with the signatures of the networks checked, too: run by `test_typing`, for it makes tracing slow."""
+
+import conftest
+
+conftest.check_signatures("osv_jax.models")
+
+import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
+import jaxtyping  # noqa: E402
+import micro_stage1  # noqa: E402
+import pytest  # noqa: E402
+import tiny  # noqa: E402
+
+from osv_jax import experiment, plan  # noqa: E402
+from osv_jax.models.layers import Dense, timestep_embedding  # noqa: E402
+
+
+def main() -> None:
+    with pytest.raises(jaxtyping.TypeCheckError, match="timesteps"):
+        timestep_embedding(jnp.ones((2, 2)), 8)
+    with pytest.raises(jaxtyping.TypeCheckError, match="timesteps"):
+        timestep_embedding(jnp.arange(4), 8)
+    # Inside jit, and in modules.
+    with pytest.raises(jaxtyping.TypeCheckError, match="'x'"):
+        jax.eval_shape(Dense(3).init, jax.random.key(0), jnp.ones((2, 3), jnp.int32))
+
+    config = micro_stage1.get_config()
+    config.lora.targets, config.trainable = "all", ("lora", "temporal_transformer")
+    networks, optimizers = experiment.networks_of(config), experiment.optimizers_of(config)
+    (phase,) = experiment.phases_of(config)
+    plan.trace(config, networks, optimizers, phase, tiny.one_device_mesh())
+    frozen = experiment.frozen_shapes(config, networks)
+    latents = jax.ShapeDtypeStruct((1, 3, 8, 12, 4), jnp.float32)
+    assert jax.eval_shape(networks.decode_video, frozen["vae"], latents).shape == (1, 3, 16, 24, 3)
+
+
+if __name__ == "__main__":
+    main()
