@@ -15,6 +15,7 @@ from toy_unet import ToyUNet
 from osv_jax.convert.architectures import expected_params
 from osv_jax.distill.networks import build_networks, random_params
 from osv_jax.distill.state import init_state
+from osv_jax.runtime import mesh
 
 TRAINABLE = ("lora", "temporal_transformer")
 # Plain descent: Adam's first step is the gradient's sign, and that of a rounding error is anybody's guess.
@@ -57,6 +58,18 @@ def trained_state(networks, frozen):
     init = jax.jit(lambda key, unet: init_state(key, networks, unet, *SGD, 4, "all", TRAINABLE))
     state = init(jax.random.key(0), frozen["unet"])
     return state.replace(student=perturbed(state.student, 1), ema=perturbed(state.ema, 2))
+
+
+def run_on(devices, step, state, frozen, batch, key):
+    """One step as training runs it on these devices."""
+    shardings = mesh.parameter_shardings(devices, state)
+    with jax.set_mesh(devices):
+        return jax.jit(step, out_shardings=(shardings, mesh.replicated(devices)))(
+            jax.device_put(state, shardings),
+            jax.device_put(frozen, mesh.parameter_shardings(devices, frozen)),
+            jax.device_put(batch, mesh.batch_shardings(devices, batch)),
+            key,
+        )
 
 
 def differences(actual, expected, before=None):

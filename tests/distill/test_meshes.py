@@ -9,7 +9,7 @@ import jax
 import pytest
 import tiny
 from conftest import relative_error
-from students import GRADIENT, SGD, differences, toy_networks_and_frozen, trained_state
+from students import GRADIENT, SGD, differences, run_on, toy_networks_and_frozen, trained_state
 
 from osv_jax.distill import stage1, stage2
 from osv_jax.distill.adversarial import AdversarialOptions
@@ -27,19 +27,17 @@ def beginning():
     return networks, frozen, tiny.tiny_batch(8, height=8), trained_state(networks, frozen)
 
 
-@functools.cache
 def step_of(stage):
-    """The step, traced once for all meshes."""
     networks, options = beginning()[0], AdversarialOptions()
     if stage == "stage1":
-        return jax.jit(stage1.make_step(networks, *SGD, options))
-    return jax.jit(stage2.make_step(networks, *SGD, options, Stage2Options()))
+        return stage1.make_step(networks, *SGD, options)
+    return stage2.make_step(networks, *SGD, options, Stage2Options())
 
 
 @functools.cache
 def on_one_device(stage):
     _, frozen, batch, state = beginning()
-    return step_of(stage)(state, frozen, batch, KEY)
+    return jax.jit(step_of(stage))(state, frozen, batch, KEY)
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
@@ -47,17 +45,8 @@ def on_one_device(stage):
 def test_devices_change_nothing(stage, sizes, monkeypatch):
     # So that the tiny parameters are split at all.
     monkeypatch.setattr(mesh, "_MIN_SHARDED_ELEMENTS", 2**8)
-    devices = mesh.make_mesh(*sizes)
     _, frozen, batch, state = beginning()
-    shardings = mesh.parameter_shardings(devices, state)
-    step = step_of(stage)
-    on_devices = jax.jit(lambda *args: step(*args), out_shardings=(shardings, mesh.replicated(devices)))
-    new, metrics = on_devices(
-        jax.device_put(state, shardings),
-        jax.device_put(frozen, mesh.parameter_shardings(devices, frozen)),
-        jax.device_put(batch, mesh.batch_shardings(devices, batch)),
-        jax.device_put(KEY, mesh.replicated(devices)),
-    )
+    new, metrics = run_on(mesh.make_mesh(*sizes), step_of(stage), state, frozen, batch, KEY)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(new)) == (sizes[1] == 1)
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(new)} == {8}
     expected, expected_metrics = on_one_device(stage)

@@ -14,7 +14,7 @@ from conftest import relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.flatten_util import ravel_pytree
 from ml_collections import ConfigDict
-from students import CONFIGS
+from students import CONFIGS, run_on
 
 from osv_jax import experiment
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
@@ -241,17 +241,7 @@ def test_devices_change_nothing(monkeypatch, networks, state, frozen, batch, res
     # So that the tiny parameters are split at all.
     monkeypatch.setattr(mesh, "_MIN_SHARDED_ELEMENTS", 2**8)
     devices = mesh.make_mesh(data=2, fsdp=2, context=2)
-    shardings = mesh.parameter_shardings(devices, state)
-    with jax.set_mesh(devices):
-        step = jax.jit(
-            stage1.make_step(networks, SGD, SGD, OPTIONS), out_shardings=(shardings, mesh.replicated(devices))
-        )
-        new, metrics = step(
-            jax.device_put(state, shardings),
-            jax.device_put(frozen, mesh.parameter_shardings(devices, frozen)),
-            jax.device_put(batch, mesh.batch_shardings(devices, batch)),
-            KEY,
-        )
+    new, metrics = run_on(devices, stage1.make_step(networks, SGD, SGD, OPTIONS), state, frozen, batch, KEY)
     assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(new))
     expected, expected_metrics = result
     for name, value in expected_metrics.items():

@@ -62,6 +62,22 @@ def real_step(real):
     return key, *step(state, frozen, batch, key)
 
 
+def test_an_untrained_student_is_the_teacher(real):
+    networks, frozen, batch, _ = real
+    state = jax.jit(lambda key, unet: init_state(key, networks, unet, *SGD, 4, "all", TRAINABLE))(
+        jax.random.key(0), frozen["unet"]
+    )
+    assert flatten_dict(state.student.tuned) and flatten_dict(state.student.lora)
+    sigma = jnp.array([700.0, 0.3])
+    # Not compiled: the programs would differ, and with them the last bits.
+    answer = lambda variables: denoise(networks.unet_with(variables), batch.latents, sigma, batch.cond)  # noqa: E731
+    teacher = answer({"params": frozen["unet"]})
+    np.testing.assert_array_equal(answer(state.student.variables(frozen["unet"])), teacher)
+    np.testing.assert_array_equal(answer(state.ema.variables(frozen["unet"])), teacher)
+    trained = answer(perturbed(state.student, 1).variables(frozen["unet"]))
+    assert relative_error(trained, teacher) > 1e-3
+
+
 def test_step_is_equations_8_to_10(real, real_step):
     networks, frozen, batch, state = real
     key, new_state, metrics = real_step
@@ -159,22 +175,6 @@ def test_no_gradient_reaches_teacher_target_and_dinov2(real):
 def toy():
     networks, frozen = toy_networks_and_frozen()
     return networks, frozen, tiny.tiny_batch(), trained_state(networks, frozen)
-
-
-def test_an_untrained_student_is_the_teacher(toy):
-    networks, frozen, batch, _ = toy
-    state = jax.jit(lambda key, unet: init_state(key, networks, unet, *SGD, 4, "all", TRAINABLE))(
-        jax.random.key(0), frozen["unet"]
-    )
-    assert flatten_dict(state.student.tuned) and flatten_dict(state.student.lora)
-    sigma = jnp.array([700.0, 0.3])
-    # Not compiled: the programs would differ, and with them the last bits.
-    answer = lambda variables: denoise(networks.unet_with(variables), batch.latents, sigma, batch.cond)  # noqa: E731
-    teacher = answer({"params": frozen["unet"]})
-    np.testing.assert_array_equal(answer(state.student.variables(frozen["unet"])), teacher)
-    np.testing.assert_array_equal(answer(state.ema.variables(frozen["unet"])), teacher)
-    trained = answer(perturbed(state.student, 1).variables(frozen["unet"]))
-    assert relative_error(trained, teacher) > 1e-3
 
 
 def test_through_the_decoder_too_only_the_student_gets_a_gradient(toy):
