@@ -6,6 +6,7 @@ holds `a` and `b` for them, so the same module is the teacher (without the colle
 
 from __future__ import annotations
 
+import functools
 from collections.abc import Sequence
 from typing import Any
 
@@ -157,7 +158,13 @@ class GroupNorm(nn.Module):
         shape = (x.shape[-1],)
         scale = parameter(self, "scale", nn.initializers.ones, shape, self.param_dtype)
         bias = parameter(self, "bias", nn.initializers.zeros, shape, self.param_dtype)
-        return norm.apply({"params": {"scale": scale, "bias": bias}}, x)
+        return _normalize(norm, {"scale": scale, "bias": bias}, x)
+
+
+@functools.partial(jax.jit, static_argnums=0)
+def _normalize(norm: nn.GroupNorm, params: dict[str, Array], x: Array) -> Array:
+    """Traced once for all norms of the same shape, of which a UNet has many."""
+    return norm.apply({"params": params}, x)
 
 
 def layer_norm(name: str, epsilon: float, dtype: Dtype, param_dtype: Dtype) -> nn.LayerNorm:

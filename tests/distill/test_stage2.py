@@ -40,6 +40,7 @@ def draw_and_pose(networks, options=AdversarialOptions(), own=Stage2Options()): 
     return given[-2:]
 
 
+@jax.jit
 def descend(tree, gradient, rate):
     return jax.tree.map(lambda x, g: x - rate * g, tree, gradient)
 
@@ -91,7 +92,7 @@ def test_step_is_equations_8_to_10(real, real_step):
     disc = {"params": descend(state.disc["params"], g_disc, RATES["disc"]), "spectral": spectral}
     (gan, huber), g_student = plain.student_gradient(networks, denoiser, disc, state, frozen, question, batch.cond)
     student = descend(state.student, g_student, RATES["student"])
-    ema = jax.tree.map(lambda old, new: 0.95 * old + 0.05 * new, state.ema, student)
+    ema = jax.jit(lambda old, new: jax.tree.map(lambda x, y: 0.95 * x + 0.05 * y, old, new))(state.ema, student)
 
     expected = {
         "loss_disc": loss_disc,
