@@ -4,8 +4,8 @@ import gc
 import os
 import pathlib
 
-# Most of a test's time is XLA's; slow code that is built fast takes a third of it. The pass that is left out splits every
-# sum in two, which is half of what compiling a step takes, with its norms of hundreds of parameters.
+# Most of a test's time is XLA's; slow code that is built fast takes a third of it. The pass that is left out splits
+# every sum in two, which is half of what compiling a step takes, with its norms of hundreds of parameters.
 _FLAGS = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
     " --xla_cpu_parallel_codegen_split_count=1 --xla_disable_hlo_passes=tree_reduction_rewriter"
