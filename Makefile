@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-full-size lint clean
+.PHONY: demo test test-slow lint clean
 
 # XLA's other way to multiply matrices on a CPU takes 1.6 times as long for networks of this kind. The others are for
 # compiling, which is a third of the demo: less optimisation, and no pass that splits every sum of a parameter in two.
@@ -23,9 +23,9 @@ test: $(VENV)/.test lint
 	$(VENV)/bin/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/distill tests/test_*.py tests/models \
 	    tests/convert tests/diffusion tests/data tests/runtime
 
-# Full-size networks: about 16 GiB of memory and half an hour.
-test-full-size: $(VENV)/.test
-	$(VENV)/bin/pytest -m full_size
+# The full-size UNet, and the real one on every mesh: about 16 GiB of memory and three quarters of an hour.
+test-slow: $(VENV)/.test
+	$(VENV)/bin/pytest -m slow
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check

@@ -11,6 +11,8 @@ _FLAGS = (
     " --xla_cpu_parallel_codegen_split_count=1 --xla_disable_hlo_passes=tree_reduction_rewriter"
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+# Threads of XLA, which has one for each fake device: those that wait for one another would leave none for what ends.
+os.environ["NPROC"] = "16"
 
 import flax.struct  # noqa: E402
 import jax  # noqa: E402
@@ -52,11 +54,11 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
 def pytest_collection_modifyitems(config, items):
-    if os.environ.get("OSV_JAX_FULL_SIZE") == "1" or "full_size" in config.option.markexpr:
+    if "slow" in config.option.markexpr:
         return
-    skip = pytest.mark.skip(reason="needs about 16 GiB of memory; run `make test-full-size` or set OSV_JAX_FULL_SIZE=1")
+    skip = pytest.mark.skip(reason="takes many minutes or 16 GiB of memory; run `make test-slow`")
     for item in items:
-        if item.get_closest_marker("full_size"):
+        if item.get_closest_marker("slow"):
             item.add_marker(skip)
 
 

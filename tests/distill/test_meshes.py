@@ -1,6 +1,7 @@
 """How devices share the work changes nothing: a step of both stages on every kind of mesh, and on one device.
 
-With a toy for the UNet, for compiling the real one for eight devices takes long: `test_stage1` has that on one mesh.
+With a toy for the UNet, for compiling the real one for eight devices takes long: that is done for the mesh that splits
+everything, and for all of them by `make test-slow`.
 """
 
 import functools
@@ -9,7 +10,15 @@ import jax
 import pytest
 import tiny
 from conftest import relative_error
-from students import GRADIENT, SGD, differences, run_on, toy_networks_and_frozen, trained_state
+from students import (
+    GRADIENT,
+    SGD,
+    differences,
+    one_level_networks_and_frozen,
+    run_on,
+    toy_networks_and_frozen,
+    trained_state,
+)
 
 from osv_jax.distill import stage1, stage2
 from osv_jax.distill.adversarial import AdversarialOptions
@@ -17,39 +26,48 @@ from osv_jax.distill.stage2 import Stage2Options
 from osv_jax.runtime import mesh
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4))
+ALL_SPLIT = (2, 2, 2)
 KEY = jax.random.key(3)
 
 
 @functools.cache
-def beginning():
+def beginning(unet):
     """Networks, frozen parameters, a batch and a state."""
-    networks, frozen = toy_networks_and_frozen()
+    networks, frozen = {"toy": toy_networks_and_frozen, "real": one_level_networks_and_frozen}[unet]()
     return networks, frozen, tiny.tiny_batch(8, height=8), trained_state(networks, frozen)
 
 
-def step_of(stage):
-    networks, options = beginning()[0], AdversarialOptions()
+def step_of(stage, unet):
+    networks, options = beginning(unet)[0], AdversarialOptions()
     if stage == "stage1":
         return stage1.make_step(networks, *SGD, options)
     return stage2.make_step(networks, *SGD, options, Stage2Options())
 
 
 @functools.cache
-def on_one_device(stage):
-    _, frozen, batch, state = beginning()
-    return jax.jit(step_of(stage))(state, frozen, batch, KEY)
+def on_one_device(stage, unet):
+    _, frozen, batch, state = beginning(unet)
+    return jax.jit(step_of(stage, unet))(state, frozen, batch, KEY)
+
+
+def case(unet, sizes, *marks):
+    return pytest.param(unet, sizes, marks=marks, id=f"{unet}-{sizes}")
+
+
+CASES = [case("real", ALL_SPLIT)] + [case("toy", sizes) for sizes in MESHES if sizes != ALL_SPLIT]
+CASES += [case("real", sizes, pytest.mark.slow) for sizes in MESHES if sizes != ALL_SPLIT]
 
 
 @pytest.mark.parametrize("stage", ["stage1", "stage2"])
-@pytest.mark.parametrize("sizes", MESHES, ids=str)
-def test_devices_change_nothing(stage, sizes, monkeypatch):
+@pytest.mark.parametrize(("unet", "sizes"), CASES)
+def test_devices_change_nothing(stage, unet, sizes, monkeypatch):
     # So that the tiny parameters are split at all.
     monkeypatch.setattr(mesh, "_MIN_SHARDED_ELEMENTS", 2**8)
-    _, frozen, batch, state = beginning()
-    new, metrics = run_on(mesh.make_mesh(*sizes), step_of(stage), state, frozen, batch, KEY)
+    _, frozen, batch, state = beginning(unet)
+    new, metrics = run_on(mesh.make_mesh(*sizes), step_of(stage, unet), state, frozen, batch, KEY)
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(new)) == (sizes[1] == 1)
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(new)} == {8}
-    expected, expected_metrics = on_one_device(stage)
+    expected, expected_metrics = on_one_device(stage, unet)
     for name, value in expected_metrics.items():
         assert relative_error(metrics[name], value) < (GRADIENT if name.startswith("grad_norm") else 1e-5), name
     for name in ("student", "ema", "disc"):

@@ -14,7 +14,7 @@ from conftest import relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jax.flatten_util import ravel_pytree
 from ml_collections import ConfigDict
-from students import CONFIGS, run_on
+from students import CONFIGS
 
 from osv_jax import experiment
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
@@ -23,7 +23,6 @@ from osv_jax.distill.adversarial import AdversarialOptions
 from osv_jax.distill.networks import Networks, build_networks, random_params
 from osv_jax.distill.state import Student, init_state, make_optimizer, update_ema
 from osv_jax.models.discriminator import discriminate
-from osv_jax.runtime import mesh
 
 # Plain descent: Adam's first step is the gradient's sign, rounding errors' too.
 SGD = optax.sgd(0.5)
@@ -234,19 +233,6 @@ def test_step_depends_on_its_arguments_alone(step, state, frozen, batch, result)
     jax.tree.map(np.testing.assert_array_equal, later[0].replace(step=result[0].step), result[0])
     other = step(state, frozen, batch, jax.random.key(8))
     assert other[1]["loss_huber"] != result[1]["loss_huber"]
-
-
-def test_devices_change_nothing(monkeypatch, networks, state, frozen, batch, result):
-    """The real UNet on the mesh that splits everything; `test_meshes` has all meshes and both stages, and a toy."""
-    # So that the tiny parameters are split at all.
-    monkeypatch.setattr(mesh, "_MIN_SHARDED_ELEMENTS", 2**8)
-    devices = mesh.make_mesh(data=2, fsdp=2, context=2)
-    new, metrics = run_on(devices, stage1.make_step(networks, SGD, SGD, OPTIONS), state, frozen, batch, KEY)
-    assert not all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(new))
-    expected, expected_metrics = result
-    for name, value in expected_metrics.items():
-        assert relative_error(metrics[name], value) < 1e-5, name
-    assert_moved_alike(parameters(new), parameters(expected), parameters(state))
 
 
 @pytest.fixture

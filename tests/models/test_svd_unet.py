@@ -257,7 +257,7 @@ def test_size_of_lora(full_size_shapes, targets, modules, parameters):
     assert count(tree) == parameters
 
 
-@pytest.mark.full_size
+@pytest.mark.slow
 @pytest.mark.timeout(3600)
 def test_full_size_network_matches_diffusers():
     config = UNetConfig()
