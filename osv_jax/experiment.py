@@ -385,7 +385,10 @@ def check_origin(workdir: pathlib.Path, config: ConfigDict) -> None:
             f" continue; `python tools/convert_weights.py merge {workdir} OUTPUT` makes weights of it to start"
             " from, with config.weights=OUTPUT."
         )
-    for key in ("lora", "discriminator_blocks", "weights", "random_networks"):
+    keys = ["discriminator_blocks", "weights", "random_networks"]
+    if any("lora" in trained.get("trainable", ()) for trained in (before, now)):
+        keys.append("lora")
+    for key in keys:
         if before.get(key) != now.get(key):
             raise UserError(
                 f"config.{key} is {now.get(key)}, but the run in {workdir} has {before.get(key)}; they must be the same"

@@ -151,6 +151,16 @@ def test_lora_of_the_other_run_must_not_be_dropped(straight, tmp_path):
     assert "trained the groups lora" in sentence and "config.trainable" in sentence
 
 
+def test_settings_of_lora_do_not_matter_where_there_is_none(straight, tmp_path):
+    origin = tmp_path / "origin"
+    shutil.copytree(straight, origin)
+    before = json.loads((origin / "config.json").read_text())
+    (origin / "config.json").write_text(json.dumps(before | {"trainable": ["all"], "lora": {"rank": 99}}))
+    experiment.check_origin(origin, finetune_config(init_from=str(origin), trainable=("all",)))
+    sentence = refused(finetune_config(init_from=str(origin), trainable=("all", "lora")), tmp_path / "run")
+    assert "config.lora is" in sentence and "99" in sentence
+
+
 def test_distillation_does_not_continue_finetuning_but_says_what_to_do(straight, tmp_path):
     config = micro_stage1.get_config()
     config.init_from = str(straight)
