@@ -102,7 +102,9 @@ def _drop_both_or_none(config: ConfigDict) -> None:
 
 def _remove_distillation(config: ConfigDict) -> None:
     """Takes out what only a student with a discriminator has."""
-    for key in ("num_levels", "adversarial_weight", "huber_c", "discriminator_blocks", "discriminator_input"):
+    for key in ("num_levels", "adversarial_weight", "huber_c"):
+        del config[key]
+    for key in ("discriminator_blocks", "discriminator_input", "discriminator_frames"):
         del config[key]
     del config.boundary
     del config.optimizer.disc_learning_rate

@@ -58,6 +58,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.boundary = "svd"
     config.discriminator_blocks = (2, 5, 8, 11)
     config.discriminator_input = "latents"  # or `decoded`: through the VAE's decoder
+    config.discriminator_frames = 0  # consecutive frames of a clip that it sees, at random; 0: all
 
     config.dtype = "bfloat16"
     config.attention = "auto"

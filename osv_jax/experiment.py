@@ -96,6 +96,11 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"config.data.fps={flat['data.fps']:g} must be positive.")
     if "solver_steps" in config and not 1 <= config.solver_steps < config.num_levels:
         raise UserError(f"config.solver_steps={config.solver_steps} must lie in 1 .. {config.num_levels - 1}.")
+    if not 0 <= flat.get("discriminator_frames", 0) <= config.data.num_frames:
+        raise UserError(
+            f"config.discriminator_frames={config.discriminator_frames} must lie in 1 .. {config.data.num_frames}"
+            " (config.data.num_frames), or be 0 for all frames."
+        )
     if config.objective == "finetune":
         _check_finetune(config)
     if not config.weights and not config.random_networks:
@@ -444,6 +449,7 @@ def _make_objective(config: ConfigDict, networks: Networks, optimizers: Optimize
         boundary=config.boundary,
         grad_accum=config.grad_accum,
         decode=config.discriminator_input == "decoded",
+        disc_frames=config.discriminator_frames,
     )
     if config.objective == "stage1":
         return stage1.make_step(networks, *optimizers, options, config.num_levels)

@@ -206,6 +206,8 @@ def advice(config: ConfigDict, devices: Mesh) -> str:
         return f"compute a device's clips one after the other: config.grad_accum={config.grad_accum * per_part}"
     if devices.shape["data"] > 1:
         return f"share the parameters among more devices: config.mesh.fsdp={devices.shape['fsdp'] * 2}"
+    if config.get("discriminator_frames") == 0 and config.data.num_frames > 1:
+        return f"show the discriminator half of each clip: config.discriminator_frames={config.data.num_frames // 2}"
     if any(group in (*GROUPS, "all") for group in config.trainable):
         return "train less: config.trainable=('lora',)"
     return f"share each clip among more devices: config.mesh.context={devices.shape['context'] * 2}"

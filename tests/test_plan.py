@@ -105,6 +105,7 @@ def test_what_does_not_fit_comes_with_advice(toy, capsys, monkeypatch):
     ("changes", "sizes", "words"),
     [
         ({"remat": "none"}, (1, 1, 1), "config.remat=full"),
+        ({"discriminator_frames": 0}, (1, 8, 1), "config.discriminator_frames=1"),
         ({}, (1, 8, 1), "config.trainable=('lora',)"),
         ({"batch_size": 8, "grad_accum": 2}, (2, 1, 1), "config.grad_accum=4"),
         ({"batch_size": 2}, (2, 4, 1), "config.mesh.fsdp=8"),

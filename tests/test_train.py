@@ -195,6 +195,7 @@ def refused(config, workdir) -> str:
         ("attention", "flash", ["config.attention", "cudnn"]),
         ("boundary", "soft", ["config.boundary", "exact"]),
         ("discriminator_blocks", (0, 7), ["discriminator_blocks", "7"]),
+        ("discriminator_frames", 15, ["config.discriminator_frames=15", "1 .. 3"]),
         ("mesh.data", 3, ["config.mesh", "there are 8"]),
         ("batch_size", 3, ["config.batch_size=3", "8 devices"]),
         ("weights", "also", ["config.weights", "config.random_networks"]),

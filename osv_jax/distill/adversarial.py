@@ -14,7 +14,7 @@ import jax.numpy as jnp
 import optax
 from einops import rearrange
 from flax import struct
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from osv_jax.diffusion.conditioning import Conditioning
 from osv_jax.diffusion.edm import denoise
@@ -39,6 +39,8 @@ class AdversarialOptions:
         boundary: see `edm.scalings`.
         grad_accum: equal parts that a batch is worked through in, one after the other.
         decode: the discriminator sees clips decoded by the VAE instead of its own upsampling of latents (Table 2e).
+        disc_frames: consecutive frames of each clip that the discriminator sees, to save memory, from another frame on
+            in every step; 0: all of them, as in the paper.
     """
 
     adversarial_weight: float = 0.1
@@ -48,6 +50,7 @@ class AdversarialOptions:
     boundary: str = "svd"
     grad_accum: int = 1
     decode: bool = False
+    disc_frames: int = 0
 
 
 @struct.dataclass
@@ -108,6 +111,13 @@ def make_step(
         pose: the stage's question and target; no gradient flows through it.
     """
 
+    def draw_all(key: jax.Array, batch: Batch) -> Draws:
+        if not options.disc_frames:
+            return draw(key, batch)
+        key, frame_key = jax.random.split(key)
+        clips, num_frames = batch.latents.shape[:2]
+        return draw(key, batch) | {"first_frame": draw_first_frame(frame_key, clips, num_frames, options.disc_frames)}
+
     def student_forward(state: TrainState, frozen: Params, example: Example) -> tuple[Array, Callable]:
         """f_theta(x, sigma), and the function that pulls a gradient back to the student's parameters."""
 
@@ -116,6 +126,10 @@ def make_step(
             return denoise(network, example.x, example.sigma, example.cond, options.boundary)
 
         return jax.vjp(student, state.student)
+
+    def seen(latents: Array, draws: Draws) -> Array:
+        """What the discriminator sees of the clips."""
+        return frames_from(latents, draws["first_frame"], options.disc_frames) if options.disc_frames else latents
 
     def judge(disc: dict[str, Params], frozen: Params, latents: Array, update_stats: bool) -> Any:
         """D_psi: logits by head kind, and the spectral statistics."""
@@ -126,13 +140,13 @@ def make_step(
         return discriminate_pixels(*arguments, pixels, update_stats)
 
     def disc_gradient(
-        disc: dict[str, Params], frozen: Params, example: Example, fake: Array
+        disc: dict[str, Params], frozen: Params, example: Example, draws: Draws, fake: Array
     ) -> tuple[Params, Params, Metrics]:
         """Gradient of Eq. 6 / Eq. 9, and the spectral statistics after it."""
 
         def loss_fn(params: Params) -> tuple[Array, tuple[Params, Metrics]]:
             # Real and fake side by side for each clip, so that a sharded batch stays where it is.
-            pairs = jnp.stack([example.target, jax.lax.stop_gradient(fake)], axis=1)
+            pairs = jnp.stack([seen(example.target, draws), seen(jax.lax.stop_gradient(fake), draws)], axis=1)
             pairs = rearrange(pairs, "b two f h w c -> (b two) f h w c")
             logits, spectral = judge({**disc, "params": params}, frozen, pairs, True)
             logits = {kind: rearrange(values, "(b two) n -> two b n", two=2) for kind, values in logits.items()}
@@ -146,12 +160,12 @@ def make_step(
         return gradient, spectral, metrics
 
     def student_gradient(
-        disc: dict[str, Params], frozen: Params, example: Example, fake: Array, pull_back: Callable
+        disc: dict[str, Params], frozen: Params, example: Example, draws: Draws, fake: Array, pull_back: Callable
     ) -> tuple[Any, Metrics]:
         """Gradient of Eq. 7 / Eq. 10, taken at the student's output and pulled back."""
 
         def loss_fn(fake: Array) -> tuple[Array, Metrics]:
-            logits, _ = judge(disc, frozen, fake, False)
+            logits, _ = judge(disc, frozen, seen(fake, draws), False)
             adversarial = losses.hinge_generator(logits).mean()
             distance = (example.weight * losses.pseudo_huber(example.target, fake, options.huber_c)).mean()
             loss = options.adversarial_weight * adversarial + distance
@@ -169,21 +183,21 @@ def make_step(
 
     def gradients_of_part(state: TrainState, frozen: Params, part: tuple[Batch, Draws]) -> Any:
         """Both players' gradients at the state before the step."""
-        example = pose_constant(state, frozen, *part)
+        example, draws = pose_constant(state, frozen, *part), part[1]
         fake, pull_back = student_forward(state, frozen, example)
-        g_disc, spectral, metrics = disc_gradient(state.disc, frozen, example, fake)
-        g_student, metrics_student = student_gradient(state.disc, frozen, example, fake, pull_back)
+        g_disc, spectral, metrics = disc_gradient(state.disc, frozen, example, draws, fake)
+        g_student, metrics_student = student_gradient(state.disc, frozen, example, draws, fake, pull_back)
         # The spectral statistics depend on the weights alone: the mean over parts is that of equal values.
         return g_disc, spectral, g_student, metrics | metrics_student
 
     def step(state: TrainState, frozen: Params, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        draws = draw(key, batch)
+        draws = draw_all(key, batch)
         if options.grad_accum == 1:
             example = pose_constant(state, frozen, batch, draws)
             fake, pull_back = student_forward(state, frozen, example)
-            g_disc, spectral, metrics = disc_gradient(state.disc, frozen, example, fake)
+            g_disc, spectral, metrics = disc_gradient(state.disc, frozen, example, draws, fake)
             disc, opt_disc = update_disc(state, g_disc, spectral)
-            g_student, metrics_student = student_gradient(disc, frozen, example, fake, pull_back)
+            g_student, metrics_student = student_gradient(disc, frozen, example, draws, fake, pull_back)
             metrics |= metrics_student
         else:
             parts = split_batch((batch, draws), options.grad_accum)
@@ -211,3 +225,13 @@ def make_step(
         return new_state, metrics
 
     return step
+
+
+def draw_first_frame(key: jax.Array, clips: int, num_frames: int, seen: int) -> Int[Array, " b"]:
+    """Where the `seen` consecutive frames of each clip begin, all places being equally likely."""
+    return jax.random.randint(key, (clips,), 0, num_frames - seen + 1)
+
+
+def frames_from(clips: Float[Array, "b f h w c"], first: Int[Array, " b"], count: int) -> Float[Array, "b n h w c"]:
+    """`count` consecutive frames of each clip, from its own `first` on."""
+    return jax.vmap(lambda clip, start: jax.lax.dynamic_slice_in_dim(clip, start, count))(clips, first)

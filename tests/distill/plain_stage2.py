@@ -89,15 +89,15 @@ def disc_gradient(networks, disc, frozen, real, fake):
     return value, gradient, spectral
 
 
-def student_gradient(networks, denoiser, disc, state, frozen, question, cond, gan=0.1):
-    """Eq. 10: its two terms and the gradient of their sum, straight through everything."""
+def student_gradient(networks, denoiser, disc, state, frozen, question, cond, gan=0.1, seen=lambda clips: clips):
+    """Eq. 10: its two terms and the gradient of their sum, straight through everything; `seen` by the discriminator."""
     x, sigma, target, weight = question
 
     @jax.jit
     def run(student, disc, frozen, x, sigma, target, weight, cond):
         def loss(student):
             answer = denoiser(variables(frozen["unet"], student), x, sigma, cond)
-            logits, _ = judge(networks, disc, frozen, answer, False)
+            logits, _ = judge(networks, disc, frozen, seen(answer), False)
             distance = jnp.sqrt((answer - target) ** 2 + 1e-6) - 1e-3
             terms = jnp.mean(jnp.maximum(0, 1 - logits)), jnp.mean(weight * distance.mean(axis=(1, 2, 3, 4)))
             return gan * terms[0] + terms[1], terms

@@ -294,6 +294,44 @@ def test_without_the_adversarial_loss(toy, toy_step):
     assert max(differences(new_state.student, toy_step()[0].student, state.student)) > 1e-2
 
 
+def test_the_discriminator_may_see_a_part_of_each_clip(toy, toy_step):
+    """The same frames of the target and of the answer; the distance stays that of whole clips."""
+    networks, frozen, batch, state = toy
+    new_state, metrics = toy_step(AdversarialOptions(disc_frames=2))
+    key, frame_key = jax.random.split(jax.random.key(3))
+    first = np.asarray(adversarial.draw_first_frame(frame_key, 2, 3, 2))
+
+    def seen(clips):
+        return jnp.stack([clip[start : start + 2] for clip, start in zip(clips, first, strict=True)])
+
+    draw, pose = draw_and_pose(networks)
+    example = jax.jit(pose)(state, frozen, batch, draw(key, batch))
+    denoiser = plain.denoiser(networks)
+    student = plain.variables(frozen["unet"], state.student)
+    fake = denoiser(student, example.x, example.sigma, batch.cond)
+    value, g_disc, spectral = plain.disc_gradient(networks, state.disc, frozen, seen(example.target), seen(fake))
+    assert metrics["loss_disc"] == pytest.approx(float(value), rel=1e-5)
+    disc = {"params": descend(state.disc["params"], g_disc, RATES["disc"]), "spectral": spectral}
+    assert max(differences(new_state.disc["params"], disc["params"], state.disc["params"])) <= GRADIENT
+
+    question = (example.x, example.sigma, example.target, example.weight)
+    terms, gradient = plain.student_gradient(networks, denoiser, disc, state, frozen, question, batch.cond, seen=seen)
+    assert metrics["loss_student"] == pytest.approx(float(0.1 * terms[0] + terms[1]), rel=1e-5)
+    expected = descend(state.student, gradient, RATES["student"])
+    assert max(differences(new_state.student, expected, state.student)) <= GRADIENT
+
+
+def test_frames_that_are_seen_begin_anywhere(rng):
+    first = np.asarray(adversarial.draw_first_frame(jax.random.key(0), 6000, 14, 9))
+    counts = np.bincount(first)
+    # Five standard deviations of 29.
+    assert len(counts) == 6 and np.all(np.abs(counts - 1000) < 145), counts
+    clips = rng.standard_normal((3, 5, 2, 1, 4), np.float32)
+    frames = adversarial.frames_from(clips, jnp.array([2, 0, 1]), 3)
+    np.testing.assert_array_equal(frames, np.stack([clips[0, 2:], clips[1, :3], clips[2, 1:4]]))
+    np.testing.assert_array_equal(adversarial.frames_from(clips, jnp.zeros(3, int), 5), clips)
+
+
 def test_accumulated_gradients_are_the_batchs(toy, toy_step):
     networks, frozen, batch, state = toy
     new_state, metrics = toy_step(AdversarialOptions(grad_accum=2))
