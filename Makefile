@@ -23,7 +23,7 @@ test: $(VENV)/.test lint
 	$(VENV)/bin/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/distill tests/test_*.py tests/models \
 	    tests/convert tests/diffusion tests/data tests/runtime
 
-# The full-size UNet, and the real one on every mesh: about 16 GiB of memory and three quarters of an hour.
+# The full-size UNet against diffusers, which takes 16 GiB of memory, and a real UNet on every mesh.
 test-slow: $(VENV)/.test
 	$(VENV)/bin/pytest -m slow
 
