@@ -3,6 +3,10 @@
 import gc
 import os
 import pathlib
+import sys
+
+# jaxtyping would keep what its checked modules import under the name of checked code, which it is not: see `test_typing`.
+sys.dont_write_bytecode = True
 
 # Most of a test's time is XLA's; slow code that is built fast takes a third of it. The pass that is left out splits
 # every sum in two, which is half of what compiling a step takes, with its norms of hundreds of parameters.
@@ -11,8 +15,6 @@ _FLAGS = (
     " --xla_cpu_parallel_codegen_split_count=1 --xla_disable_hlo_passes=tree_reduction_rewriter"
 )
 os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
-# Threads of XLA, which has one for each fake device: those that wait for one another would leave none for what ends.
-os.environ["NPROC"] = "16"
 
 import flax.struct  # noqa: E402
 import jax  # noqa: E402
