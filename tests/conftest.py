@@ -5,7 +5,7 @@ import os
 import pathlib
 import sys
 
-# jaxtyping would keep what its checked modules import under the name of checked code, which it is not: see `test_typing`.
+# jaxtyping would keep what checked modules import under the name of checked code, which it is not: see `test_typing`.
 sys.dont_write_bytecode = True
 
 # Most of a test's time is XLA's; slow code that is built fast takes a third of it. The pass that is left out splits
