@@ -53,9 +53,9 @@ def perturbed(tree, seed):
     return jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape, np.float32), tree)
 
 
-def trained_state(networks, frozen):
+def trained_state(networks, frozen, targets="all", trainable=TRAINABLE):
     """A state in which student and average have both gone their ways."""
-    init = jax.jit(lambda key, unet: init_state(key, networks, unet, *SGD, 4, "all", TRAINABLE))
+    init = jax.jit(lambda key, unet: init_state(key, networks, unet, *SGD, 4, targets, trainable))
     state = init(jax.random.key(0), frozen["unet"])
     return state.replace(student=perturbed(state.student, 1), ema=perturbed(state.ema, 2))
 

@@ -33,8 +33,14 @@ KEY = jax.random.key(3)
 @functools.cache
 def beginning(unet):
     """Networks, frozen parameters, a batch and a state."""
-    networks, frozen = {"toy": toy_networks_and_frozen, "real": one_level_networks_and_frozen}[unet]()
-    return networks, frozen, tiny.tiny_batch(8, height=8), trained_state(networks, frozen)
+    if unet == "toy":
+        networks, frozen = toy_networks_and_frozen()
+        state = trained_state(networks, frozen)
+    else:
+        networks, frozen = one_level_networks_and_frozen()
+        # Few parameters: what is new with this UNet is how its convolutions and attention are split.
+        state = trained_state(networks, frozen, "attention", ("lora",))
+    return networks, frozen, tiny.tiny_batch(8, height=8), state
 
 
 def step_of(stage, unet):
