@@ -28,6 +28,8 @@ from osv_jax.runtime import mesh
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4))
 ALL_SPLIT = (2, 2, 2)
 KEY = jax.random.key(3)
+# Relative errors of norms of gradients, and of the change of parameters.
+BOUNDS = {"toy": (GRADIENT, GRADIENT), "real": (1e-5, 1e-4)}
 
 
 @functools.cache
@@ -60,7 +62,7 @@ def case(unet, sizes, *marks):
     return pytest.param(unet, sizes, marks=marks, id=f"{unet}-{sizes}")
 
 
-CASES = [case("real", ALL_SPLIT)] + [case("toy", sizes) for sizes in MESHES if sizes != ALL_SPLIT]
+CASES = [case("real", ALL_SPLIT)] + [case("toy", sizes) for sizes in MESHES]
 CASES += [case("real", sizes, pytest.mark.slow) for sizes in MESHES if sizes != ALL_SPLIT]
 
 
@@ -74,9 +76,10 @@ def test_devices_change_nothing(stage, unet, sizes, monkeypatch):
     assert all(leaf.sharding.is_fully_replicated for leaf in jax.tree.leaves(new)) == (sizes[1] == 1)
     assert {len(leaf.sharding.device_set) for leaf in jax.tree.leaves(new)} == {8}
     expected, expected_metrics = on_one_device(stage, unet)
+    norm_bound, change_bound = BOUNDS[unet]
     for name, value in expected_metrics.items():
-        assert relative_error(metrics[name], value) < (GRADIENT if name.startswith("grad_norm") else 1e-5), name
+        assert relative_error(metrics[name], value) < (norm_bound if name.startswith("grad_norm") else 1e-5), name
     for name in ("student", "ema", "disc"):
         value, change = differences(getattr(new, name), getattr(expected, name), getattr(state, name))
         print(f"{name}: relative error {value:.1e}, of the change {change:.1e}")
-        assert value < 1e-5 and change < GRADIENT, name
+        assert value < 1e-5 and change < change_bound, name

@@ -112,10 +112,6 @@ def assert_moved_alike(new, expected, old):
         assert relative_error(change(new[name], old[name]), change(expected[name], old[name])) < 1e-4, name
 
 
-def parameters(state):
-    return jax.device_get({"student": state.student, "ema": state.ema, "disc": state.disc["params"]})
-
-
 def sigmas_of(key, clips):
     """The noise levels of a step: uniform over the index of the Karras grid."""
     index = jax.random.randint(jax.random.split(key)[0], (clips,), 0, 100)
