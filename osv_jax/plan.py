@@ -9,11 +9,14 @@ compute bfloat16 in float32: an upper bound), or cpu. Keys of the configuration 
 from __future__ import annotations
 
 import dataclasses
+import multiprocessing
 import os
 import pathlib
 import re
+import tempfile
 import time
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
+from multiprocessing.connection import Connection
 from typing import Any
 
 import jax
@@ -85,6 +88,10 @@ class Plan:
     collectives: Mapping[str, tuple[int, float]]
 
 
+class DoesNotFit(Exception):
+    """A program for which XLA found no memory; the message is how much it would need, as far as XLA says."""
+
+
 def devices_of(topology: str) -> tuple[Chip, list[Any]]:
     """The kind and the devices of a topology.
 
@@ -103,6 +110,8 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
         return Chip(f"GPU of {gigabytes} GB", gigabytes * _GB, None), jax.local_devices(backend="cpu")
     if kind in _TPUS and re.fullmatch(r"\d+(x\d+)*", shape):
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+        # Or libtpu would be one process's alone, as chips are.
+        os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
         # Without a TPU machine libtpu asks the network who else there is.
         os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
         try:
@@ -199,6 +208,35 @@ def collectives_of(program: str) -> dict[str, tuple[int, float]]:
     return found
 
 
+def assigned_memory(assignment: str) -> tuple[float, float, float]:
+    """Arguments, temporaries and results that are no argument [bytes] of XLA's text about a program's buffers."""
+    sizes = {"arguments": 0.0, "temporaries": 0.0, "results": 0.0}
+    for size, kind in re.findall(r"^allocation \d+: size (\d+), (.*)$", assignment, re.MULTILINE):
+        # A colour is another memory, on the chip's own die.
+        if kind.startswith("color") or "thread-local" in kind:
+            continue
+        where = "arguments" if "parameter" in kind else "results" if "maybe-live-out" in kind else "temporaries"
+        sizes[where] += float(size)
+    return sizes["arguments"], sizes["temporaries"], sizes["results"]
+
+
+def read_assignment(folder: pathlib.Path, flops: float) -> Plan | None:
+    """What XLA has written of a step into `--xla_dump_to` by the time it has assigned all memory; None before."""
+    # The last one of them.
+    if not list(folder.glob("*train_step*-memory-usage-report.txt")):
+        return None
+    (assignment,) = folder.glob("*train_step*-buffer-assignment.txt")
+    (program,) = folder.glob("*train_step*after_optimizations.txt")
+    arguments, temporaries, results = assigned_memory(assignment.read_text())
+    return Plan(
+        arguments=arguments,
+        temporaries=temporaries,
+        total=arguments + temporaries + results,
+        flops=flops,
+        collectives=collectives_of(program.read_text()),
+    )
+
+
 def advice(config: ConfigDict, devices: Mesh) -> str:
     """The next thing to change when a step does not fit."""
     per_part = config.batch_size // (devices.shape["data"] * devices.shape["fsdp"] * config.grad_accum)
@@ -232,6 +270,88 @@ def report(plan: Plan, chip: Chip, verdict: str) -> str:
     return "\n".join([*lines, f"  {verdict}"])
 
 
+def plan_step(
+    config: ConfigDict, phase: Phase, devices: Mesh, when_traced: Callable[[float], None] = lambda flops: None
+) -> Plan:
+    """Compiles the step of a phase.
+
+    Args:
+        when_traced: is given the operations of one device before compilation begins.
+
+    Raises:
+        DoesNotFit: XLA gives up on a program that does not fit a TPU.
+    """
+    traced = trace(config, experiment.networks_of(config), experiment.optimizers_of(config), phase, devices)
+    flops = operations(traced.jaxpr.jaxpr) / devices.size
+    when_traced(flops)
+    try:
+        compiled = traced.lower().compile(CPU_OPTIONS if devices.devices.flat[0].platform == "cpu" else None)
+    except jax.errors.JaxRuntimeError as error:
+        if "RESOURCE_EXHAUSTED" not in str(error):
+            raise
+        needed = re.search(r"Used [\d.]+\w? of [\d.]+\w? \w+", str(error))
+        raise DoesNotFit(needed[0] if needed else "out of memory") from error
+    return analyse(compiled, flops)
+
+
+def plan_without_code(config: ConfigDict, phase: Phase, topology: str) -> Plan:
+    """`plan_step` in a process of its own, which is stopped as soon as XLA has assigned all memory.
+
+    Generating code is what follows. For a full-size step it takes nine tenths of the time and three quarters of the
+    memory of compiling, and changes nothing in a plan.
+
+    Raises:
+        DoesNotFit: as `plan_step`.
+        UserError: the process ended without a result, as when this machine's memory is not enough.
+    """
+    processes = multiprocessing.get_context("spawn")
+    with tempfile.TemporaryDirectory() as folder:
+        receiver, sender = processes.Pipe(duplex=False)
+        process = processes.Process(target=_compile, args=(sender, folder, config, phase, topology), daemon=True)
+        process.start()
+        sender.close()
+        try:
+            return _first_result(receiver, pathlib.Path(folder))
+        except EOFError as error:
+            process.join()
+            raise UserError(
+                f"Compiling ended with status {process.exitcode}; -9 means that this machine's memory was not enough."
+            ) from error
+        finally:
+            process.kill()
+            process.join()
+
+
+def _compile(sender: Connection, folder: str, config: ConfigDict, phase: Phase, topology: str) -> None:
+    """Sends a step's operations, then its plan or why there is none; XLA tells `folder` what it does."""
+    os.environ["XLA_FLAGS"] = " ".join(
+        [os.environ.get("XLA_FLAGS", ""), f"--xla_dump_to={folder}", "--xla_dump_hlo_module_re=train_step"]
+    )
+    try:
+        sender.send(plan_step(config, phase, _layout(config, devices_of(topology)[1]), sender.send))
+    except DoesNotFit as needed:
+        sender.send(needed)
+
+
+def _first_result(receiver: Connection, folder: pathlib.Path) -> Plan:
+    flops = None
+    while True:
+        if receiver.poll(timeout=1.0):
+            message = receiver.recv()
+            if isinstance(message, DoesNotFit):
+                raise message
+            if isinstance(message, Plan):
+                return message
+            flops = message
+        if flops is not None and (plan := read_assignment(folder, flops)):
+            return plan
+
+
+def _layout(config: ConfigDict, available: list[Any]) -> Mesh:
+    sizes = mesh.mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.context, len(available))
+    return Mesh(np.asarray(available).reshape(sizes), mesh.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def make_plan(config: ConfigDict, topology: str) -> bool:
     """Prints what every resolution of a configuration needs; whether all fit.
 
@@ -245,11 +365,9 @@ def make_plan(config: ConfigDict, topology: str) -> bool:
     if config.data.dataset:
         print("Planning for clips that are encoded in the step, which takes more memory than reading their latents.")
         config.data.dataset = ""
-    networks, optimizers = experiment.networks_of(config), experiment.optimizers_of(config)
     chip, available = devices_of(topology)
-    sizes = mesh.mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.context, len(available))
-    devices = Mesh(np.asarray(available).reshape(sizes), mesh.AXES, axis_types=(AxisType.Auto,) * 3)
-    experiment.check_layout(config, networks, devices)
+    devices = _layout(config, available)
+    experiment.check_layout(config, experiment.networks_of(config), devices)
     layout = " x ".join(f"{name} {size}" for name, size in devices.shape.items())
     print(
         f"{config.objective} on {len(available)} x {chip.name} ({layout}), batch {config.batch_size}, {config.dtype},"
@@ -259,18 +377,12 @@ def make_plan(config: ConfigDict, topology: str) -> bool:
     for phase in experiment.phases_of(config):
         start = time.perf_counter()
         print(f"{config.data.num_frames} x {phase.height} x {phase.width}: compiling ...", flush=True)
-        traced = trace(config, networks, optimizers, phase, devices)
         try:
-            compiled = traced.lower().compile(CPU_OPTIONS if available[0].platform == "cpu" else None)
-        except jax.errors.JaxRuntimeError as error:
-            # XLA gives up on a program that does not fit a TPU, with a sentence about how much it would need.
-            if "RESOURCE_EXHAUSTED" not in str(error):
-                raise
-            needed = re.search(r"Used [\d.]+\w? of [\d.]+\w? \w+", str(error))
-            print(f"  does not fit ({needed[0] if needed else 'out of memory'}): {advice(config, devices)}.")
+            plan = plan_without_code(config, phase, topology)
+        except DoesNotFit as needed:
+            print(f"  does not fit ({needed}): {advice(config, devices)}.")
             all_fit = False
             continue
-        plan = analyse(compiled, operations(traced.jaxpr.jaxpr) / devices.size)
         fits = chip.memory is None or plan.total <= chip.memory
         verdict = "fits" if fits else f"does not fit: {advice(config, devices)}"
         print(report(plan, chip, f"{verdict} (compiled in {time.perf_counter() - start:.0f} s)."), flush=True)

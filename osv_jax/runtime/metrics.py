@@ -8,7 +8,6 @@ import pathlib
 from collections.abc import Mapping, Sequence
 from typing import SupportsFloat
 
-import matplotlib.figure
 import numpy as np
 from jaxtyping import UInt8
 from PIL import Image
@@ -99,8 +98,11 @@ def loss_curves(jsonl: str | pathlib.Path, png: str | pathlib.Path, names: Seque
     for name in names:
         if name not in available:
             raise UserError(f"{jsonl} has no metric {name!r}; choose among {', '.join(available) or 'none (empty)'}.")
+    # A third of what importing this program takes; only what draws needs it.
+    from matplotlib.figure import Figure
+
     # A Figure of its own, not pyplot: nothing global, no display, safe in threads.
-    figure = matplotlib.figure.Figure(figsize=(8, 2.4 * len(names)), layout="constrained")
+    figure = Figure(figsize=(8, 2.4 * len(names)), layout="constrained")
     panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
     for name, panel in zip(names, panels, strict=True):
         points = [(row["step"], row[name]) for row in rows if name in row]

@@ -1,6 +1,10 @@
-"""OSV's Eq. 8 to 10 written out plainly, for a step to be held against: nothing here is from diffusion/ or distill/."""
+"""OSV's Eq. 8 to 10 written out plainly, for a step to be held against: nothing here is from diffusion/ or distill/.
+
+What is compiled is compiled once for the same networks.
+"""
 
 import dataclasses
+import functools
 import itertools
 
 import jax
@@ -21,6 +25,7 @@ def column(values):
     return jnp.asarray(values, jnp.float32)[:, None, None, None, None]
 
 
+@functools.cache
 def denoiser(networks):
     @jax.jit
     def denoiser(variables, x, sigma, cond):
@@ -71,9 +76,8 @@ def judge(networks, disc, frozen, latents, update_stats):
     return jnp.concatenate(jax.tree.leaves(logits), axis=1), spectral
 
 
-def disc_gradient(networks, disc, frozen, real, fake):
-    """Eq. 9: its value, its gradient, and the spectral statistics."""
-
+@functools.cache
+def _disc_gradient(networks):
     @jax.jit
     def run(params, spectral, dinov2, real, fake):
         def loss(params):
@@ -85,18 +89,26 @@ def disc_gradient(networks, disc, frozen, real, fake):
 
         return jax.value_and_grad(loss, has_aux=True)(params)
 
+    return run
+
+
+def disc_gradient(networks, disc, frozen, real, fake):
+    """Eq. 9: its value, its gradient, and the spectral statistics."""
+    run = _disc_gradient(networks)
     (value, spectral), gradient = run(disc["params"], disc["spectral"], frozen["dinov2"], real, fake)
     return value, gradient, spectral
 
 
-def student_gradient(networks, denoiser, disc, state, frozen, question, cond, gan=0.1, seen=lambda clips: clips):
-    """Eq. 10: its two terms and the gradient of their sum, straight through everything; `seen` by the discriminator."""
-    x, sigma, target, weight = question
+def whole(clips):
+    return clips
 
+
+@functools.cache
+def _student_gradient(networks, seen):
     @jax.jit
-    def run(student, disc, frozen, x, sigma, target, weight, cond):
+    def run(student, disc, frozen, x, sigma, target, weight, cond, gan):
         def loss(student):
-            answer = denoiser(variables(frozen["unet"], student), x, sigma, cond)
+            answer = denoiser(networks)(variables(frozen["unet"], student), x, sigma, cond)
             logits, _ = judge(networks, disc, frozen, seen(answer), False)
             distance = jnp.sqrt((answer - target) ** 2 + 1e-6) - 1e-3
             terms = jnp.mean(jnp.maximum(0, 1 - logits)), jnp.mean(weight * distance.mean(axis=(1, 2, 3, 4)))
@@ -104,6 +116,12 @@ def student_gradient(networks, denoiser, disc, state, frozen, question, cond, ga
 
         return jax.grad(loss, has_aux=True)(student)
 
-    arguments = (jnp.asarray(sigma, jnp.float32), target, jnp.asarray(weight, jnp.float32), cond)
-    gradient, terms = run(state.student, disc, frozen, x, *arguments)
+    return run
+
+
+def student_gradient(networks, disc, state, frozen, question, cond, gan=0.1, seen=whole):
+    """Eq. 10: its two terms and the gradient of their sum, straight through everything; `seen` by the discriminator."""
+    x, sigma, target, weight = question
+    arguments = (jnp.asarray(sigma, jnp.float32), target, jnp.asarray(weight, jnp.float32), cond, gan)
+    gradient, terms = _student_gradient(networks, seen)(state.student, disc, frozen, x, *arguments)
     return terms, gradient

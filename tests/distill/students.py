@@ -7,9 +7,8 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import tiny
-from conftest import relative_error
+from conftest import flat, relative_error
 from flax.traverse_util import unflatten_dict
-from jax.flatten_util import ravel_pytree
 from toy_unet import ToyUNet
 
 from osv_jax.convert.architectures import expected_params
@@ -50,7 +49,7 @@ def toy_networks_and_frozen(dtype=jnp.float32):
 def perturbed(tree, seed):
     """Every leaf moved a little; LoRA's b is zero at first, and hides most of what could go wrong."""
     rng = np.random.default_rng(seed)
-    return jax.tree.map(lambda x: x + 0.05 * rng.standard_normal(x.shape, np.float32), tree)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + 0.05 * rng.standard_normal(x.shape, np.float32)), tree)
 
 
 def trained_state(networks, frozen, targets="all", trainable=TRAINABLE):
@@ -75,6 +74,6 @@ def run_on(devices, step, state, frozen, batch, key):
 def differences(actual, expected, before=None):
     """Relative error of all leaves together: of the values, and of their change from `before`."""
     assert jax.tree.structure(actual) == jax.tree.structure(expected)
-    flat = [np.asarray(ravel_pytree(tree)[0], np.float64) for tree in (actual, expected, before or expected)]
-    change = relative_error(flat[0] - flat[2], flat[1] - flat[2]) if before is not None else 0.0
-    return relative_error(flat[0], flat[1]), change
+    actual, expected = flat(actual), flat(expected)
+    change = 0.0 if before is None else relative_error(actual - flat(before), expected - flat(before))
+    return relative_error(actual, expected), change

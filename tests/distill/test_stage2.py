@@ -1,15 +1,15 @@
 """The step of stage 2 against OSV's Eq. 8 to 10 written out plainly, and who learns from it."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 import plain_stage2 as plain
 import pytest
 import tiny
-from conftest import relative_error
+from conftest import flat, relative_error
 from flax.traverse_util import flatten_dict
-from jax.flatten_util import ravel_pytree
 from students import (
     GRADIENT,
     RATES,
@@ -31,13 +31,14 @@ from osv_jax.models import groups
 from osv_jax.models.discriminator import discriminate_pixels
 
 
+@functools.cache
 def draw_and_pose(networks, options=AdversarialOptions(), own=Stage2Options()):  # noqa: B008
     """What stage 2 gives to the step that the stages share."""
     given = []
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(adversarial, "make_step", lambda *args: given.extend(args) or print)
         stage2.make_step(networks, *SGD, options, own)
-    return given[-2:]
+    return [jax.jit(function) for function in given[-2:]]
 
 
 @jax.jit
@@ -90,7 +91,7 @@ def test_step_is_equations_8_to_10(real, real_step):
     fake = denoiser(plain.variables(frozen["unet"], state.student), *question[:2], batch.cond)
     loss_disc, g_disc, spectral = plain.disc_gradient(networks, state.disc, frozen, question[2], fake)
     disc = {"params": descend(state.disc["params"], g_disc, RATES["disc"]), "spectral": spectral}
-    (gan, huber), g_student = plain.student_gradient(networks, denoiser, disc, state, frozen, question, batch.cond)
+    (gan, huber), g_student = plain.student_gradient(networks, disc, state, frozen, question, batch.cond)
     student = descend(state.student, g_student, RATES["student"])
     ema = jax.jit(lambda old, new: jax.tree.map(lambda x, y: 0.95 * x + 0.05 * y, old, new))(state.ema, student)
 
@@ -99,8 +100,8 @@ def test_step_is_equations_8_to_10(real, real_step):
         "loss_adversarial": gan,
         "loss_huber": huber,
         "loss_student": 0.1 * gan + huber,
-        "grad_norm/student": optax.tree.norm(g_student),
-        "grad_norm/disc": optax.tree.norm(g_disc),
+        "grad_norm/student": np.linalg.norm(flat(g_student)),
+        "grad_norm/disc": np.linalg.norm(flat(g_disc)),
     }
     for name, value in expected.items():
         print(f"{name}: {metrics[name]:.6f}, relative error {abs(metrics[name] / value - 1):.1e}")
@@ -192,7 +193,7 @@ def test_question_and_target_for_every_guidance(toy, kind):
     own = Stage2Options(guidance_kind=kind, guidance_min=1.5, guidance_max=4.0, weight_exponent=0.1)
     draw, pose = draw_and_pose(networks, own=own)
     draws = draw(jax.random.key(5), batch) | {"index": jnp.array([0, 94])}
-    example = jax.jit(pose)(state, frozen, batch, draws)
+    example = pose(state, frozen, batch, draws)
     np.testing.assert_allclose(example.sigma, plain.sigmas([5, 99]), rtol=1e-6)
 
     uniform, frames = np.asarray(draws["uniform"]), batch.latents.shape[1]
@@ -253,7 +254,7 @@ def toy_step(toy):
 def test_decoded_clips_are_judged_instead_of_latents(toy, toy_step):
     networks, frozen, batch, state = toy
     latents, decoded = toy_step(), toy_step(AdversarialOptions(decode=True))
-    assert np.isfinite(ravel_pytree(decoded)[0]).all()
+    assert np.isfinite(flat(decoded)).all()
     # The teacher's part is the same, the discriminator's another.
     assert decoded[1]["loss_huber"] == pytest.approx(float(latents[1]["loss_huber"]), rel=1e-6)
     assert abs(decoded[1]["loss_disc"] - latents[1]["loss_disc"]) > 1e-4
@@ -283,11 +284,9 @@ def test_without_the_adversarial_loss(toy, toy_step):
     new_state, metrics = toy_step(AdversarialOptions(adversarial_weight=0.0))
     assert metrics["loss_student"] == metrics["loss_huber"] > 0 and metrics["loss_adversarial"] > 0
     draw, pose = draw_and_pose(networks)
-    example = jax.jit(pose)(state, frozen, batch, draw(jax.random.key(3), batch))
+    example = pose(state, frozen, batch, draw(jax.random.key(3), batch))
     question = (example.x, example.sigma, example.target, example.weight)
-    terms, gradient = plain.student_gradient(
-        networks, plain.denoiser(networks), state.disc, state, frozen, question, batch.cond, gan=0.0
-    )
+    terms, gradient = plain.student_gradient(networks, state.disc, state, frozen, question, batch.cond, gan=0.0)
     assert metrics["loss_huber"] == pytest.approx(float(terms[1]), rel=1e-5)
     expected = descend(state.student, gradient, RATES["student"])
     assert max(differences(new_state.student, expected, state.student)) <= GRADIENT
@@ -305,7 +304,7 @@ def test_the_discriminator_may_see_a_part_of_each_clip(toy, toy_step):
         return jnp.stack([clip[start : start + 2] for clip, start in zip(clips, first, strict=True)])
 
     draw, pose = draw_and_pose(networks)
-    example = jax.jit(pose)(state, frozen, batch, draw(key, batch))
+    example = pose(state, frozen, batch, draw(key, batch))
     denoiser = plain.denoiser(networks)
     student = plain.variables(frozen["unet"], state.student)
     fake = denoiser(student, example.x, example.sigma, batch.cond)
@@ -315,7 +314,7 @@ def test_the_discriminator_may_see_a_part_of_each_clip(toy, toy_step):
     assert max(differences(new_state.disc["params"], disc["params"], state.disc["params"])) <= GRADIENT
 
     question = (example.x, example.sigma, example.target, example.weight)
-    terms, gradient = plain.student_gradient(networks, denoiser, disc, state, frozen, question, batch.cond, seen=seen)
+    terms, gradient = plain.student_gradient(networks, disc, state, frozen, question, batch.cond, seen=seen)
     assert metrics["loss_student"] == pytest.approx(float(0.1 * terms[0] + terms[1]), rel=1e-5)
     expected = descend(state.student, gradient, RATES["student"])
     assert max(differences(new_state.student, expected, state.student)) <= GRADIENT
@@ -340,11 +339,9 @@ def test_accumulated_gradients_are_the_batchs(toy, toy_step):
     assert max(differences(new_state.disc, whole_state.disc, state.disc)) <= GRADIENT
     assert metrics["loss_disc"] == pytest.approx(float(whole["loss_disc"]), rel=1e-5)
     draw, pose = draw_and_pose(networks)
-    example = jax.jit(pose)(state, frozen, batch, draw(jax.random.key(3), batch))
+    example = pose(state, frozen, batch, draw(jax.random.key(3), batch))
     question = (example.x, example.sigma, example.target, example.weight)
-    terms, gradient = plain.student_gradient(
-        networks, plain.denoiser(networks), state.disc, state, frozen, question, batch.cond
-    )
+    terms, gradient = plain.student_gradient(networks, state.disc, state, frozen, question, batch.cond)
     assert metrics["loss_student"] == pytest.approx(float(0.1 * terms[0] + terms[1]), rel=1e-5)
     expected = descend(state.student, gradient, RATES["student"])
     assert max(differences(new_state.student, expected, state.student)) <= GRADIENT
@@ -357,9 +354,8 @@ def test_half_precision_networks_keep_a_state_in_float32():
     new_state, metrics = step(state, frozen, tiny.tiny_batch(), jax.random.key(3))
     assert {leaf.dtype for leaf in jax.tree.leaves(frozen)} == {jnp.dtype(jnp.bfloat16)}
     assert {leaf.dtype for leaf in jax.tree.leaves(new_state)} == {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
-    assert np.isfinite(ravel_pytree((new_state, metrics))[0]).all()
-    change = jax.tree.map(lambda new, old: new - old, new_state.student, state.student)
-    assert optax.tree.norm(change) > 0
+    assert np.isfinite(flat((new_state, metrics))).all()
+    assert np.any(flat(new_state.student) != flat(state.student))
 
 
 def test_average_keeps_changes_that_half_precision_would_lose():
