@@ -129,6 +129,16 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
     )
 
 
+def layout(config: ConfigDict, available: list[Any]) -> Mesh:
+    """The mesh of a configuration on these devices.
+
+    Raises:
+        UserError: when it does not multiply to their number.
+    """
+    sizes = mesh.mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.context, len(available))
+    return Mesh(np.asarray(available).reshape(sizes), mesh.AXES, axis_types=(AxisType.Auto,) * 3)
+
+
 def trace(
     config: ConfigDict, networks: Networks, optimizers: Optimizers, phase: Phase, devices: Mesh
 ) -> jax.stages.Traced:
@@ -307,11 +317,11 @@ def plan_without_code(config: ConfigDict, phase: Phase, topology: str) -> Plan:
     processes = multiprocessing.get_context("spawn")
     with tempfile.TemporaryDirectory() as folder:
         receiver, sender = processes.Pipe(duplex=False)
-        process = processes.Process(target=_compile, args=(sender, folder, config, phase, topology), daemon=True)
+        process = processes.Process(target=compile_for, args=(sender, folder, config, phase, topology), daemon=True)
         process.start()
         sender.close()
         try:
-            return _first_result(receiver, pathlib.Path(folder))
+            return first_result(receiver, pathlib.Path(folder))
         except EOFError as error:
             process.join()
             raise UserError(
@@ -322,18 +332,27 @@ def plan_without_code(config: ConfigDict, phase: Phase, topology: str) -> Plan:
             process.join()
 
 
-def _compile(sender: Connection, folder: str, config: ConfigDict, phase: Phase, topology: str) -> None:
-    """Sends a step's operations, then its plan or why there is none; XLA tells `folder` what it does."""
+def compile_for(sender: Connection, folder: str, config: ConfigDict, phase: Phase, topology: str) -> None:
+    """What the process of `plan_without_code` does: sends the operations of a step, then its plan or why there is none.
+
+    XLA writes into `folder` meanwhile.
+    """
     os.environ["XLA_FLAGS"] = " ".join(
         [os.environ.get("XLA_FLAGS", ""), f"--xla_dump_to={folder}", "--xla_dump_hlo_module_re=train_step"]
     )
     try:
-        sender.send(plan_step(config, phase, _layout(config, devices_of(topology)[1]), sender.send))
+        sender.send(plan_step(config, phase, layout(config, devices_of(topology)[1]), sender.send))
     except DoesNotFit as needed:
         sender.send(needed)
 
 
-def _first_result(receiver: Connection, folder: pathlib.Path) -> Plan:
+def first_result(receiver: Connection, folder: pathlib.Path) -> Plan:
+    """The plan that `compile_for` sends, or what XLA has written, whichever is there first.
+
+    Raises:
+        DoesNotFit: as `plan_step`.
+        EOFError: the process has ended without either.
+    """
     flops = None
     while True:
         if receiver.poll(timeout=1.0):
@@ -345,11 +364,6 @@ def _first_result(receiver: Connection, folder: pathlib.Path) -> Plan:
             flops = message
         if flops is not None and (plan := read_assignment(folder, flops)):
             return plan
-
-
-def _layout(config: ConfigDict, available: list[Any]) -> Mesh:
-    sizes = mesh.mesh_sizes(config.mesh.data, config.mesh.fsdp, config.mesh.context, len(available))
-    return Mesh(np.asarray(available).reshape(sizes), mesh.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
 def make_plan(config: ConfigDict, topology: str) -> bool:
@@ -366,12 +380,10 @@ def make_plan(config: ConfigDict, topology: str) -> bool:
         print("Planning for clips that are encoded in the step, which takes more memory than reading their latents.")
         config.data.dataset = ""
     chip, available = devices_of(topology)
-    devices = _layout(config, available)
+    devices = layout(config, available)
     experiment.check_layout(config, experiment.networks_of(config), devices)
-    layout = " x ".join(f"{name} {size}" for name, size in devices.shape.items())
-    print(
-        f"{config.objective} on {len(available)} x {chip.name} ({layout}), batch {config.batch_size}, {config.dtype},"
-    )
+    shape = " x ".join(f"{name} {size}" for name, size in devices.shape.items())
+    print(f"{config.objective} on {len(available)} x {chip.name} ({shape}), batch {config.batch_size}, {config.dtype},")
     print(f"trains {' + '.join(config.trainable)}; remat {config.remat}, attention {config.attention}")
     all_fit = True
     for phase in experiment.phases_of(config):

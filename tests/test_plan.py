@@ -1,6 +1,8 @@
 """What `osv_jax.plan` says about programs, and whether it compiles the step that training runs."""
 
 import importlib.util
+import multiprocessing
+import operator
 
 import jax
 import jax.numpy as jnp
@@ -10,7 +12,7 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from toy_unet import toy_networks
 
-from osv_jax import plan
+from osv_jax import experiment, plan
 from osv_jax.errors import UserError
 from osv_jax.models import layers
 from osv_jax.models.svd_unet import UNetConfig
@@ -42,6 +44,51 @@ def test_collectives_are_counted_by_kind_with_their_bytes():
     assert plan.collectives_of(text) == {"all-gather": (1, 8 * 4 * 4)}
 
 
+def test_assigned_memory_is_that_of_the_finished_program(tmp_path):
+    """XLA's text about its buffers tells what it tells about the compiled program."""
+
+    def train_step(x, kernel):
+        x, all_of_x = jax.lax.scan(lambda x, _: (jnp.tanh(x @ kernel),) * 2, x, length=4)
+        return x + 1, all_of_x.sum(axis=1)
+
+    lowered = jax.jit(train_step, donate_argnums=0).lower(jnp.ones((64, 128)), jnp.ones((128, 128)))
+    assert plan.read_assignment(tmp_path, 5.0) is None
+    compiled = lowered.compile({"xla_dump_to": str(tmp_path), "xla_dump_hlo_module_re": "train_step"})
+    expected, actual = plan.analyse(compiled, 5.0), plan.read_assignment(tmp_path, 5.0)
+    assert actual.arguments == expected.arguments == (64 * 128 + 128 * 128) * 4
+    assert actual.total == pytest.approx(expected.total, rel=1e-3) and actual.temporaries > 4 * 64 * 128 * 4
+    assert (actual.flops, actual.collectives) == (expected.flops, expected.collectives)
+
+    # As soon as it is there, whatever is still being compiled.
+    receiver, sender = multiprocessing.Pipe(duplex=False)
+    sender.send(5.0)
+    assert plan.first_result(receiver, tmp_path) == actual
+
+
+def compile_toy(*arguments):
+    with toy_networks():
+        plan.compile_for(*arguments)
+
+
+def test_a_step_is_compiled_in_a_process_of_its_own(monkeypatch):
+    monkeypatch.setattr(plan, "compile_for", compile_toy)
+    config = small(**{"mesh.fsdp": 2, "mesh.data": -1})
+    (phase,) = experiment.phases_of(config)
+    made = plan.plan_without_code(config, phase, "gpu:4x80GB")
+    assert made.temporaries > 0 and made.flops > 0 and "all-reduce" in made.collectives
+    with toy_networks():
+        devices = mesh.make_mesh(2, 2, devices=jax.devices()[:4])
+        expected = plan.plan_step(config, phase, devices)
+    assert (made.arguments, made.flops) == (expected.arguments, expected.flops)
+
+
+def test_a_process_that_ends_without_a_plan_is_told_of(monkeypatch, capfd):
+    monkeypatch.setattr(plan, "compile_for", operator.neg)  # Which takes one argument.
+    with pytest.raises(UserError, match=r"ended with status 1; -9 means that this machine's memory was not enough"):
+        plan.plan_without_code(small(), experiment.phases_of(small())[0], "cpu")
+    assert "TypeError" in capfd.readouterr().err
+
+
 def small(**changes):
     config = micro_finetune.get_config()
     config.lora.targets, config.batch_size = "all", 8
@@ -50,7 +97,17 @@ def small(**changes):
 
 
 @pytest.fixture
-def toy():
+def here(monkeypatch):
+    """Compilation in this process, where things can be put in the place of others."""
+
+    def plan_here(config, phase, topology):
+        return plan.plan_step(config, phase, plan.layout(config, plan.devices_of(topology)[1]))
+
+    monkeypatch.setattr(plan, "plan_without_code", plan_here)
+
+
+@pytest.fixture
+def toy(here):
     with toy_networks():
         yield
 
@@ -69,7 +126,7 @@ def test_prepared_latents_need_not_be_there(toy, capsys):
     assert "Planning for clips that are encoded in the step" in capsys.readouterr().out
 
 
-def test_without_the_weights_the_sizes_are_svds(capsys, monkeypatch):
+def test_without_the_weights_the_sizes_are_svds(here, capsys, monkeypatch):
     class Traced(Exception):
         pass
 
@@ -95,7 +152,7 @@ def test_what_does_not_fit_comes_with_advice(toy, capsys, monkeypatch):
         def compile(self, options):
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory. Used 25.70G of 15.75G hbm. More")
 
-    traced = type("Traced", (), {"lower": lambda self: Refused()})()
+    traced = type("Traced", (), {"lower": lambda self: Refused(), "jaxpr": jax.make_jaxpr(jnp.sin)(1.0)})()
     monkeypatch.setattr(plan, "trace", lambda *args: traced)
     assert not plan.make_plan(small(remat="full", batch_size=1), "v5e:1")
     assert "does not fit (Used 25.70G of 15.75G hbm): train less" in capsys.readouterr().out

@@ -49,3 +49,23 @@ def test_killed_in_the_middle_of_an_asynchronous_save(tmp_path):
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
         checkpoint.save(checkpoints, 2, {"x": jnp.zeros(3)}, {"step": 2})
     assert checkpoint.latest_step(tmp_path) == 2
+
+
+def test_only_large_arrays_are_written_in_slices(tmp_path, monkeypatch):
+    """What all devices hold; cutting thousands of small ones would stop the run for long."""
+    cut = []
+    slice_in_dim = jax.lax.slice_in_dim
+    monkeypatch.setattr(
+        jax.lax, "slice_in_dim", lambda x, *args, **kw: cut.append(x.shape) or slice_in_dim(x, *args, **kw)
+    )
+    monkeypatch.setattr(checkpoint, "_MIN_SLICE_BYTES", 4 * 128)
+    everywhere = jax.NamedSharding(jax.make_mesh((8,), ("data",)), jax.P())
+    state = {"small": jnp.ones(8 * 127), "large": jnp.arange(8 * 128.0)}
+    state = jax.device_put(state, everywhere)
+    like = jax.tree.map(lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=everywhere), state)
+    with checkpoint.open_checkpoints(tmp_path, 2) as checkpoints:
+        checkpoint.save(checkpoints, 1, state, {"step": 1})
+        checkpoints.wait_until_finished()
+        restored = checkpoint.restore_state(checkpoints, 1, like)
+    assert set(cut) == {state["large"].shape}
+    assert jax.tree.all(jax.tree.map(np.array_equal, restored, state))
