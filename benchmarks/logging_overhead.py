@@ -1,10 +1,12 @@
-"""What metrics, checkpoints and pictures cost a run: pairs of the same run with all of them and with none.
+"""What metrics, checkpoints and pictures cost a run, measured by pairs of neighbouring blocks of steps of one run.
 
-    python benchmarks/logging_overhead.py --config=configs/stage1.py:tiny --every=200 --pairs=3
+    python benchmarks/logging_overhead.py --config=configs/stage1.py:tiny --block=20 --pairs=10
 
-A pair is two runs of `--every` steps and two more, one with a checkpoint and a picture in the middle and metrics of
-every step, and one that only trains; the time is that between the metrics of the second step and of the last but one,
-so that neither compilation nor what every run does at its end is in it. The runs of a pair change places.
+Blocks take turns: in one everything is written (metrics of every step and, in its middle, a checkpoint, a picture and
+curves), in the next nothing is. What the first takes longer is the cost of one checkpoint and picture and of the
+block's metrics; the median over the pairs is given in seconds, and as a part of so many steps as the configuration, and
+its untouched variant, have between two checkpoints. A drift of the machine's speed falls on both blocks of a pair
+alike, and one event in few steps shows more than in many.
 """
 
 from __future__ import annotations
@@ -26,46 +28,90 @@ from osv_jax.runtime import checkpoint, command_line, metrics
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/stage1.py:tiny", help="(default %(default)s)")
-    parser.add_argument("--every", type=int, default=200, help="steps from checkpoint to checkpoint (default 200)")
-    parser.add_argument("--pairs", type=int, default=3, help="(default %(default)s)")
+    parser.add_argument("--block", type=int, default=20, help="steps of a block (default %(default)s)")
+    parser.add_argument("--pairs", type=int, default=10, help="(default %(default)s)")
     arguments = parser.parse_args()
     command_line.keep_compiled_programs()
     config = experiment.read_config(arguments.config)
-    config.num_steps = arguments.every + 2
-    config.picture_every = config.checkpoint_every = arguments.every // 2 + 1
-    overheads = []
-    for pair in range(arguments.pairs):
-        order = (True, False) if pair % 2 else (False, True)
-        seconds = {written: seconds_per_step(config, written) for written in order}
-        overheads.append(seconds[True] / seconds[False] - 1)
-        print(
-            f"pair {pair + 1}: {seconds[True]:.4f} s a step with everything, {seconds[False]:.4f} s without,"
-            f" {overheads[-1]:+.2%}",
-            flush=True,
-        )
-    print(f"median {statistics.median(overheads):+.2%}, from {min(overheads):+.2%} to {max(overheads):+.2%}")
+    intervals = {
+        arguments.config: config.checkpoint_every,
+        arguments.config.partition(":")[0]: experiment.read_config(arguments.config.partition(":")[0]).checkpoint_every,
+    }
+    written, plain = blocks(config, arguments.block, arguments.pairs)
+    extra = [w - p for w, p in zip(written, plain, strict=True)]
+    for number, pair in enumerate(zip(written, plain, extra, strict=True), 1):
+        print("pair {}: {:.2f} s with everything, {:.2f} s without, {:+.2f} s".format(number, *pair))
+    step = statistics.median(plain) / arguments.block
+    low, median, high = (statistics.quantiles(extra, n=4)[i] for i in range(3))
+    print(f"steps of {step:.3f} s; one checkpoint and picture {median:+.2f} s (quartiles {low:+.2f}, {high:+.2f})")
+    for name, every in intervals.items():
+        print(f"every {every} steps, as in {name}: {median / (every * step):+.2%}")
 
 
-def seconds_per_step(config: ConfigDict, written: bool) -> float:
-    """The time of a step of a run of its own, from the second to the last but one."""
+def blocks(config: ConfigDict, block: int, pairs: int) -> tuple[list[float], list[float]]:
+    """Seconds of the blocks in which everything is written, and of those in which nothing is."""
+    # One block before them, so that what is done for the first time is in none; and one step after.
+    config.num_steps = (2 * pairs + 1) * block + 1
+    # In the middle of a block: a checkpoint is written in the background of the steps that follow.
+    config.picture_every = config.checkpoint_every = block // 2
+    # Step -> when its metrics were there.
     times: dict[int, float] = {}
-    write_row = metrics.MetricsWriter.write
+    kept = {
+        "write": metrics.MetricsWriter.write,
+        "write_picture": metrics.MetricsWriter.write_picture,
+        "curves": metrics.loss_curves,
+        "make_picture": train.make_picture,
+        "save": checkpoint.save,
+    }
+
+    def number_of(step: int) -> int:
+        return (step - 1) // block
+
+    def wanted(step: int) -> bool:
+        """In blocks 0, 2, 4, ..., and events in their middles only."""
+        return number_of(step) % 2 == 0
+
+    def now() -> int:
+        return max(times, default=0)
+
+    def is_event(step: int) -> bool:
+        return wanted(max(step, 1)) and step % block == block // 2
 
     def write(self: metrics.MetricsWriter, step: int, row: dict[str, float]) -> None:
-        if written:
-            write_row(self, step, row)
+        if wanted(step):
+            kept["write"](self, step, row)
         times[step] = time.perf_counter()
 
+    def write_picture(self: metrics.MetricsWriter, name: str, step: int, picture: object) -> None:
+        if picture is not None:
+            kept["write_picture"](self, name, step, picture)
+
+    def make_picture(*args: object) -> object:
+        draw = kept["make_picture"](*args)
+        return lambda state, frozen: draw(state, frozen) if is_event(now()) else None
+
+    def save(checkpoints: object, step: int, state: object, data: object) -> None:
+        if is_event(step):
+            kept["save"](checkpoints, step, state, data)
+
+    def curves(*args: object) -> None:
+        if is_event(now()):
+            kept["curves"](*args)
+
     with contextlib.ExitStack() as replaced:
-        replaced.enter_context(mock.patch.object(metrics.MetricsWriter, "write", write))
-        if not written:
-            replaced.enter_context(mock.patch.object(metrics.MetricsWriter, "write_picture"))
-            replaced.enter_context(mock.patch.object(metrics, "loss_curves"))
-            replaced.enter_context(mock.patch.object(train, "make_picture"))
-            replaced.enter_context(mock.patch.object(checkpoint, "save"))
+        for owner, name, function in (
+            (metrics.MetricsWriter, "write", write),
+            (metrics.MetricsWriter, "write_picture", write_picture),
+            (metrics, "loss_curves", curves),
+            (train, "make_picture", make_picture),
+            (checkpoint, "save", save),
+        ):
+            replaced.enter_context(mock.patch.object(owner, name, function))
         folder = replaced.enter_context(tempfile.TemporaryDirectory())
         train.train(config, pathlib.Path(folder) / "run")
-    return (times[config.num_steps - 1] - times[2]) / (config.num_steps - 3)
+    # Block 0 is left out, so pairs begin with a block in which nothing is written.
+    seconds = [times[(i + 1) * block] - times[i * block] for i in range(1, 2 * pairs + 1)]
+    return seconds[1::2], seconds[::2]
 
 
 if __name__ == "__main__":
