@@ -82,7 +82,7 @@ def sampled():
     """Latents of a clip that was not trained on, by the teacher in a few steps and by both students in one."""
     clips, fps = demo.held_out_clips()
     teacher, student = ImageToVideo.load_each("miniature", [None, "miniature/stage2"])
-    options = teacher.complete(Options(sampler="euler", steps=9))
+    options = teacher.complete(Options(sampler="euler", steps=5))
     assert (options.height, options.width, options.num_frames, options.fps) == (64, 96, 14, fps)
     one_step = dataclasses.replace(options, sampler="consistency", steps=1)
     noise = teacher.noise(jax.random.key(0), options)

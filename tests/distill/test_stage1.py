@@ -317,11 +317,13 @@ def test_half_precision_step_is_finite_and_multiplies_no_float32(state):
 def test_real_configuration_traces():
     """Everything that configs/stage1.py does in a step, at its sizes; nothing is computed.
 
-    But for the number of levels and layers, which only take time.
+    But for the numbers of levels and layers, which only take time.
     """
     config = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "configs" / "stage1.py"))["get_config"]()
     unet = {"layers_per_block": 1, "block_out_channels": (320, 640), "num_attention_heads": (5, 10)}
-    config.weights, config.random_networks = "", ConfigDict({"unet": unet | {"has_attention": (True, False)}})
+    unet |= {"has_attention": (True, False)}
+    few = {"image_encoder": {"num_hidden_layers": 2}, "dinov2": {"num_hidden_layers": 12}}
+    config.weights, config.random_networks = "", ConfigDict(few | {"unet": unet})
     real, optimizers = experiment.networks_of(config), experiment.optimizers_of(config)
     shapes = {name: unflatten_dict(expected_params(name, getattr(real, name).config)) for name in ARCHITECTURES}
     weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)

@@ -16,12 +16,13 @@ from osv_jax.models.layers import Conv, Dense
 from osv_jax.models.svd_unet import SVDUNet, UNetConfig
 
 RANK, ALPHA = 4, 6.0
-# 64 channels: with 32, each normalisation group is one channel, and whatever only shifts a channel has no gradient.
+# 64 channels: with 32, each normalisation group is one channel, and whatever only shifts a channel has no gradient. The
+# transformers are in the middle: every kind of layer is there.
 CONFIG = UNetConfig(
     block_out_channels=(64, 128),
     layers_per_block=1,
     num_attention_heads=(2, 2),
-    has_attention=(True, False),
+    has_attention=(False, False),
     cross_attention_dim=24,
     addition_time_embed_dim=8,
 )
