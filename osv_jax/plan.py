@@ -47,7 +47,9 @@ CPU_OPTIONS = {
     "xla_disable_hlo_passes": "tree_reduction_rewriter",
 }
 _DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
-_COLLECTIVES = ("all-gather", "all-reduce", "reduce-scatter", "all-to-all", "collective-permute")
+_COLLECTIVE = re.compile(
+    r" = (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\((?:.*channel_id=(\d+))?"
+)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -207,14 +209,27 @@ def analyse(compiled: jax.stages.Compiled, flops: float) -> Plan:
 def collectives_of(program: str) -> dict[str, tuple[int, float]]:
     """Kind -> (number, bytes of their results) of the collectives in an HLO program."""
     found: dict[str, tuple[int, float]] = {}
-    for shapes, kind in re.findall(rf" = (.+?) ({'|'.join(_COLLECTIVES)})(?:-start)?\(", program):
+    seen = set()
+    in_fusion = False
+    for line in program.splitlines():
+        if line.endswith("{") and not line.startswith(" "):
+            in_fusion = "fus" in line.split(" ", 1)[0]
+        if not (match := _COLLECTIVE.search(line)):
+            continue
+        shapes, kind, start, channel = match.groups()
         sizes = [
             _DTYPE_BYTES.get(dtype, 4) * np.prod([int(size) for size in dims.split(",") if size], dtype=float)
             for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
         ]
+        # What starts a gathering returns its operand beside its result; several that were combined return them all.
+        size = max(sizes, default=0.0) if start and kind != "all-reduce" else sum(sizes)
+        if in_fusion and channel:
+            # A TPU's compiler hides one behind several computations, and writes it into the fusion of each.
+            if (kind, channel, size) in seen:
+                continue
+            seen.add((kind, channel, size))
         count, total = found.get(kind, (0, 0.0))
-        # What starts an asynchronous one returns its operand beside its result.
-        found[kind] = (count + 1, total + max(sizes, default=0.0))
+        found[kind] = (count + 1, total + size)
     return found
 
 

@@ -42,6 +42,12 @@ def test_collectives_are_counted_by_kind_with_their_bytes():
     assert plan.collectives_of(summed.as_text()) == {"all-reduce": (1, 32 * 4)}
     text = "  %a = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(f32[2,4]{1,0} %p), dimensions={0}"
     assert plan.collectives_of(text) == {"all-gather": (1, 8 * 4 * 4)}
+    # One that is hidden behind three computations, once more by itself, and two that were combined.
+    part = "  %g = bf16[8,4]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=7, dimensions={0}"
+    both = "  %r = (f32[6]{0}, f32[2]{0}) all-reduce(%a, %b), channel_id=1, to_apply=%add"
+    fusions = [f"%async_collective_fusion.{i} (p: bf16[2,4]) -> bf16[8,4] {{\n{part}\n}}" for i in range(3)]
+    text = "\n\n".join([*fusions, f"ENTRY %main (p: bf16[2,4]) -> f32[2] {{\n{part}\n{both}\n}}"])
+    assert plan.collectives_of(text) == {"all-gather": (2, 2 * 8 * 4 * 2), "all-reduce": (1, 8 * 4)}
 
 
 def test_assigned_memory_is_that_of_the_finished_program(tmp_path):
