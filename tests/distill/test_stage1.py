@@ -127,7 +127,7 @@ def plain(networks, frozen, state, batch):
     x_t = batch.latents + sigma * noise
     image = jnp.repeat(batch.cond.image_latents[:, None], batch.latents.shape[1], axis=1)
 
-    def f(student):
+    def f(student, frozen):
         variables = {"params": frozen["unet"], "lora": {**student.lora}}
         variables["lora"] = jax.tree.map_with_path(
             lambda path, x: 1.5 * x if path[-1].key == "b" else x, variables["lora"]
@@ -137,33 +137,37 @@ def plain(networks, frozen, state, batch):
         v = networks.unet.apply(variables, sample, jnp.log(sigma).reshape(-1) / 4, embedding, ids)
         return x_t / (sigma**2 + 1) - sigma / jnp.sqrt(sigma**2 + 1) * v
 
-    def logits(disc, latents, update):
+    def logits(disc, frozen, latents, update):
         out, spectral = discriminate(networks.discriminator, networks.dinov2, disc, frozen["dinov2"], latents, update)
         return jnp.concatenate([out["spatial"], out["temporal"]], axis=1), spectral
 
-    def loss_disc(params, fake):
+    def loss_disc(params, frozen, fake):
         disc = {**state.disc, "params": params}
-        (real_logits, spectral), (fake_logits, _) = logits(disc, batch.latents, True), logits(disc, fake, True)
+        real_logits, spectral = logits(disc, frozen, batch.latents, True)
+        fake_logits, _ = logits(disc, frozen, fake, True)
         loss = jnp.maximum(0, 1 - real_logits).mean() + jnp.maximum(0, 1 + fake_logits).mean()
         return loss, spectral
 
-    def loss_student(student, disc):
-        fake = f(student)
-        adversarial_loss = jnp.maximum(0, 1 - logits(disc, fake, False)[0]).mean()
+    def loss_student(student, frozen, disc):
+        fake = f(student, frozen)
+        adversarial_loss = jnp.maximum(0, 1 - logits(disc, frozen, fake, False)[0]).mean()
         huber = (jnp.sqrt((batch.latents - fake) ** 2 + 0.03**2) - 0.03).mean()
         return 0.3 * adversarial_loss + huber, (adversarial_loss, huber)
 
     @jax.jit
-    def run(state, rate):
-        fake = f(state.student)
-        (d, spectral), g_disc = jax.value_and_grad(loss_disc, has_aux=True)(state.disc["params"], fake)
+    def run(state, frozen, rate):
+        fake = f(state.student, frozen)
+        (d, spectral), g_disc = jax.value_and_grad(loss_disc, has_aux=True)(state.disc["params"], frozen, fake)
         params = jax.tree.map(lambda p, g: p - rate * g, state.disc["params"], g_disc)
         disc = {"params": params, "spectral": spectral}
-        (g, (adversarial_loss, huber)), g_student = jax.value_and_grad(loss_student, has_aux=True)(state.student, disc)
+        (g, (adversarial_loss, huber)), g_student = jax.value_and_grad(loss_student, has_aux=True)(
+            state.student, frozen, disc
+        )
         student = jax.tree.map(lambda p, g: p - 0.5 * g, state.student, g_student)
         return disc, student, {"disc": d, "student": g, "adversarial": adversarial_loss, "huber": huber}
 
-    return run
+    # Arguments, not constants, with which XLA would compute while it compiles.
+    return lambda state, rate: run(state, frozen, rate)
 
 
 def test_step_is_eq_6_then_eq_7_through_the_new_discriminator(plain, state, result):

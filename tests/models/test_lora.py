@@ -100,11 +100,11 @@ def student(inputs):
 def test_output_and_every_gradient_match_peft(inputs, reference):
     params, weights, direction, output, expected = reference
 
-    def loss(tree):
+    def loss(tree, params):
         y = UNET.apply({"params": params, "lora": lora.scale_lora(tree, ALPHA / RANK)}, *inputs)
         return jnp.sum(y * direction), y
 
-    gradients, actual = jax.jit(jax.grad(loss, has_aux=True))(weights)
+    gradients, actual = jax.jit(jax.grad(loss, has_aux=True))(weights, params)
     assert relative_error(actual, output) < 2e-5
     gradients, expected = flatten_dict(gradients), flatten_dict(expected)
     assert {leaf.ndim for path, leaf in gradients.items() if path[-1] == "a"} == {2, 4, 5}
