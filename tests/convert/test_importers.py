@@ -107,7 +107,7 @@ def test_formats_written_by_transformers(tmp_path):
 def test_imported_vae_gives_torch_output(weights, rng):
     images = rng.standard_normal((2, 18, 10, 3), np.float32)
     vae, params = SVDVAE(load_config(weights, "vae")), load_params(weights, "vae")
-    mean, _ = jax.jit(lambda x: vae.apply({"params": params}, x, method="encode"))(images)
+    mean, _ = jax.jit(lambda params: vae.apply({"params": params}, images, method="encode"))(params)
     with torch.no_grad():
         expected = (
             tiny_checkpoints.vae().encode(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()).latent_dist.mean
@@ -156,7 +156,7 @@ def test_dinov2(tmp_path, rng, swiglu, registers, form):
     params, config = load_params(tmp_path / "out", "dinov2"), load_config(tmp_path / "out", "dinov2")
     assert_same(params, expected, np.float32)
     pixels = rng.standard_normal((2, 42, 42, 3), np.float32)
-    ours = jax.jit(lambda x: Dinov2(config).apply({"params": params}, x, method="sequence"))(pixels)
+    ours = jax.jit(lambda params: Dinov2(config).apply({"params": params}, pixels, method="sequence"))(params)
     with torch.no_grad():
         reference = network(torch.from_numpy(pixels).permute(0, 3, 1, 2)).last_hidden_state
     assert relative_error(ours, reference) < 2e-5
