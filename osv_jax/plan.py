@@ -1,9 +1,10 @@
 """Says whether a run fits: `python -m osv_jax.plan --config=configs/stage2.py --topology=v5e:4x4`.
 
 Compiles the real step of every resolution of a configuration for devices that need not be there, and prints for one
-device: its memory, operations, what it sends to others, and a bound on the time of a step. Topologies: a TPU slice by
-its chips (v5e:4x4, v5p:2x2x2, v6e:2x2; needs the package libtpu), gpu:8x80GB (compiled for as many CPU devices, which
-compute bfloat16 in float32: an upper bound), or cpu. Keys of the configuration are changed as in training.
+device: its memory, operations, what it sends to others, and a bound on the time of a step. Compilation is stopped when
+all memory has been assigned; the code that would follow takes most of its time. Topologies: a TPU slice by its chips
+(v5e:4x4, v5p:2x2x2, v6e:2x2; needs the package libtpu), gpu:8x80GB (compiled for as many CPU devices, which compute
+bfloat16 in float32: an upper bound), or cpu. Keys of the configuration are changed as in training.
 """
 
 from __future__ import annotations
@@ -322,8 +323,8 @@ def plan_step(
 def plan_without_code(config: ConfigDict, phase: Phase, topology: str) -> Plan:
     """`plan_step` in a process of its own, which is stopped as soon as XLA has assigned all memory.
 
-    Generating code is what follows. For a full-size step it takes nine tenths of the time and three quarters of the
-    memory of compiling, and changes nothing in a plan.
+    Generating code is what follows: for a full-size step, most of the time and memory that compiling takes. What it
+    adds to the device's memory, the program and scratch memory of single operations, is not in the plan.
 
     Raises:
         DoesNotFit: as `plan_step`.
@@ -412,7 +413,7 @@ def make_plan(config: ConfigDict, topology: str) -> bool:
             continue
         fits = chip.memory is None or plan.total <= chip.memory
         verdict = "fits" if fits else f"does not fit: {advice(config, devices)}"
-        print(report(plan, chip, f"{verdict} (compiled in {time.perf_counter() - start:.0f} s)."), flush=True)
+        print(report(plan, chip, f"{verdict} (after {time.perf_counter() - start:.0f} s)."), flush=True)
         all_fit &= fits
     return all_fit
 
