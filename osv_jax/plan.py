@@ -67,12 +67,11 @@ class Chip:
     peak: float | None
 
 
-# Google's figures (cloud.google.com/tpu/docs). Programs cannot have all of the memory: what does not fit, XLA refuses.
+# The memory is what libtpu gives to programs, a little less than the chip has; the peak is Google's figure.
 _TPUS = {
-    "v4": Chip("TPU v4", 32 * 2**30, 275e12),
-    "v5e": Chip("TPU v5e", 16 * 2**30, 197e12),
-    "v5p": Chip("TPU v5p", 95 * 2**30, 459e12),
-    "v6e": Chip("TPU v6e", 32 * 2**30, 918e12),
+    "v5e": Chip("TPU v5e", 15.75 * 2**30, 197e12),
+    "v5p": Chip("TPU v5p", 95.74 * 2**30, 459e12),
+    "v6e": Chip("TPU v6e", 31.25 * 2**30, 918e12),
 }
 
 
@@ -315,8 +314,8 @@ def plan_step(
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise
-        needed = re.search(r"Used [\d.]+\w? of [\d.]+\w? \w+", str(error))
-        raise DoesNotFit(needed[0] if needed else "out of memory") from error
+        needed = re.search(r"Used [\d.]+\w? of [\d.]+\w? \w+|[\w ]+\([\d.]+\w\) exceeds .+\([\d.]+\w\)", str(error))
+        raise DoesNotFit(needed[0].strip() if needed else "out of memory") from error
     return analyse(compiled, flops)
 
 

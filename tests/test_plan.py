@@ -154,14 +154,29 @@ def test_what_does_not_fit_comes_with_advice(toy, capsys, monkeypatch):
     assert not plan.make_plan(small(remat="full"), "v5e:1")
     assert "does not fit: compute a device's clips one after the other: config.grad_accum=8" in capsys.readouterr().out
 
+
+@pytest.mark.parametrize(
+    ("sentence", "needed"),
+    [
+        ("Ran out of memory. Used 25.70G of 15.75G hbm. More", "Used 25.70G of 15.75G hbm"),
+        (
+            "Ran out of memory on HBM, the total memory required for HLO temporaries (600.00G) exceeds available HBM"
+            " (15.75G).",
+            "the total memory required for HLO temporaries (600.00G) exceeds available HBM (15.75G)",
+        ),
+        ("Something else.", "out of memory"),
+    ],
+)
+def test_what_xla_refuses_does_not_fit(toy, capsys, monkeypatch, sentence, needed):
     class Refused:
         def compile(self, options):
-            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED: Ran out of memory. Used 25.70G of 15.75G hbm. More")
+            raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {sentence}")
 
     traced = type("Traced", (), {"lower": lambda self: Refused(), "jaxpr": jax.make_jaxpr(jnp.sin)(1.0)})()
     monkeypatch.setattr(plan, "trace", lambda *args: traced)
+    monkeypatch.setattr(plan, "devices_of", lambda topology: (plan.Chip("chip", 1e3, None), jax.devices()[:1]))
     assert not plan.make_plan(small(remat="full", batch_size=1), "v5e:1")
-    assert "does not fit (Used 25.70G of 15.75G hbm): train less" in capsys.readouterr().out
+    assert f"does not fit ({needed}): train less" in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(
