@@ -13,6 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax import lax
+from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from osv_jax.errors import UserError
@@ -240,13 +241,24 @@ def discriminate_pixels(
     """
     batch, frames = pixels.shape[:2]
     images = (pixels.reshape(-1, *pixels.shape[2:]) - _IMAGENET_MEAN) / _IMAGENET_STD
-    images = _resize_to_patches(images, backbone.config.patch_size)
+    images = _share_out(_resize_to_patches(images, backbone.config.patch_size))
     features = backbone.apply({"params": lax.stop_gradient(backbone_params)}, images, disc.blocks)
     features = tuple(x.reshape(batch, frames, *x.shape[1:]) for x in features)
     if not update_stats:
         return disc.apply(disc_variables, features, False, method="score"), disc_variables["spectral"]
     logits, updated = disc.apply(disc_variables, features, True, method="score", mutable=["spectral"])
     return logits, updated["spectral"]
+
+
+def _share_out(images: Float[Array, "n h w 3"]) -> Float[Array, "n h w 3"]:
+    """Images to all devices: those that share a clip's height share its frames here, or each would compute them all.
+
+    The backbone attends within an image, whose tokens cannot be split, and computes nothing across images.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.shape.get("context", 1) == 1:
+        return images
+    return lax.with_sharding_constraint(images, PartitionSpec(("data", "fsdp", "context")))
 
 
 def _resize_to_patches(images: Float[Array, "n h w 3"], patch: int) -> Float[Array, "n H W 3"]:

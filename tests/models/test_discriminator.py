@@ -20,6 +20,7 @@ from osv_jax.models.discriminator import (
     init_discriminator,
     pixel_shuffle,
 )
+from osv_jax.runtime import mesh
 
 TOLERANCE = 2e-5
 WIDTH = 64
@@ -312,3 +313,24 @@ def test_bfloat16_is_finite_and_close(rng, variables, backbone_params, judge):
 def test_odd_feature_width_is_refused():
     with pytest.raises(UserError, match=r"width \[48, 48\]"):
         init_discriminator(DISC, jax.random.key(0), 48)
+
+
+@pytest.mark.parametrize("frames", [4, 3])
+def test_devices_that_share_a_clip_share_the_backbones_work(rng, variables, backbone_params, frames):
+    """Also when they do not divide the number of frames; the tokens of an image cannot be split."""
+    latents = rng.standard_normal((1, frames, 6, 4, 4), np.float32)
+    arguments = (variables, backbone_params, latents)
+
+    def logits(variables, backbone_params, latents):
+        return discriminate(DISC, BACKBONE, variables, backbone_params, latents, False)[0]
+
+    alone = jax.jit(logits).lower(*arguments).compile()
+    devices = mesh.make_mesh(1, 1, 2, devices=jax.devices()[:2])
+    with jax.set_mesh(devices):
+        placed = (*jax.device_put(arguments[:2], mesh.replicated(devices)),)
+        placed += (jax.device_put(latents, mesh.batch_shardings(devices, latents)),)
+        shared = jax.jit(logits).lower(*placed).compile()
+    part = -(-frames // 2) / frames
+    assert shared.cost_analysis()["flops"] < (part + 0.1) * alone.cost_analysis()["flops"]
+    for kind, value in alone(*arguments).items():
+        assert relative_error(shared(*placed)[kind], value) < TOLERANCE
