@@ -176,6 +176,10 @@ def operations(jaxpr: Jaxpr) -> float:
         inner = sum(operations(child) for child in jaxprs_in_params(equation.params))
         if equation.primitive.name == "scan":
             inner *= equation.params["length"]
+        elif equation.primitive.name == "shard_map":
+            inner *= equation.params["mesh"].size
+        elif equation.primitive.name == "pallas_call":
+            inner *= np.prod(equation.params["grid_mapping"].grid)
         elif equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
             left = equation.invars[0].aval.shape

@@ -32,6 +32,17 @@ def test_operations_of_loops_count_as_often_as_they_run():
     assert plan.operations(traced.jaxpr.jaxpr) == products + convolution + sums
 
 
+@pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
+def test_operations_of_a_kernel_count_for_all_its_blocks_and_devices(sizes):
+    q = jnp.ones((8, 256, 2, 64))
+    with jax.set_mesh(mesh.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])):
+        counts = [
+            plan.operations(jax.make_jaxpr(lambda x, kind=kind: layers.dot_product_attention(x, x, x, kind))(q).jaxpr)
+            for kind in ("splash", "xla")
+        ]
+    assert counts == [2 * 2 * 8 * 2 * 256 * 256 * 64] * 2
+
+
 def test_collectives_are_counted_by_kind_with_their_bytes():
     devices = mesh.make_mesh(2, 4)
     rows, whole = NamedSharding(devices, PartitionSpec("fsdp")), NamedSharding(devices, PartitionSpec())

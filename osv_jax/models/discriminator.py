@@ -240,8 +240,9 @@ def discriminate_pixels(
     to a tuple of [n gh gw c]. No gradient reaches its parameters.
     """
     batch, frames = pixels.shape[:2]
+    pixels = _share_out(pixels)
     images = (pixels.reshape(-1, *pixels.shape[2:]) - _IMAGENET_MEAN) / _IMAGENET_STD
-    images = _share_out(_resize_to_patches(images, backbone.config.patch_size))
+    images = _resize_to_patches(images, backbone.config.patch_size)
     features = backbone.apply({"params": lax.stop_gradient(backbone_params)}, images, disc.blocks)
     features = tuple(x.reshape(batch, frames, *x.shape[1:]) for x in features)
     if not update_stats:
@@ -250,15 +251,15 @@ def discriminate_pixels(
     return logits, updated["spectral"]
 
 
-def _share_out(images: Float[Array, "n h w 3"]) -> Float[Array, "n h w 3"]:
-    """Images to all devices: those that share a clip's height share its frames here, or each would compute them all.
+def _share_out(pixels: Float[Array, "b f h w 3"]) -> Float[Array, "b f h w 3"]:
+    """Devices that share a clip's height share its frames from here on, or each would compute the backbone of all.
 
-    The backbone attends within an image, whose tokens cannot be split, and computes nothing across images.
+    It attends within an image, whose tokens cannot be split, and computes nothing across images.
     """
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.shape.get("context", 1) == 1:
-        return images
-    return lax.with_sharding_constraint(images, PartitionSpec(("data", "fsdp", "context")))
+        return pixels
+    return lax.with_sharding_constraint(pixels, PartitionSpec(("data", "fsdp"), "context"))
 
 
 def _resize_to_patches(images: Float[Array, "n h w 3"], patch: int) -> Float[Array, "n H W 3"]:
