@@ -259,6 +259,8 @@ def _share_out(pixels: Float[Array, "b f h w 3"]) -> Float[Array, "b f h w 3"]:
     mesh = jax.sharding.get_abstract_mesh()
     if mesh.shape.get("context", 1) == 1:
         return pixels
+    # By height up to here: or the frames would be shared out, by propagation, in parts of the UNet as well.
+    pixels = lax.with_sharding_constraint(pixels, PartitionSpec(("data", "fsdp"), None, "context"))
     return lax.with_sharding_constraint(pixels, PartitionSpec(("data", "fsdp"), "context"))
 
 
