@@ -102,7 +102,10 @@ def loss_curves(jsonl: str | pathlib.Path, png: str | pathlib.Path, names: Seque
     from matplotlib.figure import Figure
 
     # A Figure of its own, not pyplot: nothing global, no display, safe in threads.
-    figure = Figure(figsize=(8, 2.4 * len(names)), layout="constrained")
+    # Fixed margins: to have them measured takes as long as all the drawing, for which a run waits.
+    height = 2.4 * len(names)
+    figure = Figure(figsize=(8, height))
+    figure.subplots_adjust(left=0.12, right=0.98, bottom=0.55 / height, top=1 - 0.15 / height, hspace=0.12)
     panels = figure.subplots(len(names), sharex=True, squeeze=False)[:, 0]
     for name, panel in zip(names, panels, strict=True):
         points = [(row["step"], row[name]) for row in rows if name in row]
@@ -111,6 +114,7 @@ def loss_curves(jsonl: str | pathlib.Path, png: str | pathlib.Path, names: Seque
         panel.plot(steps, values, linewidth=1, marker="." if len(points) < 50 else None)
         panel.set_ylabel(name)
         panel.grid(alpha=0.3)
+    figure.align_ylabels(panels)
     panels[-1].set_xlabel("step")
     figure.savefig(png, dpi=120)
 
