@@ -42,7 +42,7 @@ def main() -> None:
     for number, pair in enumerate(zip(written, plain, extra, strict=True), 1):
         print("pair {}: {:.2f} s with everything, {:.2f} s without, {:+.2f} s".format(number, *pair))
     step = statistics.median(plain) / arguments.block
-    low, median, high = (statistics.quantiles(extra, n=4)[i] for i in range(3))
+    low, median, high = statistics.quantiles(extra, n=4)
     print(f"steps of {step:.3f} s; one checkpoint and picture {median:+.2f} s (quartiles {low:+.2f}, {high:+.2f})")
     for name, every in intervals.items():
         print(f"every {every} steps, as in {name}: {median / (every * step):+.2%}")

@@ -80,14 +80,19 @@ class Plan:
     """What one device needs for a step; bytes, operations, seconds.
 
     Attributes:
+        results: those that take the place of an argument need no memory of their own, and are not counted.
         collectives: kind -> (how many in the program, bytes of their results); those in loops are counted once.
     """
 
     arguments: float
     temporaries: float
-    total: float
+    results: float
     flops: float
     collectives: Mapping[str, tuple[int, float]]
+
+    @property
+    def total(self) -> float:
+        return self.arguments + self.temporaries + self.results
 
 
 class DoesNotFit(Exception):
@@ -198,16 +203,9 @@ def analyse(compiled: jax.stages.Compiled, flops: float) -> Plan:
         flops: of one device.
     """
     memory = compiled.memory_analysis()
-    # Results that take the place of an argument need no memory of their own.
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
-    arguments, temporaries = memory.argument_size_in_bytes, memory.temp_size_in_bytes
-    return Plan(
-        arguments=arguments,
-        temporaries=temporaries,
-        total=arguments + temporaries + results,
-        flops=flops,
-        collectives=collectives_of(compiled.as_text()),
-    )
+    sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes, results
+    return Plan(*sizes, flops, collectives_of(compiled.as_text()))
 
 
 def collectives_of(program: str) -> dict[str, tuple[int, float]]:
@@ -256,14 +254,7 @@ def read_assignment(folder: pathlib.Path, flops: float) -> Plan | None:
         return None
     (assignment,) = folder.glob("*train_step*-buffer-assignment.txt")
     (program,) = folder.glob("*train_step*after_optimizations.txt")
-    arguments, temporaries, results = assigned_memory(assignment.read_text())
-    return Plan(
-        arguments=arguments,
-        temporaries=temporaries,
-        total=arguments + temporaries + results,
-        flops=flops,
-        collectives=collectives_of(program.read_text()),
-    )
+    return Plan(*assigned_memory(assignment.read_text()), flops, collectives_of(program.read_text()))
 
 
 def advice(config: ConfigDict, devices: Mesh) -> str:
