@@ -19,9 +19,10 @@ import time
 
 import numpy as np
 
-from osv_jax.data import latents, shards
+from osv_jax.data import latents
 from osv_jax.data.cutting import Location
-from osv_jax.data.sources import SourceVideo
+from osv_jax.preparation import shards
+from osv_jax.preparation.sources import SourceVideo
 
 WANTED = 10 * 8 / 0.25
 

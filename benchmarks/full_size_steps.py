@@ -15,9 +15,9 @@ import time
 import jax
 import numpy as np
 
-from osv_jax import experiment
 from osv_jax.plan import CPU_OPTIONS
 from osv_jax.runtime import mesh
+from osv_jax.training import setup
 
 
 def main() -> None:
@@ -28,20 +28,20 @@ def main() -> None:
     parser.add_argument("--batch-size", type=int, default=1)
     parser.add_argument("--steps", type=int, default=2)
     arguments = parser.parse_args()
-    config = experiment.read_config(arguments.config)
+    config = setup.read_config(arguments.config)
     config.weights, config.random_networks.unet = "", {}
     config.batch_size = arguments.batch_size
 
     devices = mesh.make_mesh(-1, 1)
-    networks = experiment.networks_of(config)
-    optimizers = experiment.optimizers_of(config)
+    networks = setup.networks_of(config)
+    optimizers = setup.optimizers_of(config)
     with jax.set_mesh(devices):
         start = time.perf_counter()
-        frozen = experiment.load_frozen(config, networks, devices)
-        init = experiment.make_init(config, networks, optimizers)
+        frozen = setup.load_frozen(config, networks, devices)
+        init = setup.make_init(config, networks, optimizers)
         state = jax.block_until_ready(jax.jit(init)(jax.random.key(0), frozen["unet"]))
         print(f"random weights and state: {time.perf_counter() - start:.0f} s, {_host_gib():.1f} GiB", flush=True)
-        print(experiment.describe(config, state, frozen, 0), flush=True)
+        print(setup.describe(config, state, frozen, 0), flush=True)
 
         shape = (config.batch_size, config.data.num_frames, arguments.height, arguments.width, 3)
         rng = np.random.default_rng(0)
@@ -52,7 +52,7 @@ def main() -> None:
         }
         batch = jax.device_put(batch, mesh.batch_shardings(devices, batch))
         start = time.perf_counter()
-        step = jax.jit(experiment.make_train_step(config, networks, optimizers), donate_argnums=0)
+        step = jax.jit(setup.make_train_step(config, networks, optimizers), donate_argnums=0)
         options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
         step = step.lower(state, frozen, batch).compile(options)
         print(f"compiled in {time.perf_counter() - start:.0f} s, {_host_gib():.1f} GiB", flush=True)

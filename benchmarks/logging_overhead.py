@@ -21,8 +21,9 @@ from unittest import mock
 
 from ml_collections import ConfigDict
 
-from osv_jax import experiment, train
+from osv_jax import train
 from osv_jax.runtime import checkpoint, command_line, metrics
+from osv_jax.training import setup
 
 
 def main() -> None:
@@ -32,10 +33,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=int, default=10, help="(default %(default)s)")
     arguments = parser.parse_args()
     command_line.keep_compiled_programs()
-    config = experiment.read_config(arguments.config)
+    config = setup.read_config(arguments.config)
     intervals = {
         arguments.config: config.checkpoint_every,
-        arguments.config.partition(":")[0]: experiment.read_config(arguments.config.partition(":")[0]).checkpoint_every,
+        arguments.config.partition(":")[0]: setup.read_config(arguments.config.partition(":")[0]).checkpoint_every,
     }
     written, plain = blocks(config, arguments.block, arguments.pairs)
     extra = [w - p for w, p in zip(written, plain, strict=True)]

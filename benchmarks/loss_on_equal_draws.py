@@ -19,13 +19,13 @@ import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
-from osv_jax import experiment
-from osv_jax.clips import open_clips
 from osv_jax.convert import lora_files, weights
-from osv_jax.distill.networks import Networks, Params
-from osv_jax.distill.state import TrainState
-from osv_jax.experiment import Optimizers
+from osv_jax.objectives.networks import Networks, Params
+from osv_jax.objectives.players import TrainState
 from osv_jax.runtime import checkpoint, mesh
+from osv_jax.training import setup
+from osv_jax.training.clips import open_clips
+from osv_jax.training.setup import Optimizers
 
 # The step draws everything from its number: numbers that training has not reached are fresh draws.
 _FRESH = 1_000_000
@@ -39,16 +39,16 @@ def main() -> None:
     arguments = parser.parse_args()
     workdir = arguments.workdir
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    networks, optimizers = experiment.networks_of(config), experiment.optimizers_of(config)
+    networks, optimizers = setup.networks_of(config), setup.optimizers_of(config)
     devices = mesh.make_mesh(-1, 1)
-    clips, phase = open_clips(config, networks, workdir), experiment.phases_of(config)[-1]
+    clips, phase = open_clips(config, networks, workdir), setup.phases_of(config)[-1]
     batches = list(itertools.islice(clips.batches(phase, 0), arguments.batches))
     with jax.set_mesh(devices), checkpoint.open_checkpoints(workdir, config.keep_checkpoints) as checkpoints:
-        frozen = experiment.load_frozen(config, networks, devices)
+        frozen = setup.load_frozen(config, networks, devices)
         first = first_state(config, networks, optimizers, frozen)
         like = checkpoint.abstract(first, mesh.parameter_shardings(devices, first))
         last = checkpoint.restore_state(checkpoints, checkpoints.latest_step(), like)
-        step = jax.jit(experiment.make_train_step(config, networks, optimizers))
+        step = jax.jit(setup.make_train_step(config, networks, optimizers))
         before, after = (np.array(losses_of(step, state, frozen, batches)) for state in (first, last))
     for name, values in {"before": before, "after": after, "after - before": after - before}.items():
         error = values.std() / len(values) ** 0.5
@@ -57,15 +57,15 @@ def main() -> None:
 
 def first_state(config: ConfigDict, networks: Networks, optimizers: Optimizers, frozen: Params) -> TrainState:
     """The state that the run began with."""
-    init = jax.jit(experiment.make_init(config, networks, optimizers))
+    init = jax.jit(setup.make_init(config, networks, optimizers))
     state = init(jax.random.key(config.seed), frozen["unet"])
     if not config.init_from:
         return state
     origin = pathlib.Path(weights.locate(config.init_from))
     if lora_files.is_lora(origin):
-        read = experiment.read_lora(origin, config, networks)
-        return experiment.start_from_lora(read.lora, config, state, optimizers)
-    return experiment.start_from(origin, state, optimizers)
+        read = setup.read_lora(origin, config, networks)
+        return setup.start_from_lora(read.lora, config, state, optimizers)
+    return setup.start_from(origin, state, optimizers)
 
 
 def losses_of(step: Callable, state: TrainState, frozen: Params, batches: Iterable[dict[str, Any]]) -> list[float]:

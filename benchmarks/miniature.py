@@ -23,13 +23,13 @@ from PIL import Image
 from osv_jax.compare import motion
 from osv_jax.convert import weights
 from osv_jax.data import pixels
-from osv_jax.distill import finetune
-from osv_jax.distill.autoencoder import frame_psnr
-from osv_jax.distill.networks import build_networks
-from osv_jax.distill.pixels import encode_batch
-from osv_jax.image_to_video import COMPONENTS, ImageToVideo, Options
+from osv_jax.inference.pipeline import COMPONENTS, ImageToVideo, Options
 from osv_jax.models.svd_vae import SVDVAE
-from osv_jax.runtime.pictures import sample_grid, to_float, to_uint8
+from osv_jax.objectives import finetune
+from osv_jax.objectives.autoencoder import frame_psnr
+from osv_jax.objectives.networks import build_networks
+from osv_jax.objectives.pixels import encode_batch
+from osv_jax.runtime.media import sample_grid, to_float, to_uint8
 
 # Frames from clip to clip, what moves, and draws of noise for each.
 _SHIFT, _MIN_MOTION, _DRAWS = 3, 0.3, 8

@@ -24,11 +24,11 @@ from PIL import Image
 from tqdm import tqdm
 
 from osv_jax.data import demo, pixels
-from osv_jax.distill.autoencoder import frame_psnr
 from osv_jax.errors import UserError
-from osv_jax.image_to_video import ImageToVideo, Options
+from osv_jax.inference.pipeline import ImageToVideo, Options
+from osv_jax.objectives.autoencoder import frame_psnr
 from osv_jax.runtime import arguments, command_line
-from osv_jax.runtime.pictures import beside_each_other, sample_grid, to_float, to_uint8, write_video
+from osv_jax.runtime.media import beside_each_other, sample_grid, to_float, to_uint8, write_video
 from osv_jax.sample import add_video_options
 
 UNTRAINED = "untrained student, 1 step"

@@ -29,12 +29,12 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict, config_flags
 
-from osv_jax import experiment
-from osv_jax.distill.networks import Networks
 from osv_jax.errors import UserError
-from osv_jax.experiment import Optimizers, Phase
 from osv_jax.models.groups import GROUPS
+from osv_jax.objectives.networks import Networks
 from osv_jax.runtime import checkpoint, command_line, mesh
+from osv_jax.training import setup
+from osv_jax.training.setup import Optimizers, Phase
 
 _GB = 1e9
 # On CPU: XLA's default order of operations favours concurrency and holds the float32 copies of all bfloat16 weights at
@@ -151,16 +151,14 @@ def trace(
 ) -> jax.stages.Traced:
     """The step that training runs on clips of a phase's size, encoding included, for devices that need not be there."""
     dtype = jnp.dtype(config.dtype)
-    frozen = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), experiment.frozen_shapes(config, networks)
-    )
-    state = jax.eval_shape(experiment.make_init(config, networks, optimizers), jax.random.key(0), frozen["unet"])
+    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), setup.frozen_shapes(config, networks))
+    state = jax.eval_shape(setup.make_init(config, networks, optimizers), jax.random.key(0), frozen["unet"])
     count, frames = config.batch_size, config.data.num_frames
     clips = {
         "video": jax.ShapeDtypeStruct((count, frames, phase.height, phase.width, 3), jnp.uint8),
         "fps": jax.ShapeDtypeStruct((count,), jnp.float32),
     }
-    step = experiment.make_train_step(config, networks, optimizers)
+    step = setup.make_train_step(config, networks, optimizers)
     shardings = mesh.parameter_shardings(devices, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, mesh.replicated(devices)))
     with jax.set_mesh(devices):
@@ -301,7 +299,7 @@ def plan_step(
     Raises:
         DoesNotFit: XLA gives up on a program that does not fit a TPU.
     """
-    traced = trace(config, experiment.networks_of(config), experiment.optimizers_of(config), phase, devices)
+    traced = trace(config, setup.networks_of(config), setup.optimizers_of(config), phase, devices)
     flops = operations(traced.jaxpr.jaxpr) / devices.size
     when_traced(flops)
     try:
@@ -382,7 +380,7 @@ def make_plan(config: ConfigDict, topology: str) -> bool:
     Raises:
         UserError: a configuration that cannot run on these devices.
     """
-    experiment.check_config(config)
+    setup.check_config(config)
     if config.weights and not pathlib.Path(config.weights).is_dir():
         print(f"{config.weights} is not there: planning for Stable Video Diffusion's own sizes.")
         config.weights = ""
@@ -391,12 +389,12 @@ def make_plan(config: ConfigDict, topology: str) -> bool:
         config.data.dataset = ""
     chip, available = devices_of(topology)
     devices = layout(config, available)
-    experiment.check_layout(config, experiment.networks_of(config), devices)
+    setup.check_layout(config, setup.networks_of(config), devices)
     shape = " x ".join(f"{name} {size}" for name, size in devices.shape.items())
     print(f"{config.objective} on {len(available)} x {chip.name} ({shape}), batch {config.batch_size}, {config.dtype},")
     print(f"trains {' + '.join(config.trainable)}; remat {config.remat}, attention {config.attention}")
     all_fit = True
-    for phase in experiment.phases_of(config):
+    for phase in setup.phases_of(config):
         start = time.perf_counter()
         print(f"{config.data.num_frames} x {phase.height} x {phase.width}: compiling ...", flush=True)
         try:

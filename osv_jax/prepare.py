@@ -30,9 +30,9 @@ def main(given: Sequence[str] | None = None) -> None:
         raise UserError(f"--{modes[0]} needs --output, the folder of the dataset.")
     # Every decoding process imports this module, because it is the program they were started from; JAX, which they
     # have no use for, would take them seconds.
-    from osv_jax import preparation
+    from osv_jax.preparation import pipeline
 
-    {"source": preparation.prepare, "merge": preparation.merge, "inspect": preparation.inspect}[modes[0]](args)
+    {"source": pipeline.prepare, "merge": pipeline.merge, "inspect": pipeline.inspect}[modes[0]](args)
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -22,9 +22,9 @@ from PIL import Image
 from osv_jax.data.video import cover
 from osv_jax.diffusion.samplers import SAMPLERS
 from osv_jax.errors import UserError
-from osv_jax.image_to_video import DTYPES, ImageToVideo, Options, read_image
+from osv_jax.inference.pipeline import DTYPES, ImageToVideo, Options, read_image
 from osv_jax.runtime import arguments, command_line
-from osv_jax.runtime.pictures import to_uint8, write_video
+from osv_jax.runtime.media import to_uint8, write_video
 
 __all__ = ["ImageToVideo", "Options", "main"]
 

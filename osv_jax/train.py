@@ -24,19 +24,19 @@ import orbax.checkpoint as ocp
 from absl import flags
 from ml_collections import ConfigDict, config_flags
 
-from osv_jax import experiment
-from osv_jax.clips import LatentClips, PixelClips, open_clips
 from osv_jax.convert import lora_files, weights
 from osv_jax.diffusion.conditioning import Conditioning
 from osv_jax.diffusion.edm import SIGMA_MAX, denoise
 from osv_jax.diffusion.ode import guided_denoiser
 from osv_jax.diffusion.samplers import euler, euler_levels
-from osv_jax.distill.finetune import BAND_METRIC
-from osv_jax.distill.networks import Networks, Params
-from osv_jax.distill.state import Student, TrainState
 from osv_jax.errors import UserError
-from osv_jax.experiment import Optimizers, Phase
-from osv_jax.runtime import checkpoint, command_line, distributed, mesh, metrics, pictures
+from osv_jax.objectives.finetune import BAND_METRIC
+from osv_jax.objectives.networks import Networks, Params
+from osv_jax.objectives.players import Student, TrainState
+from osv_jax.runtime import checkpoint, command_line, distributed, media, mesh, metrics
+from osv_jax.training import setup
+from osv_jax.training.clips import LatentClips, PixelClips, open_clips
+from osv_jax.training.setup import Optimizers, Phase
 
 _CONFIG = config_flags.DEFINE_config_file("config", help_string="A file of configs/, e.g. configs/stage1.py:tiny.")
 _WORKDIR = flags.DEFINE_string("workdir", None, "Folder for checkpoints, metrics and pictures.")
@@ -82,26 +82,26 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         UserError: on anything the user can mend, before compilation starts where it can be known by then.
         distributed.Preempted: after SIGTERM.
     """
-    experiment.check_config(config)
+    setup.check_config(config)
     checkpoint.check_workdir(workdir, config.to_dict())
-    networks = experiment.networks_of(config)
+    networks = setup.networks_of(config)
     origin = pathlib.Path(weights.locate(config.init_from)) if config.init_from else None
     start = checkpoint.latest_step(workdir) or 0
     given = None
     if origin and not start and lora_files.is_lora(origin):
-        given = experiment.read_lora(origin, config, networks)
+        given = setup.read_lora(origin, config, networks)
     elif origin and not start:
-        experiment.check_origin(origin, config)
+        setup.check_origin(origin, config)
     clips = open_clips(config, networks, workdir)
     devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
-    experiment.check_layout(config, networks, devices)
+    setup.check_layout(config, networks, devices)
     if jax.process_index() == 0:
         checkpoint.write_config(workdir, config.to_dict())
 
     with jax.set_mesh(devices), checkpoint.open_checkpoints(workdir, config.keep_checkpoints) as checkpoints:
-        frozen = experiment.load_frozen(config, networks, devices)
-        optimizers = experiment.optimizers_of(config)
-        init = experiment.make_init(config, networks, optimizers)
+        frozen = setup.load_frozen(config, networks, devices)
+        optimizers = setup.optimizers_of(config)
+        init = setup.make_init(config, networks, optimizers)
         shapes = jax.eval_shape(init, jax.random.key(0), frozen["unet"])
         shardings = mesh.parameter_shardings(devices, shapes)
         if start:
@@ -111,12 +111,12 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
         else:
             state = jax.jit(init, out_shardings=shardings)(jax.random.key(config.seed), frozen["unet"])
             if given:
-                state = experiment.start_from_lora(given.lora, config, state, optimizers)
+                state = setup.start_from_lora(given.lora, config, state, optimizers)
                 print(f"Starting from the LoRA {origin}. {given.notice}".rstrip())
             elif origin:
-                state = experiment.start_from(origin, state, optimizers)
+                state = setup.start_from(origin, state, optimizers)
                 print(f"Starting from step {checkpoint.latest_step(origin)} of {origin}.")
-        print(experiment.describe(config, state, frozen, clips.count(experiment.phases_of(config)[0])))
+        print(setup.describe(config, state, frozen, clips.count(setup.phases_of(config)[0])))
         whole = mesh.unsplit_parameters((frozen, state), devices.shape["fsdp"])
         if whole:
             print(
@@ -126,7 +126,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
 
         with contextlib.closing(metrics.MetricsWriter(workdir, start, jax.process_index())) as writer:
             run = _Run(config, workdir, networks, optimizers, devices, clips, frozen, shardings, checkpoints, writer)
-            for phase in experiment.phases_of(config):
+            for phase in setup.phases_of(config):
                 if start < phase.end:
                     state = _run_phase(run, phase, max(start, phase.start), state)
     print(
@@ -218,7 +218,7 @@ def _train(
 
 def _phase_before(config: ConfigDict, step: int) -> Phase:
     """The phase that the steps up to `step` belong to."""
-    return [phase for phase in experiment.phases_of(config) if phase.start < step][-1]
+    return [phase for phase in setup.phases_of(config) if phase.start < step][-1]
 
 
 def compile_step(run: _Run, state: TrainState, batch: dict[str, jax.Array]) -> tuple[list[str], Callable]:
@@ -227,7 +227,7 @@ def compile_step(run: _Run, state: TrainState, batch: dict[str, jax.Array]) -> t
     Returns:
         The metrics' names, and `(state, frozen, batch) -> (state, vector of metrics)`, which donates the state.
     """
-    train_step = experiment.make_train_step(run.config, run.networks, run.optimizers)
+    train_step = setup.make_train_step(run.config, run.networks, run.optimizers)
     names: list[str] = []
 
     def packed(state: TrainState, frozen: Params, batch: dict[str, jax.Array]) -> tuple[TrainState, jax.Array]:
@@ -261,7 +261,7 @@ def make_picture(
 
     @functools.partial(jax.jit, out_shardings=whole)
     def encode(frozen: Params) -> tuple[Conditioning, jax.Array]:
-        batch = experiment.to_batch(config, networks, frozen, example, encode_key)
+        batch = setup.to_batch(config, networks, frozen, example, encode_key)
         return batch.cond, jax.random.normal(noise_key, batch.latents.shape)
 
     @functools.partial(jax.jit, out_shardings=whole)
@@ -284,7 +284,7 @@ def make_picture(
         # Two frames at a time: decoding a whole clip at 576 x 1024 takes more memory than a training step.
         chunks = [decode(frozen["vae"], latents[:, i : i + 2]) for i in range(0, latents.shape[1], 2)]
         decoded = np.concatenate([np.asarray(chunk[0]) for chunk in chunks])
-        return pictures.to_uint8(decoded)
+        return media.to_uint8(decoded)
 
     def draw(state: TrainState, frozen: Params) -> np.ndarray:
         sampled = frames_of(frozen, np.asarray(sample(state, frozen)))
@@ -292,7 +292,7 @@ def make_picture(
         clip = example["video"][0] if is_video else frames_of(frozen, example["latents"].astype(np.float32))
         label = "real clip" if is_video else "real clip, decoded from its latents"
         sampler = f"sample, {_EULER_STEPS} Euler steps" if config.objective == "finetune" else "one-step sample"
-        return pictures.sample_grid({"condition": clip[0], label: clip, sampler: sampled})
+        return media.sample_grid({"condition": clip[0], label: clip, sampler: sampled})
 
     return draw
 

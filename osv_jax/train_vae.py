@@ -25,12 +25,14 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, UInt8
 from ml_collections import ConfigDict, config_flags
 
-from osv_jax.clips import index_folder
 from osv_jax.convert import weights
 from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.importers import replace_folder
 from osv_jax.data import pixels
-from osv_jax.distill.autoencoder import (
+from osv_jax.errors import UserError
+from osv_jax.models.lpips import LPIPS, SMALLEST_SIDE, load_lpips
+from osv_jax.models.svd_vae import SVDVAE, VAEConfig
+from osv_jax.objectives.autoencoder import (
     PARTS,
     Metrics,
     VAEState,
@@ -40,12 +42,10 @@ from osv_jax.distill.autoencoder import (
     trained_part,
     without_neighbours,
 )
-from osv_jax.distill.networks import Params, random_params
-from osv_jax.errors import UserError
-from osv_jax.models.lpips import LPIPS, SMALLEST_SIDE, load_lpips
-from osv_jax.models.svd_vae import SVDVAE, VAEConfig
-from osv_jax.runtime import checkpoint, command_line, mesh, metrics, pictures
-from osv_jax.runtime.pictures import to_float
+from osv_jax.objectives.networks import Params, random_params
+from osv_jax.runtime import checkpoint, command_line, media, mesh, metrics
+from osv_jax.runtime.media import to_float
+from osv_jax.training.clips import index_folder
 
 # Clips that reconstructions and the scaling factor are measured on, and those that are drawn.
 _MEASURED_CLIPS, _DRAWN_CLIPS = 256, 7
@@ -210,10 +210,10 @@ def reconstruct(vae: SVDVAE, params: Params, index: pixels.ClipIndex) -> tuple[f
         output = _apply(vae, params, to_float(video)[None])
         psnr += np.asarray(frame_psnr(output, to_float(video)[None])).ravel().tolist()
         if i in drawn:
-            frames = pictures.to_uint8(np.asarray(output[0]))
+            frames = media.to_uint8(np.asarray(output[0]))
             rows.append((video[len(video) // 2], frames[len(frames) // 2]))
     originals, reconstructions = (np.stack(frames) for frames in zip(*rows, strict=True))
-    picture = pictures.sample_grid({"originals": originals, "reconstructions": reconstructions}, _DRAWN_CLIPS)
+    picture = media.sample_grid({"originals": originals, "reconstructions": reconstructions}, _DRAWN_CLIPS)
     return float(np.mean(psnr)), picture
 
 

@@ -11,8 +11,9 @@ import micro_stage1  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 
-from osv_jax import experiment, plan  # noqa: E402
+from osv_jax import plan  # noqa: E402
 from osv_jax.models.layers import Dense, timestep_embedding  # noqa: E402
+from osv_jax.training import setup  # noqa: E402
 
 
 def main() -> None:
@@ -26,10 +27,10 @@ def main() -> None:
 
     config = micro_stage1.get_config()
     config.lora.targets, config.trainable = "all", ("lora", "temporal_transformer")
-    networks, optimizers = experiment.networks_of(config), experiment.optimizers_of(config)
-    (phase,) = experiment.phases_of(config)
+    networks, optimizers = setup.networks_of(config), setup.optimizers_of(config)
+    (phase,) = setup.phases_of(config)
     plan.trace(config, networks, optimizers, phase, tiny.one_device_mesh())
-    frozen = experiment.frozen_shapes(config, networks)
+    frozen = setup.frozen_shapes(config, networks)
     latents = jax.ShapeDtypeStruct((1, 3, 8, 12, 4), jnp.float32)
     assert jax.eval_shape(networks.decode_video, frozen["vae"], latents).shape == (1, 3, 16, 24, 3)
 

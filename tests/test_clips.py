@@ -15,11 +15,13 @@ from small_videos import small_videos
 from toy_unet import toy_training
 from workdirs import assert_same, metrics_of, state_of
 
-from osv_jax import clips, experiment, preparation, prepare, train
+from osv_jax import prepare, train
 from osv_jax.data import latents
 from osv_jax.data.latents import Schema
-from osv_jax.distill.latents import batch_of_records
 from osv_jax.errors import UserError
+from osv_jax.objectives.latents import batch_of_records
+from osv_jax.preparation import pipeline
+from osv_jax.training import clips, setup
 
 SIZES = ((16, 24), (24, 16))
 
@@ -38,7 +40,7 @@ def prepared(tmp_path_factory):
     for height, width in SIZES:
         schema = Schema(3, height // 2, width // 2, 4, 8, 2)
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(preparation, "_encoder", lambda *_, schema=schema: FakeEncoder(schema))
+            patch.setattr(pipeline, "_encoder", lambda *_, schema=schema: FakeEncoder(schema))
             size = [f"--height={height}", f"--width={width}", "--num_augmented=2", "--stride=0.25", "--workers=1"]
             output = folder / f"{height}x{width}"
             prepare.main([f"--source={small_videos()}", f"--output={output}", f"--config={configuration}", *size])
@@ -93,12 +95,12 @@ def test_stage_2_takes_a_dataset_for_each_resolution(prepared, stage1, tmp_path)
 
 def test_nothing_is_loaded_to_encode(prepared, one_device):
     config = configure(micro_stage1.get_config(), prepared)
-    made = experiment.networks_of(config)
+    made = setup.networks_of(config)
     mesh = train.mesh.make_mesh(1, 1)
-    frozen = experiment.load_frozen(config, made, mesh)
+    frozen = setup.load_frozen(config, made, mesh)
     assert set(frozen) == {"unet", "vae", "dinov2"}
     config.data.dataset = ""
-    others = experiment.load_frozen(config, made, mesh)
+    others = setup.load_frozen(config, made, mesh)
     assert set(others) == {"unet", "vae", "dinov2", "image_encoder"}
     jax.tree.map(np.testing.assert_array_equal, frozen, {name: others[name] for name in frozen})
 
@@ -157,8 +159,8 @@ def test_a_dataset_of_another_size_is_refused(prepared, tmp_path):
 
 def test_another_dataset_does_not_continue_a_run(prepared, stage1):
     config = configure(micro_stage1.get_config(), prepared)
-    opened = clips.open_clips(config, experiment.networks_of(config), stage1)
-    (phase,) = experiment.phases_of(config)
+    opened = clips.open_clips(config, setup.networks_of(config), stage1)
+    (phase,) = setup.phases_of(config)
     position = opened.save_position(phase, 3)
     opened.check_position(phase, position)
     with pytest.raises(UserError, match="are not those that the checkpoint was trained on"):

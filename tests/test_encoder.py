@@ -10,16 +10,16 @@ import torch
 from conftest import relative_error
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 
-from osv_jax import preparation
 from osv_jax.data import demo, video
-from osv_jax.encoder import augmentation, noise_key
+from osv_jax.preparation import pipeline as preparation
+from osv_jax.preparation.encoder import augmentation, noise_key
 
 SIZE = {"num_frames": 3, "fps": 7.0, "height": 32, "width": 48}
 TOLERANCE = 1e-4
 
 
 @pytest.fixture(scope="module")
-def pipeline(tmp_path_factory):
+def checkpoint(tmp_path_factory):
     folder = tmp_path_factory.mktemp("svd")
     made = tiny_pipeline.save_pipeline(folder / "diffusers")
     tiny_pipeline.import_all(folder / "diffusers", folder / "weights")
@@ -27,10 +27,10 @@ def pipeline(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def encoder(pipeline):
-    _, networks = preparation._networks(argparse.Namespace(weights=pipeline[1]), None)
+def encoder(checkpoint):
+    _, networks = preparation._networks(argparse.Namespace(weights=checkpoint[1]), None)
     settings = {**SIZE, "num_augmented": 2, "batch_size": 8, "dtype": "float32"}
-    return preparation._encoder(pipeline[1], None, networks, settings)
+    return preparation._encoder(checkpoint[1], None, networks, settings)
 
 
 @pytest.fixture(scope="module")
@@ -44,8 +44,8 @@ def to_torch(pixels):
     return torch.from_numpy(np.asarray(pixels, np.float32)).movedim(-1, -3)
 
 
-def test_real_clips_are_encoded_as_the_originals_do(pipeline, encoder, clips):
-    reference, _ = pipeline
+def test_real_clips_are_encoded_as_the_originals_do(checkpoint, encoder, clips):
+    reference, _ = checkpoint
     keys = np.stack([noise_key(5, "a.mp4", number) for number in range(len(clips))])
     encoded = encoder(clips, keys)
 

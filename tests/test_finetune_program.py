@@ -18,13 +18,14 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from toy_unet import ToyUNet, toy_training
 from workdirs import assert_same, metrics_of, state_of
 
-from osv_jax import experiment, train
+from osv_jax import train
 from osv_jax.convert import weights
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.errors import UserError
-from osv_jax.image_to_video import ImageToVideo, Options
+from osv_jax.inference.pipeline import ImageToVideo, Options
+from osv_jax.inference.trained import load_trained
 from osv_jax.runtime import checkpoint, distributed
-from osv_jax.runtime.trained import load_trained
+from osv_jax.training import setup
 
 STEPS = 4
 main = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "tools" / "convert_weights.py"))["main"]
@@ -156,7 +157,7 @@ def test_settings_of_lora_do_not_matter_where_there_is_none(straight, tmp_path):
     shutil.copytree(straight, origin)
     before = json.loads((origin / "config.json").read_text())
     (origin / "config.json").write_text(json.dumps(before | {"trainable": ["all"], "lora": {"rank": 99}}))
-    experiment.check_origin(origin, finetune_config(init_from=str(origin), trainable=("all",)))
+    setup.check_origin(origin, finetune_config(init_from=str(origin), trainable=("all",)))
     sentence = refused(finetune_config(init_from=str(origin), trainable=("all", "lora")), tmp_path / "run")
     assert "config.lora is" in sentence and "99" in sentence
 
@@ -186,10 +187,10 @@ def test_merged_weights_are_the_student(run, ema, request, tmp_path, one_device)
     # Stage 1 takes them for its teacher.
     config = micro_stage1.get_config()
     config.random_networks, config.weights = {}, str(output)
-    experiment.check_config(config)
-    frozen = experiment.load_frozen(config, experiment.networks_of(config), one_device)
+    setup.check_config(config)
+    frozen = setup.load_frozen(config, setup.networks_of(config), one_device)
     base_config = finetune_config()
-    base = experiment.load_frozen(base_config, experiment.networks_of(base_config), one_device)
+    base = setup.load_frozen(base_config, setup.networks_of(base_config), one_device)
     for name in ("vae", "image_encoder"):
         assert_same(frozen[name], base[name])
 
@@ -210,8 +211,8 @@ def test_packed_weights_are_the_same_weights(straight, tmp_path, one_device, cap
     for folder in ("merged", "packed"):
         config = micro_stage1.get_config()
         config.random_networks, config.weights = {}, str(tmp_path / folder)
-        networks = experiment.networks_of(config)
-        frozen[folder] = experiment.load_frozen(config, networks, one_device)
+        networks = setup.networks_of(config)
+        frozen[folder] = setup.load_frozen(config, networks, one_device)
         for name in ("unet", "vae", "image_encoder", "dinov2"):
             loaded = weights.load_params(tmp_path / folder, name)
             assert {str(leaf.dtype) for leaf in jax.tree.leaves(loaded)} <= {"bfloat16", "float32"}
@@ -243,7 +244,7 @@ def test_a_new_unet_on_a_trained_vae(straight, tmp_path, one_device):
     shutil.rmtree(tmp_path / "base" / "vae")
     weights.save_component(tmp_path / "base" / "vae", "vae", made, vae, pathlib.Path("doubled"))
 
-    frozen, expected = (experiment.load_frozen(c, experiment.networks_of(c), one_device) for c in (config, random))
+    frozen, expected = (setup.load_frozen(c, setup.networks_of(c), one_device) for c in (config, random))
     assert_same(frozen["vae"], vae)
     for name in ("unet", "image_encoder"):
         assert_same(frozen[name], expected[name])
@@ -290,16 +291,16 @@ def test_a_run_without_lora_has_none_to_export(whole, tmp_path, capsys):
 
 def test_a_finetuned_model_is_sampled_from_as_it_was_trained(straight, tmp_path, monkeypatch):
     """Merged beforehand, or read from the workdir: the same UNet."""
-    monkeypatch.setattr("osv_jax.image_to_video.SVDUNet", ToyUNet)
+    monkeypatch.setattr("osv_jax.inference.pipeline.SVDUNet", ToyUNet)
     assert main(["merge", str(straight), str(tmp_path / "merged"), "--dtype=float32"]) == 0
     # The random networks that the run began with, as a weights folder.
     base = tmp_path / "base"
     shutil.copytree(tmp_path / "merged", base)
     shutil.rmtree(base / "unet")
     config = finetune_config()
-    made = experiment.architectures_of(config)
+    made = setup.architectures_of(config)
     shapes = {"unet": unflatten_dict(expected_params("unet", made["unet"]))}
-    params = experiment.fill_randomly(shapes, np.float32)["unet"]
+    params = setup.fill_randomly(shapes, np.float32)["unet"]
     weights.save_component(base / "unet", "unet", made["unet"], params, pathlib.Path("random"))
 
     merged = ImageToVideo.load(tmp_path / "merged", dtype="float32")

@@ -14,9 +14,11 @@ import tiny_openvid
 from fake_encoder import FakeEncoder, grey_of
 from PIL import Image
 
-from osv_jax import experiment, preparation, prepare
-from osv_jax.data import latents, shards
+from osv_jax import prepare
+from osv_jax.data import latents
 from osv_jax.errors import UserError
+from osv_jax.preparation import pipeline, shards
+from osv_jax.training import setup
 
 TESTS = pathlib.Path(__file__).parent
 # As kill_harness.py has them; eight clips a batch, for the eight devices of the tests.
@@ -27,10 +29,10 @@ ARGUMENTS += ["--videos_per_file=3", "--test_videos=2", "--min_motion=0", "--con
 @pytest.fixture(scope="module", autouse=True)
 def fake_networks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(experiment, "read_config", lambda name: None)
-        patch.setattr(preparation, "_networks", lambda *_: ("", {}))
-        patch.setattr(preparation, "_fingerprint", lambda *_: "fake")
-        patch.setattr(preparation, "_encoder", lambda *_: FakeEncoder())
+        patch.setattr(setup, "read_config", lambda name: None)
+        patch.setattr(pipeline, "_networks", lambda *_: ("", {}))
+        patch.setattr(pipeline, "_fingerprint", lambda *_: "fake")
+        patch.setattr(pipeline, "_encoder", lambda *_: FakeEncoder())
         yield
 
 

@@ -16,16 +16,17 @@ from conftest import relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
-from osv_jax import image_to_video, sample
+from osv_jax import sample
 from osv_jax.data.video import cover
 from osv_jax.diffusion.conditioning import Conditioning
 from osv_jax.diffusion.edm import denoise
-from osv_jax.distill.state import Student, TrainState
 from osv_jax.errors import UserError
-from osv_jax.image_to_video import ImageToVideo, Noise, Options
+from osv_jax.inference import pipeline
+from osv_jax.inference.pipeline import ImageToVideo, Noise, Options
 from osv_jax.models.lora import init_lora, target_modules
+from osv_jax.objectives.players import Student, TrainState
 from osv_jax.runtime import checkpoint
-from osv_jax.runtime.pictures import to_uint8
+from osv_jax.runtime.media import to_uint8
 
 HEIGHT, WIDTH, FRAMES = 24, 40, 3
 SIZE = [f"--height={HEIGHT}", f"--width={WIDTH}", f"--num_frames={FRAMES}", "--decode_chunk_size=2"]
@@ -37,12 +38,12 @@ def folder(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def pipeline(folder):
+def reference(folder):
     return tiny_pipeline.save_pipeline(folder / "diffusers")
 
 
 @pytest.fixture(scope="module")
-def weights(pipeline, folder):
+def weights(reference, folder):
     tiny_pipeline.import_all(folder / "diffusers", folder / "weights")
     return folder / "weights"
 
@@ -94,7 +95,7 @@ def workdir(model, folder):
 
 
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers' scheduler
-def test_euler_is_the_pipeline_of_diffusers(pipeline, model, picture):
+def test_euler_is_the_pipeline_of_diffusers(reference, model, picture):
     frames = 4
     generator = torch.Generator().manual_seed(5)
     noise = torch.randn(1, frames, 4, HEIGHT // 2, WIDTH // 2, generator=generator)
@@ -102,7 +103,7 @@ def test_euler_is_the_pipeline_of_diffusers(pipeline, model, picture):
     image_noise = torch.randn(1, 3, HEIGHT, WIDTH, generator=torch.Generator().manual_seed(6))
     options = {"height": HEIGHT, "width": WIDTH, "num_frames": frames, "fps": 9, "motion_bucket_id": 90}
     options |= {"noise_aug_strength": 0.1, "max_guidance_scale": 2.5}
-    latents = pipeline(
+    latents = reference(
         Image.fromarray(picture),
         num_inference_steps=6,
         latents=noise,
@@ -111,8 +112,8 @@ def test_euler_is_the_pipeline_of_diffusers(pipeline, model, picture):
         **options,
     ).frames
     with torch.no_grad():
-        decoded = pipeline.decode_latents(latents, frames, 3)
-        finished = pipeline.video_processor.postprocess_video(decoded, output_type="np")
+        decoded = reference.decode_latents(latents, frames, 3)
+        finished = reference.video_processor.postprocess_video(decoded, output_type="np")
 
     ours = Noise(
         jnp.asarray(image_noise.permute(0, 2, 3, 1).numpy()),
@@ -180,7 +181,7 @@ def test_the_default_is_one_step_of_time_travel(model, picture):
 
 
 def test_one_program_serves_any_number_of_steps_and_every_student_alike(weights, workdir, picture, monkeypatch):
-    monkeypatch.setattr(image_to_video, "_PROGRAMS", {})
+    monkeypatch.setattr(pipeline, "_PROGRAMS", {})
     run, _ = workdir
     teacher, student, again = ImageToVideo.load_each(weights, [None, run, run])
     size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
@@ -228,8 +229,8 @@ def decoded(path):
 
 
 def test_the_program_makes_a_video_of_every_image(weights, images, tmp_path, capsys, monkeypatch):
-    kept = {key: program for key, program in image_to_video._PROGRAMS.items() if key[0] != "decode"}
-    monkeypatch.setattr(image_to_video, "_PROGRAMS", kept)
+    kept = {key: program for key, program in pipeline._PROGRAMS.items() if key[0] != "decode"}
+    monkeypatch.setattr(pipeline, "_PROGRAMS", kept)
     arguments = [f"--weights={weights}", *SIZE, "--fps=8", "--seed=3"]
     sample.main([*arguments, f"--image={images}", f"--output={tmp_path}/clips/{{name}}.mp4"])
     output = capsys.readouterr().out

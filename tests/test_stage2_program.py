@@ -14,8 +14,9 @@ from flax.traverse_util import flatten_dict
 from toy_unet import toy_training
 from workdirs import assert_same, metrics_of, state_of
 
-from osv_jax import experiment, train
+from osv_jax import train
 from osv_jax.errors import UserError
+from osv_jax.training import setup
 
 STEPS, SWITCH = 4, 2
 
@@ -106,13 +107,13 @@ def test_a_value_that_is_not_finite_stops_the_run(stage1, tmp_path):
 
 def first_state(config, one):
     """The state that a run of `config` begins with, and one that begins with the teacher."""
-    made, optimizers = experiment.networks_of(config), experiment.optimizers_of(config)
+    made, optimizers = setup.networks_of(config), setup.optimizers_of(config)
     with jax.set_mesh(one):
-        frozen = experiment.load_frozen(config, made, one)
-        fresh = jax.jit(experiment.make_init(config, made, optimizers))(jax.random.key(0), frozen["unet"])
+        frozen = setup.load_frozen(config, made, one)
+        fresh = jax.jit(setup.make_init(config, made, optimizers))(jax.random.key(0), frozen["unet"])
         origin = pathlib.Path(config.init_from)
-        experiment.check_origin(origin, config)
-        return experiment.start_from(origin, fresh, optimizers), fresh
+        setup.check_origin(origin, config)
+        return setup.start_from(origin, fresh, optimizers), fresh
 
 
 def test_stage_2_begins_with_stage_1s_student_and_discriminator(stage1, one_device):
@@ -141,7 +142,7 @@ def test_a_run_says_where_it_starts_and_what_it_trains(stage1, tmp_path, capsys,
     output = capsys.readouterr().out
     assert f"Starting from step 2 of {stage1}." in output
     rows = {line.split()[0]: line.split() for line in output.splitlines() if line.split()[2::2] == ["M", "M"]}
-    assert list(rows) == ["lora", *experiment.groups.GROUPS]
+    assert list(rows) == ["lora", *setup.groups.GROUPS]
     trained = {name for name, row in rows.items() if float(row[3]) > 0}
     assert trained == {"lora", "temporal_transformer"}
     assert "16 x 24 to step 2, 24 x 16 to step 4" in output

@@ -16,9 +16,10 @@ import pytest
 import tiny
 from workdirs import assert_same, metrics_of, state_of
 
-from osv_jax import clips, train
+from osv_jax import train
 from osv_jax.errors import UserError
 from osv_jax.runtime import command_line
+from osv_jax.training import clips
 
 TESTS = pathlib.Path(__file__).parent
 PROGRAM = [sys.executable, "-m", "osv_jax.train", f"--config={TESTS / 'micro_stage1.py'}"]

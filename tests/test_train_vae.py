@@ -12,19 +12,20 @@ import tiny
 from synthetic_video import write_constant
 from workdirs import state_of
 
-from osv_jax import experiment, train_vae
+from osv_jax import train_vae
 from osv_jax.convert import weights
 from osv_jax.data import pixels
-from osv_jax.distill import autoencoder
 from osv_jax.errors import UserError
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
+from osv_jax.objectives import autoencoder
+from osv_jax.training import setup
 
 STEPS = 2
 TWO_LEVELS = {"architecture.block_out_channels": (32, 32)}
 
 
 def vae_config(**changes):
-    config = experiment.read_config(f"{pathlib.Path(__file__).parents[1] / 'configs' / 'vae.py'}:tiny")
+    config = setup.read_config(f"{pathlib.Path(__file__).parents[1] / 'configs' / 'vae.py'}:tiny")
     config.architecture.block_out_channels = (32,)  # One level compiles in half the time.
     config.data.height, config.data.width, config.data.crop = 8, 12, (6, 8)
     config.batch_size, config.num_steps = 2, STEPS

@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 
 import osv_jax
-from osv_jax.distill import losses
+from osv_jax.objectives import losses
 
 MODULES = sorted(module.name for module in pkgutil.walk_packages(osv_jax.__path__, "osv_jax."))
 

@@ -12,12 +12,12 @@ from jax.sharding import AxisType, Mesh
 
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.diffusion.conditioning import Conditioning
-from osv_jax.distill.adversarial import Batch
-from osv_jax.distill.networks import Networks, build_networks, random_params
 from osv_jax.models.clip_vision import CLIPVisionConfig
 from osv_jax.models.dinov2 import Dinov2Config
 from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.models.svd_vae import VAEConfig
+from osv_jax.objectives.adversarial import Batch
+from osv_jax.objectives.networks import Networks, build_networks, random_params
 
 CONFIGS = {
     "unet": UNetConfig(

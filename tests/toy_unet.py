@@ -11,11 +11,12 @@ import numpy as np
 import pytest
 import tiny
 
-from osv_jax import experiment, train
+from osv_jax import train
 from osv_jax.convert.architectures import ARCHITECTURES
-from osv_jax.distill import networks
 from osv_jax.models.layers import Dense, FeedForward
 from osv_jax.models.svd_unet import SVDUNet
+from osv_jax.objectives import networks
+from osv_jax.training import setup
 
 
 class _Block(nn.Module):
@@ -102,6 +103,6 @@ def toy_networks():
         curves = train.metrics.loss_curves
         patch.setattr(train.metrics, "loss_curves", lambda rows, png, names: png.exists() or curves(rows, png, names))
         patch.setattr(train, "make_picture", lambda *_: lambda *_: np.zeros((8, 8, 3), np.uint8))
-        patch.setattr(experiment, "build_networks", build_networks)
+        patch.setattr(setup, "build_networks", build_networks)
         patch.setitem(ARCHITECTURES, "unet", dataclasses.replace(ARCHITECTURES["unet"], network=ToyUNet))
         yield

@@ -23,14 +23,14 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from osv_jax import merging
 from osv_jax.convert import exporters, importers, lora_files, weights
 from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.naming import flax_shape_to_torch
 from osv_jax.errors import UserError
+from osv_jax.inference import merging
+from osv_jax.inference.trained import Trained, load_trained
 from osv_jax.models.lora import truncate_lora
 from osv_jax.models.svd_unet import UNetConfig
-from osv_jax.runtime.trained import Trained, load_trained
 
 
 def main(arguments: list[str] | None = None) -> int:

@@ -17,16 +17,16 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 from torch_forward import run_flax, run_torch
 
-from osv_jax import experiment
 from osv_jax.convert import exporters
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.convert.lora_files import ranks, read_lora
 from osv_jax.convert.weights import load_params
-from osv_jax.distill.state import Student, TrainState
 from osv_jax.errors import UserError
 from osv_jax.models.lora import merge_lora, scale_lora, truncate_lora
 from osv_jax.models.svd_unet import UNetConfig
+from osv_jax.objectives.players import Student, TrainState
 from osv_jax.runtime import checkpoint
+from osv_jax.training import setup
 
 ROOT = pathlib.Path(__file__).parents[2]
 SHAPES = expected_params("unet", tiny_pipeline.UNET)
@@ -48,8 +48,8 @@ def home(tmp_path_factory):
     config = micro_stage1.get_config()
     config.weights, config.random_networks = str(home / "weights" / "svd"), {}
     config.lora.targets, config.lora.rank, config.lora.alpha = "all", 2, 2 * SCALE
-    networks, optimizers = experiment.networks_of(config), experiment.optimizers_of(config)
-    init = experiment.make_init(config, networks, optimizers)
+    networks, optimizers = setup.networks_of(config), setup.optimizers_of(config)
+    init = setup.make_init(config, networks, optimizers)
     rng = np.random.default_rng(0)
 
     def drawn(leaf):
@@ -280,7 +280,7 @@ def _other_weights(folder):
     import dataclasses
 
     from osv_jax.convert.weights import save_component
-    from osv_jax.distill.networks import random_params
+    from osv_jax.objectives.networks import random_params
 
     config = dataclasses.replace(tiny_pipeline.UNET, block_out_channels=(32, 64))
     params = random_params(unflatten_dict(expected_params("unet", config)), 0, np.float32)

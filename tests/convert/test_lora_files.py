@@ -18,15 +18,15 @@ from tiny_pipeline import CONFIGS, UNET
 from torch_forward import run_flax, run_torch
 from torch_reference import flax_params, torch_unet
 
-from osv_jax import experiment
 from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.lora_files import check_lora, is_lora, ranks, read_lora, write_diffusers, write_peft
 from osv_jax.convert.naming import torch_name
-from osv_jax.distill.networks import build_networks, random_params
-from osv_jax.distill.state import make_optimizer
 from osv_jax.errors import UserError
 from osv_jax.models.lora import merge_lora
 from osv_jax.models.svd_unet import UNetConfig
+from osv_jax.objectives.networks import build_networks, random_params
+from osv_jax.objectives.players import make_optimizer
+from osv_jax.training import setup
 
 SHAPES = expected_params("unet", UNET)
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
@@ -273,9 +273,9 @@ def training_config(**changes):
 def test_training_starts_from_a_foreign_lora(base, adapter, networks):
     folder, _, read = adapter
     config, optimizers = training_config(), (make_optimizer(1e-3, 0.9, 0.999, None),) * 2
-    state = jax.jit(experiment.make_init(config, networks, optimizers))(jax.random.key(0), base)
-    given = experiment.read_lora(folder, config, networks)
-    begun = experiment.start_from_lora(given.lora, config, state, optimizers)
+    state = jax.jit(setup.make_init(config, networks, optimizers))(jax.random.key(0), base)
+    given = setup.read_lora(folder, config, networks)
+    begun = setup.start_from_lora(given.lora, config, state, optimizers)
     expected = run_flax({"params": merge_lora(base, read.lora)})
     # Under this run's own alpha / rank = 2, the student is what the file says, and so is its average.
     student = run_flax(begun.student.variables(base, 2.0))
@@ -298,5 +298,5 @@ def test_training_starts_from_a_foreign_lora(base, adapter, networks):
 )
 def test_training_that_would_lose_a_part_of_the_lora_is_refused(adapter, networks, changes, words):
     with pytest.raises(UserError) as error:
-        experiment.read_lora(adapter[0], training_config(**changes), networks)
+        setup.read_lora(adapter[0], training_config(**changes), networks)
     assert all(word in str(error.value) for word in words), str(error.value)

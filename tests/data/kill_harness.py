@@ -16,10 +16,10 @@ if __name__ == "__main__":
     import tensorflow_datasets  # noqa: F401
     from fake_encoder import FakeEncoder
 
-    from osv_jax import preparation, prepare
-    from osv_jax.data import shards
+    from osv_jax import prepare
     from osv_jax.data.latents import _features
-    from osv_jax.encoder import noise_key
+    from osv_jax.preparation import pipeline, shards
+    from osv_jax.preparation.encoder import noise_key
 
 ARGUMENTS = ["--num_frames=4", "--fps=10", "--height=24", "--width=32", "--batch_size=2", "--videos_per_file=3"]
 ARGUMENTS += ["--num_augmented=2", "--workers=2", "--test_videos=2", "--min_motion=0"]
@@ -35,10 +35,10 @@ def attempt(source: str, output: pathlib.Path, log: pathlib.Path) -> int:
         with log.open("a") as opened:
             opened.writelines(f"{key.tolist()}\n" for key in keys)
 
-    preparation._encoder = lambda *_: FakeEncoder(seconds=0.1, on_call=write)
-    preparation._networks = lambda *_: ("", {})
-    preparation._fingerprint = lambda *_: "fake"
-    preparation._draw_sheet = lambda *_: None
+    pipeline._encoder = lambda *_: FakeEncoder(seconds=0.1, on_call=write)
+    pipeline._networks = lambda *_: ("", {})
+    pipeline._fingerprint = lambda *_: "fake"
+    pipeline._draw_sheet = lambda *_: None
     prepare.main([f"--source={source}", f"--output={output}", *ARGUMENTS])
     os._exit(0)
 

@@ -8,7 +8,7 @@ import synthetic_video
 
 from osv_jax.data import cutting, video
 from osv_jax.data.cutting import Cutting, Location, Task
-from osv_jax.data.decoding import Decoder
+from osv_jax.preparation.decoding import Decoder
 
 SIZE = {"height": 24, "width": 32}
 

@@ -14,11 +14,12 @@ import numpy as np
 import pytest
 import tensorflow_datasets as tfds
 
-from osv_jax.data import latents, order, shards
+from osv_jax.data import latents, order
 from osv_jax.data.cutting import Location
 from osv_jax.data.latents import Schema, latent_batches
-from osv_jax.data.sources import SourceVideo
 from osv_jax.errors import UserError
+from osv_jax.preparation import shards
+from osv_jax.preparation.sources import SourceVideo
 
 SCHEMA = Schema(3, 2, 5, 4, 8, 2)
 NUM_RECORDS, FILES = 13, (6, 7)

@@ -4,9 +4,10 @@ import pytest
 import synthetic_video
 import tiny_openvid
 
-from osv_jax.data import cutting, openvid, sources
+from osv_jax.data import cutting
 from osv_jax.data.cutting import Cutting, Task
 from osv_jax.errors import UserError
+from osv_jax.preparation import openvid, sources
 
 CUTTING = Cutting(num_frames=4, fps=10.0, height=24, width=32, stride=0.4)
 

@@ -1,0 +1,1 @@
+"""From an image and a trained student to a video."""

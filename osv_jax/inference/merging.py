@@ -1,0 +1,113 @@
+"""A weights folder in which the UNet is what a run trained, for other runs to start from as their teacher."""
+
+from __future__ import annotations
+
+import pathlib
+import shutil
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+
+from osv_jax.convert import weights
+from osv_jax.convert.architectures import ARCHITECTURES, Config, expected_params
+from osv_jax.convert.exporters import new_folder
+from osv_jax.convert.importers import DTYPES
+from osv_jax.errors import UserError
+from osv_jax.inference.trained import Trained
+from osv_jax.training import setup
+
+
+def merge_run(
+    trained: Trained,
+    source: str | pathlib.Path,
+    output: str | pathlib.Path,
+    base: str | pathlib.Path | None = None,
+    dtype: str = "bfloat16",
+    overwrite: bool = False,
+) -> list[str]:
+    """Writes a weights folder: the UNet with LoRA and tuned layers merged, the other networks as they were.
+
+    Args:
+        trained: the student; see `inference.trained.load_trained`.
+        source: the workdir it comes from, for messages and for the UNet's config.json.
+        base: the weights folder it was trained from; by default the one that the run names. A run that began with
+            random networks has none: they are made again.
+        dtype: stored dtype of the UNet (and of random networks): "bfloat16", "float32" or "float16".
+
+    Returns:
+        The networks that the folder holds. DINOv2 is among them if `base` has it.
+
+    Raises:
+        UserError: if `output` exists, unless it may be overwritten, or the base is missing or another one.
+    """
+    config, folder = trained.config, base or trained.config.get("weights")
+    if not folder and not config.get("random_networks"):
+        raise UserError("The run has no weights folder of its own: give the base's with --weights.")
+    random = {} if base else _random_architectures(config)
+    with new_folder(output, overwrite) as partial:
+        architecture = random["unet"] if "unet" in random else weights.load_config(folder, "unet")
+        trained.check_fits(expected_params("unet", architecture), source)
+        made = setup.random_frozen(random, DTYPES[config["dtype"]]) if random else {}
+        params = made["unet"] if "unet" in made else weights.load_params(folder, "unet", dtype=np.float32)
+        merged = trained.merge_into(jax.tree.map(lambda x: np.asarray(x).astype(np.float32), params))
+        weights.save_component(partial / "unet", "unet", architecture, _cast(merged, dtype), pathlib.Path(source))
+        written = ["unet"]
+        for name in ARCHITECTURES:
+            if name == "unet":
+                continue
+            if name in made:
+                weights.save_component(partial / name, name, random[name], made[name], pathlib.Path(source))
+            elif folder and (weights.locate(folder) / name).is_dir():
+                weights.load_config(folder, name)  # Complains about an incomplete one.
+                shutil.copytree(weights.locate(folder) / name, partial / name)
+            else:
+                continue
+            written.append(name)
+        weights.save_video(partial, trained.video)
+    return written
+
+
+def pack_weights(
+    source: str | pathlib.Path, output: str | pathlib.Path, dtype: str = "bfloat16", overwrite: bool = False
+) -> list[str]:
+    """Writes the networks of a weights folder as one file each; see `convert.weights`.
+
+    Args:
+        dtype: stored dtype: "bfloat16", "float32" or "float16".
+
+    Returns:
+        The networks that the folder holds.
+
+    Raises:
+        UserError: if `output` exists, unless it may be overwritten, or the source holds no networks.
+    """
+    components = [name for name in ARCHITECTURES if (weights.locate(source) / name).is_dir()]
+    if not components:
+        raise UserError(f"{source} is no weights folder: it holds none of {', '.join(ARCHITECTURES)}.")
+    with new_folder(output, overwrite) as partial:
+        for name in components:
+            config = weights.load_config(source, name)
+            params = _cast(weights.load_params(source, name), dtype)
+            weights.save_packed(partial / name, name, config, params, pathlib.Path(source))
+        weights.save_video(partial, weights.load_video(source))
+    return components
+
+
+def _random_architectures(config: Mapping[str, Any]) -> dict[str, Config]:
+    """The networks that a run drew. DINOv2, which not every run has, is among them if the configuration names it."""
+    chosen = config["random_networks"]
+    names = setup.random_components(config)
+    return {
+        name: setup.random_architecture(chosen, name)
+        for name in ARCHITECTURES
+        if name in names and (name != "dinov2" or name in chosen)
+    }
+
+
+def _cast(params: Any, dtype: str) -> Any:
+    """NumPy arrays of a stored dtype."""
+    return jax.tree.map_with_path(
+        lambda path, x: weights.cast(np.asarray(x), DTYPES[dtype], "/".join(key.key for key in path)), params
+    )

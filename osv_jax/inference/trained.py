@@ -1,0 +1,122 @@
+"""What a training run made, read back from its workdir without the optimizer and the discriminator."""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import pathlib
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import numpy as np
+import orbax.checkpoint as ocp
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from osv_jax.convert.lora_files import check_lora
+from osv_jax.convert.naming import Path, torch_name
+from osv_jax.errors import UserError
+from osv_jax.models.lora import merge_lora, scale_lora
+from osv_jax.objectives.players import Student
+from osv_jax.runtime import checkpoint
+
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Trained:
+    """A student to sample from or to export.
+
+    Attributes:
+        student: float32 NumPy arrays, alpha / rank folded into the LoRA's `b`.
+        step: optimizer steps it has seen.
+        config: the run's configuration.
+    """
+
+    student: Student
+    step: int = 0
+    config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @property
+    def video(self) -> dict[str, Any]:
+        """`height`, `width`, `num_frames` and `fps` of the clips that the run saw last, as far as it is known."""
+        data = self.config.get("data", {})
+        sizes = [(height, width) for start, height, width in data.get("resolutions", ()) if start < self.step]
+        size = dict(zip(("height", "width"), sizes[-1], strict=True)) if sizes else {}
+        return size | {name: data[name] for name in ("num_frames", "fps") if name in data}
+
+    def check_fits(self, shapes: Mapping[Path, Any], source: Any) -> None:
+        """Checks the student against the UNet it is to be merged into.
+
+        Args:
+            shapes: the UNet's parameters (or their shapes) by path.
+            source: what messages call the student.
+
+        Raises:
+            UserError: naming what this UNet does not have, or has in another size.
+        """
+        check_lora(self.student.lora, shapes, source)
+        for path, leaf in flatten_dict(self.student.tuned).items():
+            if path not in shapes or shapes[path].shape != leaf.shape:
+                raise UserError(
+                    f"{source} does not fit: it was trained with another UNet (first difference: {torch_name(path)}). "
+                    "Give the weights that the run used."
+                )
+
+    def merge_into(self, params: Params) -> dict[str, Any]:
+        """The UNet's parameters with tuned ones replaced and the LoRA added, in the dtypes of `params`."""
+        variables = self.student.variables(params)
+        merged = merge_lora(variables["params"], variables["lora"])
+        return jax.tree.map(lambda new, old: new.astype(old.dtype), merged, dict(params))
+
+
+def is_workdir(path: str | os.PathLike) -> bool:
+    """Whether `path` looks like the workdir of a training run."""
+    return (pathlib.Path(path) / "checkpoints").is_dir()
+
+
+def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
+    """Reads the student of a run's last checkpoint.
+
+    Only the student's arrays are read, a quarter or less of the checkpoint. A run that is still going on is not
+    disturbed.
+
+    Args:
+        workdir: the `--workdir` of the run.
+        ema: the student's average instead of the student.
+
+    Raises:
+        UserError: not a workdir, no checkpoint in it yet, or a damaged one.
+    """
+    workdir = pathlib.Path(workdir)
+    try:
+        config = json.loads((workdir / "config.json").read_text())
+        scale = config["lora"]["alpha"] / config["lora"]["rank"]
+    except OSError as error:
+        raise UserError(f"{workdir} has no config.json: give the --workdir of a training run.") from error
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(f"{workdir / 'config.json'} is damaged: restore it, or give another workdir.") from error
+    step = checkpoint.latest_step(workdir)
+    if step is None:
+        raise UserError(f"{workdir} has no checkpoint: let the run reach its first one (config.checkpoint_every).")
+    student = _read(workdir, step, "ema" if ema else "student")
+    return Trained(Student(lora=scale_lora(student["lora"], scale), tuned=student["tuned"]), step, config)
+
+
+def _read(workdir: pathlib.Path, step: int, part: str) -> dict[str, Any]:
+    """One field of a saved `TrainState` as NumPy arrays."""
+    folder = workdir / "checkpoints" / str(step)
+    try:
+        wanted = flatten_dict({part: checkpoint.stored_shapes(workdir, step)[part]})
+        restore = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in wanted}
+        args = ocp.args.PyTreeRestore(
+            item=unflatten_dict(wanted), restore_args=unflatten_dict(restore), partial_restore=True
+        )
+        with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+            # (A field without arrays is not there.)
+            return {"lora": {}, "tuned": {}} | checkpointer.restore((folder / "state").absolute(), args=args)[part]
+    except (OSError, ValueError, KeyError) as error:
+        raise UserError(
+            f"The checkpoint {folder} is damaged: restore it, or delete it to use the one before."
+        ) from error

@@ -1,0 +1,1 @@
+"""From videos to a dataset of latents."""

@@ -1,0 +1,128 @@
+"""From clips to what a dataset holds: scaled latents, CLIP embedding, noise-augmented latents of the first frame."""
+
+from __future__ import annotations
+
+import hashlib
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jaxtyping import Array, Float, UInt8, UInt32
+
+from osv_jax.data.latents import Schema
+from osv_jax.diffusion.conditioning import clip_pixels, random_noise_aug_strength
+from osv_jax.errors import UserError
+from osv_jax.models.clip_vision import CLIPVision
+from osv_jax.models.svd_vae import SVDVAE
+from osv_jax.runtime.media import to_float, to_uint8
+
+Encoded = dict[str, np.ndarray]
+
+
+class Encoder:
+    """The VAE's encoder and CLIP, compiled once for one size of clips and batches, on all devices of this machine.
+
+    Args:
+        vae, image_encoder: modules.
+        params: their parameters, under `vae` and `image_encoder`.
+        schema: what is stored of a clip.
+        height, width: of a frame [px].
+        batch_size: clips in a batch; fewer are padded, so that a clip's values do not depend on how many there are.
+        devices: by default those of this process.
+
+    Raises:
+        UserError: when the batch does not split over the devices.
+    """
+
+    def __init__(
+        self,
+        vae: SVDVAE,
+        image_encoder: CLIPVision,
+        params: Mapping[str, Any],
+        schema: Schema,
+        height: int,
+        width: int,
+        batch_size: int,
+        devices: Sequence[jax.Device] | None = None,
+    ):
+        devices = jax.local_devices() if devices is None else devices
+        if batch_size % len(devices):
+            raise UserError(
+                f"--batch_size={batch_size} does not split over {len(devices)} devices; use a multiple of that."
+            )
+        self.vae, self.image_encoder, self.schema, self.batch_size = vae, image_encoder, schema, batch_size
+        mesh = Mesh(np.array(devices), ("data",))
+        self._split = NamedSharding(mesh, PartitionSpec("data"))
+        whole = NamedSharding(mesh, PartitionSpec())
+        self.params = jax.device_put({name: params[name] for name in ("vae", "image_encoder")}, whole)
+        self._decode_program = jax.jit(self._decode)
+        video = jax.ShapeDtypeStruct((batch_size, schema.num_frames, height, width, 3), jnp.uint8, sharding=self._split)
+        keys = jax.ShapeDtypeStruct((batch_size, 2), jnp.uint32, sharding=self._split)
+        self._program = jax.jit(self._encode, out_shardings=self._split).lower(self.params, video, keys).compile()
+
+    def __call__(self, video: UInt8[np.ndarray, "n f h w 3"], keys: UInt32[np.ndarray, "n 2"]) -> Encoded:
+        """Encodes up to `batch_size` clips and waits for the result.
+
+        Args:
+            video: the clips.
+            keys: what the noise of each depends on; see `noise_key`.
+
+        Returns:
+            `latents`, `image_embedding`, `image_latents` and `noise_aug_strength` of `data.latents.Schema`, float32.
+        """
+        missing = self.batch_size - len(video)
+        padded = [np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), mode="edge") for x in (video, keys)]
+        encoded = self._program(self.params, *(jax.device_put(x, self._split) for x in padded))
+        return {name: np.asarray(value)[: len(video)] for name, value in encoded.items()}
+
+    def _encode(
+        self, params: Mapping[str, Any], video: UInt8[Array, "b f h w 3"], keys: UInt32[Array, "b 2"]
+    ) -> dict[str, Array]:
+        def encode_mode(images: Float[Array, "b h w 3"]) -> Float[Array, "b latent_h latent_w c"]:
+            mean, _ = self.vae.apply({"params": params["vae"]}, images, method="encode")
+            return mean.astype(jnp.float32)
+
+        first = to_float(video[:, 0])
+        clip = clip_pixels(first, self.image_encoder.config.image_size)
+        embedding = self.image_encoder.apply({"params": params["image_encoder"]}, clip).astype(jnp.float32)
+
+        count = self.schema.num_augmented
+        strength, noise_keys = jax.vmap(lambda key: augmentation(key, count))(keys)
+
+        def encode_augmented(k: Array) -> Array:
+            noise = jax.vmap(lambda keys: jax.random.normal(keys[k], first.shape[1:]))(noise_keys)
+            return encode_mode(first + strength[:, k, None, None, None] * noise)
+
+        # One frame of every clip at a time: that is all that has to fit into memory.
+        latents = jax.lax.map(lambda frame: encode_mode(to_float(frame)), video.swapaxes(0, 1)).swapaxes(0, 1)
+        return {
+            "latents": latents * self.vae.config.scaling_factor,
+            "image_embedding": embedding,
+            "image_latents": jax.lax.map(encode_augmented, jnp.arange(count)).swapaxes(0, 1),
+            "noise_aug_strength": strength,
+        }
+
+    def decode(self, latents: Float[np.ndarray, "f h w c"]) -> UInt8[np.ndarray, "f height width 3"]:
+        """Frames of scaled latents, two at a time."""
+        params = self.params["vae"]
+        parts = [self._decode_program(params, latents[None, i : i + 2]) for i in range(0, len(latents), 2)]
+        frames = np.concatenate([np.asarray(part[0], np.float32) for part in parts])
+        return to_uint8(frames)
+
+    def _decode(self, params: Any, latents: Float[Array, "1 f h w c"]) -> Float[Array, "1 f height width 3"]:
+        return self.vae.apply({"params": params}, latents / self.vae.config.scaling_factor, method="decode")
+
+
+def augmentation(key: UInt32[Array, "2"], count: int) -> tuple[Float[Array, " k"], Array]:
+    """The strengths of `count` augmentations of a clip's first frame, and the keys of their noise."""
+    strength_key, noise_key = jax.random.split(jax.random.wrap_key_data(key, impl="threefry2x32"))
+    return random_noise_aug_strength(strength_key, (count,)), jax.random.split(noise_key, count)
+
+
+def noise_key(seed: int, source: str, number: int) -> UInt32[np.ndarray, "2"]:
+    """What a clip's noise depends on: the seed, the name of its video and its number there, and nothing else."""
+    digest = hashlib.sha256(f"{seed} {number} {source}".encode()).digest()
+    return np.frombuffer(digest[:8], "<u4")

@@ -1,0 +1,270 @@
+"""The program `osv_jax.prepare`, behind its command line."""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import hashlib
+import json
+import math
+import pathlib
+import shutil
+import sys
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from absl import logging
+from ml_collections import ConfigDict
+from PIL import Image
+from tqdm import tqdm
+
+from osv_jax.convert import weights
+from osv_jax.data import demo, latents
+from osv_jax.data.cutting import Cutting
+from osv_jax.errors import UserError
+from osv_jax.models.clip_vision import CLIPVision
+from osv_jax.models.svd_vae import SVDVAE
+from osv_jax.preparation import batches, report, shards
+from osv_jax.preparation.decoding import Decoder
+from osv_jax.preparation.encoder import Encoder, noise_key
+from osv_jax.preparation.openvid import SCORES, read_openvid
+from osv_jax.preparation.sources import Source, read_folder, split_videos
+from osv_jax.training import setup
+
+_OPENVID = "openvid:"
+_OPENVID_TEST_VIDEOS = 1000
+_SHEET = "contact_sheet.png"
+_COMPONENTS = ("vae", "image_encoder")
+
+
+def prepare(args: argparse.Namespace) -> None:
+    """`--source`: prepares a dataset, or the part of it that `--shard` names.
+
+    Raises:
+        UserError: on anything the user can mend.
+    """
+    logging.set_verbosity(logging.ERROR)
+    config = setup.read_config(args.config) if args.config else None
+    folder, networks = _networks(args, config)
+    index, count = _shard(args.shard)
+    settings = _settings(args, config, networks)
+    settings["networks"] = _fingerprint(folder, config)
+    source = read_source(args)
+    own = [chunk for chunk in shards.chunks_of(source, args.videos_per_file) if chunk.index % count == index]
+    if not own:
+        raise UserError(f"--shard={args.shard} has nothing to do: use fewer shards, or a smaller --videos_per_file.")
+    output = pathlib.Path(args.output)
+    plan = {
+        "shard": f"{index}/{count}",
+        "videos": {split: len(videos) for split, videos in source.splits.items()},
+        "videos_hash": source.fingerprint(),
+        **settings,
+    }
+    with shards.locked(output):
+        shards.check_plan(output, plan)
+        if (output / "dataset_info.json").exists():
+            shutil.rmtree(output / shards.UNFINISHED, ignore_errors=True)
+            print(f"{output} is complete.\n{report.describe(output)}")
+            return
+        shards.write_source_chunk(output, source.skipped)
+        progress = shards.resume(output, own)
+        encoder = _encoder(folder, config, networks, settings)
+        values = _run(args, own, progress, encoder, settings, output)
+        metadata = {name: settings[name] for name in ("num_frames", "fps", "height", "width")}
+        chunks = [shards.SOURCE_CHUNK, *(chunk.index for chunk in own)]
+        shards.publish(output, chunks, encoder.schema, metadata | {"settings": settings})
+    print(report.describe(output))
+    print(report.summary(values))
+    _draw_sheet(output, encoder)
+
+
+def _run(
+    args: argparse.Namespace,
+    chunks: Sequence[shards.Chunk],
+    progress: Mapping[int, shards.Progress],
+    encoder: Encoder,
+    settings: Mapping[str, Any],
+    output: pathlib.Path,
+) -> batches.Tally:
+    """Decodes, encodes and commits what `progress` leaves to do."""
+    total = sum(len(chunk.videos) for chunk in chunks)
+    todo = [chunk for chunk in chunks if not progress[chunk.index].complete]
+    left = sum(len(chunk.videos) - progress[chunk.index].video for chunk in todo)
+    before = f", {total - left} of {total} were done before" if left < total else ""
+    print(f"{left} videos to prepare{before}; {args.workers} decoding processes", flush=True)
+
+    def encode(video: np.ndarray, names: Sequence[tuple[str, int]]) -> Mapping[str, np.ndarray]:
+        return encoder(video, np.stack([noise_key(settings["seed"], *name) for name in names]))
+
+    cutting = Cutting(**{name: settings[name] for name in Cutting.__dataclass_fields__})
+    with contextlib.ExitStack() as stack:
+        decoder = stack.enter_context(Decoder(args.workers))
+        bar = stack.enter_context(
+            tqdm(total=total, initial=total - left, desc="Preparing", unit="video", file=sys.stderr)
+        )
+
+        def on_commit(tally: batches.Tally) -> None:
+            rate, busy = f"{tally.clips_per_second:.3g} clips/s", f"encoder busy {100 * tally.utilisation:.0f} %"
+            bar.set_postfix_str(f"{tally.clips} clips, {rate}, {busy}", refresh=False)
+            bar.update(total - left + tally.videos - bar.n)
+
+        read = batches.read_batches(decoder, todo, progress, cutting, settings["batch_size"])
+        features = encoder.schema.features()
+        return batches.encode_batches(read, encode, features, settings["fps"], output, on_commit)
+
+
+def merge(args: argparse.Namespace) -> None:
+    """`--merge`: joins the datasets of all shards.
+
+    Raises:
+        UserError: parts that do not belong together, or of which one is missing or unfinished.
+    """
+    logging.set_verbosity(logging.ERROR)
+    output = pathlib.Path(args.output)
+    shards.merge([pathlib.Path(part) for part in args.merge], output)
+    print(report.describe(output))
+
+
+def inspect(args: argparse.Namespace) -> None:
+    """`--inspect`: reports on a dataset; with weights, draws decoded samples.
+
+    Raises:
+        UserError: if it is no finished dataset.
+    """
+    logging.set_verbosity(logging.ERROR)
+    folder = pathlib.Path(args.inspect)
+    print(report.describe(folder))
+    if not (args.weights or args.config):
+        print(f"Give --weights (or --config) to draw decoded samples, {_SHEET}, too.")
+        return
+    config = setup.read_config(args.config) if args.config else None
+    weights_folder, networks = _networks(args, config)
+    settings = latents.read_metadata(folder)["settings"]
+    if _fingerprint(weights_folder, config) != settings["networks"]:
+        print("These are not the weights that the dataset was made with: the samples may look wrong.")
+    _draw_sheet(folder, _encoder(weights_folder, config, networks, settings))
+
+
+def _draw_sheet(folder: pathlib.Path, encoder: Encoder) -> None:
+    split = report.splits(folder)[0]
+    sheet = report.contact_sheet(latents.open_dataset(folder, split), encoder.decode)
+    Image.fromarray(sheet).save(folder / _SHEET)
+    print(f"Decoded samples: {folder / _SHEET}")
+
+
+def read_source(args: argparse.Namespace) -> Source:
+    """The videos that `--source` names, filtered and split.
+
+    Raises:
+        UserError: a missing folder, or nothing to use.
+    """
+    minimum, maximum = (
+        {score: value for score in SCORES if (value := getattr(args, f"{side}_{score.replace(' ', '_')}")) is not None}
+        for side in ("min", "max")
+    )
+    is_openvid = args.source.startswith(_OPENVID)
+    if is_openvid:
+        videos, skipped = read_openvid(pathlib.Path(args.source.removeprefix(_OPENVID)), minimum, maximum)
+    elif minimum or maximum:
+        raise UserError("Bounds on scores need --source=openvid:FOLDER: a folder of videos has no scores.")
+    else:
+        videos, skipped = read_folder(demo.video_folder(args.source))
+    num_test = args.test_videos
+    if num_test is None:
+        num_test = _OPENVID_TEST_VIDEOS if is_openvid else 0
+    return Source(split_videos(videos, num_test, args.max_videos, args.seed), skipped)
+
+
+def _networks(args: argparse.Namespace, config: ConfigDict | None) -> tuple[str, dict[str, Any]]:
+    """The folder of the weights, if there is one, and the architectures."""
+    if bool(args.weights) == bool(config):
+        raise UserError("Give --weights (a folder of converted weights) or --config (a training configuration).")
+    if config:
+        return config.weights, setup.architectures_of(config)
+    return args.weights, {name: weights.load_config(args.weights, name) for name in _COMPONENTS}
+
+
+def _stored(config: ConfigDict | None) -> list[str]:
+    """The components that are read from the folder of the weights; the others are random."""
+    random = setup.random_components(config) if config else ()
+    return [name for name in _COMPONENTS if name not in random]
+
+
+def _fingerprint(folder: str, config: ConfigDict | None) -> str:
+    """Of what the networks are; weights may lie elsewhere the next time."""
+    stored = _stored(config)
+    texts = [(weights.locate(folder) / name / "config.json").read_text() for name in stored]
+    if len(stored) < len(_COMPONENTS):
+        texts.append(json.dumps(config.random_networks.to_dict(), sort_keys=True))
+    return hashlib.sha256(" ".join(texts).encode()).hexdigest()[:16]
+
+
+def _encoder(
+    folder: str, config: ConfigDict | None, networks: Mapping[str, Any], settings: Mapping[str, Any]
+) -> Encoder:
+    dtype = jnp.dtype(settings["dtype"])
+    vae = SVDVAE(networks["vae"], dtype=dtype, param_dtype=dtype)
+    image_encoder = CLIPVision(networks["image_encoder"], dtype=dtype, param_dtype=dtype)
+    stored = _stored(config)
+    params = {name: weights.load_params(folder, name, dtype=dtype) for name in stored}
+    params |= setup.random_frozen({name: networks[name] for name in _COMPONENTS if name not in stored}, dtype)
+    height, width = settings["height"], settings["width"]
+    schema = latents.Schema(
+        num_frames=settings["num_frames"],
+        latent_height=height // vae.config.downscale,
+        latent_width=width // vae.config.downscale,
+        latent_channels=vae.config.latent_channels,
+        embedding_size=image_encoder.config.projection_dim,
+        num_augmented=settings["num_augmented"],
+    )
+    print(f"Compiling the encoder for {height} x {width} on {jax.local_device_count()} device(s) ...", flush=True)
+    return Encoder(vae, image_encoder, params, schema, height, width, settings["batch_size"])
+
+
+def _shard(text: str) -> tuple[int, int]:
+    try:
+        index, count = map(int, text.split("/"))
+    except ValueError as error:
+        raise UserError(f"--shard={text} must look like 0/4: which shard, of how many.") from error
+    if not 0 <= index < count:
+        raise UserError(f"--shard={text}: shards of {count} count from 0 to {count - 1}.")
+    return index, count
+
+
+def _settings(args: argparse.Namespace, config: ConfigDict | None, networks: Mapping[str, Any]) -> dict[str, Any]:
+    """Everything but the videos that decides what is in the records.
+
+    Raises:
+        UserError: on a value that no clip can have.
+    """
+    defaults: dict[str, Any] = {"num_frames": 14, "fps": 7.0, "height": 576, "width": 1024}
+    dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if config is not None:
+        _, height, width = config.data.resolutions[0]
+        defaults = {"num_frames": config.data.num_frames, "fps": config.data.fps, "height": height, "width": width}
+        dtype = config.dtype
+    chosen = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in defaults.items()}
+    chosen["stride"] = chosen["num_frames"] / chosen["fps"] if args.stride is None and chosen["fps"] else args.stride
+    for name in ("max_clips", "min_motion", "num_augmented", "seed", "batch_size", "videos_per_file"):
+        chosen[name] = getattr(args, name)
+    for name in ("num_frames", "height", "width", "max_clips", "num_augmented", "batch_size", "videos_per_file"):
+        if chosen[name] is not None and chosen[name] < 1:
+            raise UserError(f"--{name}={chosen[name]} must be at least 1.")
+    for name in ("fps", "stride"):
+        if not (chosen[name] > 0 and math.isfinite(chosen[name])):
+            raise UserError(f"--{name}={chosen[name]:g} must be positive.")
+    for name, least in (("workers", 1), ("test_videos", 0), ("max_videos", 1)):
+        value = getattr(args, name)
+        if value is not None and value < least:
+            raise UserError(f"--{name}={value} must be at least {least}.")
+    if chosen["height"] % 8 or chosen["width"] % 8:
+        raise UserError(f"{chosen['height']} x {chosen['width']} is not divisible by 8, and the VAE needs that.")
+    if chosen["batch_size"] % jax.local_device_count():
+        raise UserError(
+            f"--batch_size={chosen['batch_size']} does not split over the {jax.local_device_count()} devices; use a"
+            " multiple of that."
+        )
+    return chosen | {"dtype": args.dtype or dtype}

@@ -1,0 +1,374 @@
+"""Writing a prepared dataset so that a kill at any moment loses only what was not encoded yet.
+
+The videos of a plan are divided into chunks, each of which becomes one record file. Its clips are encoded in batches;
+every batch is a file of its own under `unfinished/`, and is there whole or not at all (it is written under another
+name, then renamed). A finished chunk joins its batches. When all chunks are finished, their files get the names that
+TFDS expects, and `dataset_info.json` makes them a dataset.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import fcntl
+import hashlib
+import json
+import os
+import pathlib
+import shutil
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any
+
+from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+
+from osv_jax.data import latents
+from osv_jax.data.latents import Schema
+from osv_jax.errors import UserError
+from osv_jax.preparation.sources import Skipped, Source, SourceVideo
+
+UNFINISHED = "unfinished"
+# In the list of chunks, the one that holds what was left out before any video was opened.
+SOURCE_CHUNK = -1
+
+
+@dataclasses.dataclass(frozen=True)
+class Chunk:
+    """Videos whose clips go to one record file."""
+
+    index: int
+    split: str
+    videos: tuple[SourceVideo, ...]
+
+
+@dataclasses.dataclass(frozen=True)
+class Progress:
+    """How far a chunk has come.
+
+    Attributes:
+        batches: committed.
+        video, clip: the next clip to encode: position of its video in the chunk, and its number in the video.
+        complete: all clips of the chunk are in the batches.
+    """
+
+    batches: int = 0
+    video: int = 0
+    clip: int = 0
+    complete: bool = False
+
+
+def chunks_of(source: Source, videos_per_chunk: int) -> list[Chunk]:
+    """The same for every machine; chunk i is done by shard i % n of n."""
+    chunks = []
+    for split, videos in source.splits.items():
+        for start in range(0, len(videos), videos_per_chunk):
+            chunks.append(Chunk(len(chunks), split, tuple(videos[start : start + videos_per_chunk])))
+    return chunks
+
+
+@contextlib.contextmanager
+def locked(output: pathlib.Path) -> Iterator[None]:
+    """Keeps other processes from writing to `output`; a kill unlocks it.
+
+    Raises:
+        UserError: if one is writing there, or the folder cannot be written to.
+    """
+    try:
+        output.mkdir(parents=True, exist_ok=True)
+        lock = (output / ".lock").open("w")
+    except OSError as error:
+        raise UserError(f"{output} cannot be written to ({error.strerror}); choose another --output.") from error
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise UserError(f"Another process is writing to {output}; wait for it, or give another one.") from error
+        yield
+
+
+def check_plan(output: pathlib.Path, plan: Mapping[str, Any]) -> None:
+    """Compares a plan with the one that `output` was started with, and writes it there if it is the first.
+
+    Raises:
+        UserError: naming what differs, or when the folder holds something else.
+    """
+    file = output / "plan.json"
+    if not file.exists():
+        if any(path.name != ".lock" for path in output.iterdir()):
+            raise UserError(f"{output} holds other files; give an empty folder, or one that does not exist yet.")
+        _write_text(file, json.dumps(plan, indent=2) + "\n")
+        return
+    before = read_plan(output)
+    differing = [
+        f"{key} (was {before.get(key)!r}, is {plan.get(key)!r})"
+        for key in sorted(before.keys() | plan.keys())
+        if before.get(key) != plan.get(key)
+    ]
+    if differing:
+        raise UserError(
+            f"{output} was started with other videos or settings: {'; '.join(differing)}. Use the same ones to"
+            " continue, or give another --output."
+        )
+
+
+def read_plan(folder: pathlib.Path) -> dict[str, Any]:
+    """The plan of a dataset, finished or not.
+
+    Raises:
+        UserError: if there is none, or it is damaged.
+    """
+    try:
+        return json.loads((folder / "plan.json").read_text())
+    except (OSError, ValueError) as error:
+        raise UserError(f"{folder} has no intact plan.json; it was not made by osv_jax.prepare.") from error
+
+
+def progress_of(output: pathlib.Path, chunk: int) -> Progress:
+    """What the last committed batch of a chunk says."""
+    folder = _chunk_folder(output, chunk)
+    numbers = sorted(int(path.stem) for path in folder.glob("*.array_record")) if folder.is_dir() else []
+    if not numbers:
+        return Progress()
+    header = _read_header(folder / f"{numbers[-1]:06d}.array_record")
+    return Progress(len(numbers), *header["next"], header["complete"])
+
+
+def resume(output: pathlib.Path, chunks: Sequence[Chunk]) -> dict[int, Progress]:
+    """How far each chunk has come; the files of those that a kill left complete are made up for."""
+    progress = {}
+    for chunk in chunks:
+        finished = _chunk_info(output, chunk.index).exists()
+        done = Progress(video=len(chunk.videos), complete=True) if finished else progress_of(output, chunk.index)
+        if done.complete and not finished:
+            finish_chunk(output, chunk)
+        progress[chunk.index] = done
+    return progress
+
+
+def commit_batch(
+    output: pathlib.Path,
+    chunk: Chunk,
+    progress: Progress,
+    records: Sequence[bytes],
+    motions: Sequence[float],
+    skipped: Skipped,
+) -> None:
+    """Writes one batch, and what follows it; if the chunk is complete, its file.
+
+    Args:
+        progress: after this batch.
+        motions: of the records.
+        skipped: since the batch before.
+    """
+    header = {
+        "next": [progress.video, progress.clip],
+        "complete": progress.complete,
+        "motions": [round(motion, 3) for motion in motions],
+        "skipped": skipped,
+    }
+    folder = _chunk_folder(output, chunk.index)
+    folder.mkdir(parents=True, exist_ok=True)
+    _write_records(folder / f"{progress.batches - 1:06d}.array_record", [json.dumps(header).encode(), *records])
+    if progress.complete:
+        finish_chunk(output, chunk)
+
+
+def finish_chunk(output: pathlib.Path, chunk: Chunk) -> None:
+    """Joins the batches of a complete chunk. Started again after a kill, it begins anew."""
+    folder = _chunk_folder(output, chunk.index)
+    paths = sorted(folder.glob("*.array_record"))
+    headers = [_read_header(path) for path in paths]
+    digest, count = hashlib.sha256(), 0
+
+    def records() -> Iterator[bytes]:
+        nonlocal count
+        for path in paths:
+            for record in _read_records(path)[1:]:
+                digest.update(record)
+                count += 1
+                yield record
+
+    file = folder.with_suffix(".array_record")
+    _write_records(file, records())
+    _write_chunk_info(
+        output,
+        {
+            "index": chunk.index,
+            "split": chunk.split,
+            "records": count,
+            "bytes": file.stat().st_size,
+            "sha256": digest.hexdigest(),
+            "videos": len(chunk.videos),
+            "motions": [motion for header in headers for motion in header["motions"]],
+            "skipped": [entry for header in headers for entry in header["skipped"]],
+        },
+    )
+    shutil.rmtree(folder)
+
+
+def write_source_chunk(output: pathlib.Path, skipped: Skipped) -> None:
+    """Records what was left out before any video was opened."""
+    info = {"index": SOURCE_CHUNK, "split": "", "records": 0, "bytes": 0, "videos": 0, "motions": []}
+    _write_chunk_info(output, info | {"sha256": "", "skipped": skipped})
+
+
+def publish(output: pathlib.Path, indices: Iterable[int], schema: Schema, metadata: Mapping[str, Any]) -> None:
+    """Turns finished chunks into a dataset. Started again after a kill, it goes on."""
+    infos = [json.loads(_chunk_info(output, index).read_text()) for index in indices]
+    named = _named(infos)
+    for name, info in named.items():
+        file = _chunk_folder(output, info["index"]).with_suffix(".array_record")
+        if file.exists():
+            file.replace(output / name)
+    _finish_dataset(output, infos, named, schema, metadata)
+    shutil.rmtree(output / UNFINISHED)
+
+
+def merge(parts: Sequence[pathlib.Path], output: pathlib.Path) -> None:
+    """Joins the datasets of all shards of a preparation. Files are linked where that is possible, else copied.
+
+    Raises:
+        UserError: if a part is unfinished or of another preparation, or one is missing or there twice.
+    """
+    metadata = [latents.read_metadata(part) for part in parts]
+    plans = [read_plan(part) for part in parts]
+    for part, plan in zip(parts[1:], plans[1:], strict=True):
+        if plan | {"shard": ""} != plans[0] | {"shard": ""}:
+            raise UserError(f"{part} and {parts[0]} were not prepared from the same videos with the same settings.")
+    shards = [plan["shard"] for plan in plans]
+    count = int(shards[0].split("/")[1])
+    for wanted in (f"{i}/{count}" for i in range(count)):
+        if shards.count(wanted) != 1:
+            problem = "is missing" if wanted not in shards else "is given twice"
+            raise UserError(f"The part of --shard={wanted} {problem}; give the parts of all {count} shards.")
+    if len(parts) > count:
+        raise UserError(f"{len(parts)} parts are given, but there are {count} shards.")
+    with locked(output):
+        check_plan(output, plans[0] | {"shard": "0/1"})
+        origins: dict[int, pathlib.Path] = {}
+        infos: dict[int, dict[str, Any]] = {}
+        for part in parts:
+            for info in read_chunks(part):
+                infos[info["index"]] = info
+                if info["records"]:
+                    origins[info["index"]] = part / info["file"]
+        ordered = [infos[index] for index in sorted(infos)]
+        named = _named(ordered)
+        for name, info in named.items():
+            _link_or_copy(origins[info["index"]], output / name)
+        own = {key: metadata[0][key] for key in metadata[0] if key not in ("files", "content_hash")}
+        _finish_dataset(output, ordered, named, Schema(**metadata[0]["schema"]), own)
+
+
+def read_chunks(folder: pathlib.Path) -> list[dict[str, Any]]:
+    """The chunks of a finished dataset, with the names of their files."""
+    return [json.loads(line) for line in (folder / "chunks.jsonl").read_text().splitlines()]
+
+
+def _named(infos: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
+    """File name -> chunk, of those that have records, in the order of the dataset."""
+    filled: dict[str, list[Any]] = {}
+    for info in infos:
+        if info["records"]:
+            filled.setdefault(info["split"], []).append(info)
+    return {
+        latents.shard_name(split, i, len(chunks)): chunk
+        for split, chunks in filled.items()
+        for i, chunk in enumerate(chunks)
+    }
+
+
+def _finish_dataset(
+    output: pathlib.Path,
+    infos: Sequence[Mapping[str, Any]],
+    named: Mapping[str, Mapping[str, Any]],
+    schema: Schema,
+    metadata: Mapping[str, Any],
+) -> None:
+    if not named:
+        raise UserError(f"Not one clip could be made; see {_write_skipped(output, infos)} for the reasons.")
+    files = {info["index"]: name for name, info in named.items()}
+    lines = [json.dumps({**info, "file": files.get(info["index"], "")}) + "\n" for info in infos]
+    _write_text(output / "chunks.jsonl", "".join(lines))
+    _write_skipped(output, infos)
+    lengths: dict[str, list[int]] = {}
+    sizes: dict[str, int] = {}
+    for info in named.values():
+        lengths.setdefault(info["split"], []).append(info["records"])
+        sizes[info["split"]] = sizes.get(info["split"], 0) + info["bytes"]
+    content = json.dumps([[name, info["sha256"]] for name, info in named.items()])
+    latents.write_info(
+        output,
+        schema,
+        lengths,
+        sizes,
+        {
+            **metadata,
+            "format": latents.FORMAT,
+            "schema": dataclasses.asdict(schema),
+            "content_hash": hashlib.sha256(content.encode()).hexdigest()[:16],
+            "files": {name: info["bytes"] for name, info in named.items()},
+        },
+    )
+
+
+def _write_skipped(output: pathlib.Path, infos: Iterable[Mapping[str, Any]]) -> pathlib.Path:
+    """One line each for what was left out, for people."""
+    lines = [" ".join(f"{name} {reason}".split()) + "\n" for info in infos for name, reason in info["skipped"]]
+    _write_text(output / "skipped.txt", "".join(lines))
+    return output / "skipped.txt"
+
+
+def _chunk_folder(output: pathlib.Path, index: int) -> pathlib.Path:
+    return output / UNFINISHED / f"{index:06d}"
+
+
+def _chunk_info(output: pathlib.Path, index: int) -> pathlib.Path:
+    return output / UNFINISHED / (f"{index:06d}.json" if index >= 0 else "source.json")
+
+
+def _write_chunk_info(output: pathlib.Path, info: Mapping[str, Any]) -> None:
+    file = _chunk_info(output, info["index"])
+    file.parent.mkdir(exist_ok=True)
+    _write_text(file, json.dumps(info))
+
+
+def _write_text(file: pathlib.Path, text: str) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    temporary.write_text(text)
+    temporary.replace(file)
+
+
+def _write_records(file: pathlib.Path, records: Iterable[bytes]) -> None:
+    temporary = file.with_name(file.name + ".tmp")
+    writer = ArrayRecordWriter(str(temporary), latents.WRITER_OPTIONS)
+    for record in records:
+        writer.write(record)
+    writer.close()
+    # On the disk before the name says so: a machine may lose power too.
+    with temporary.open("rb") as written:
+        os.fsync(written.fileno())
+    temporary.replace(file)
+
+
+def _read_records(file: pathlib.Path) -> list[bytes]:
+    reader = ArrayRecordReader(str(file))
+    records = reader.read_all()
+    reader.close()
+    return records
+
+
+def _read_header(file: pathlib.Path) -> dict[str, Any]:
+    reader = ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")
+    (header,) = reader.read([0])
+    reader.close()
+    return json.loads(header)
+
+
+def _link_or_copy(source: pathlib.Path, target: pathlib.Path) -> None:
+    temporary = target.with_name(target.name + ".tmp")
+    temporary.unlink(missing_ok=True)
+    try:
+        temporary.hardlink_to(source.resolve())
+    except OSError:
+        shutil.copyfile(source, temporary)
+    temporary.replace(target)

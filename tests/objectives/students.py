@@ -1,0 +1,79 @@
+"""Networks, a state in which everything has moved, and how far two states differ: for tests of whole steps."""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import tiny
+from conftest import flat, relative_error
+from flax.traverse_util import unflatten_dict
+from toy_unet import ToyUNet
+
+from osv_jax.convert.architectures import expected_params
+from osv_jax.objectives.networks import build_networks, random_params
+from osv_jax.objectives.players import init_state
+from osv_jax.runtime import mesh
+
+TRAINABLE = ("lora", "temporal_transformer")
+# Plain descent: Adam's first step is the gradient's sign, and that of a rounding error is anybody's guess.
+RATES = {"student": 0.5, "disc": 0.25}
+# Relative error of gradients in float32: the heads' norms over three frames amplify that of their input 200 times.
+GRADIENT = 1e-3
+SGD = (optax.sgd(RATES["student"]), optax.sgd(RATES["disc"]))
+# One level of everything, for speed, and two channels for each group of a norm: the variance of one channel's three
+# frames is so small now and then that rounding shows.
+CONFIGS = tiny.CONFIGS | {
+    "unet": tiny.ONE_LEVEL_UNET,
+    "dinov2": dataclasses.replace(tiny.CONFIGS["dinov2"], hidden_size=64, num_hidden_layers=1),
+}
+
+
+def one_level_networks_and_frozen(dtype=jnp.float32):
+    networks = build_networks(CONFIGS, discriminator_blocks=(0,), dtype=dtype, param_dtype=dtype)
+    shapes = {name: unflatten_dict(expected_params(name, config)) for name, config in CONFIGS.items()}
+    return networks, jax.tree.map(jnp.asarray, random_params(shapes, 0, dtype))
+
+
+def toy_networks_and_frozen(dtype=jnp.float32):
+    networks, frozen = one_level_networks_and_frozen(dtype)
+    networks = dataclasses.replace(networks, unet=ToyUNet(CONFIGS["unet"], dtype, dtype))
+    batch = tiny.tiny_batch()
+    sample = jnp.concatenate([batch.latents, batch.latents], axis=-1)
+    cond = (batch.cond.image_embedding, batch.cond.added_time_ids)
+    shapes = jax.eval_shape(networks.unet.init, jax.random.key(0), sample, jnp.zeros(2), *cond)["params"]
+    return networks, frozen | jax.tree.map(jnp.asarray, random_params({"unet": shapes}, 0, dtype))
+
+
+def perturbed(tree, seed):
+    """Every leaf moved a little; LoRA's b is zero at first, and hides most of what could go wrong."""
+    rng = np.random.default_rng(seed)
+    return jax.tree.map(lambda x: jnp.asarray(np.asarray(x) + 0.05 * rng.standard_normal(x.shape, np.float32)), tree)
+
+
+def trained_state(networks, frozen, targets="all", trainable=TRAINABLE):
+    """A state in which student and average have both gone their ways."""
+    init = jax.jit(lambda key, unet: init_state(key, networks, unet, *SGD, 4, targets, trainable))
+    state = init(jax.random.key(0), frozen["unet"])
+    return state.replace(student=perturbed(state.student, 1), ema=perturbed(state.ema, 2))
+
+
+def run_on(devices, step, state, frozen, batch, key):
+    """One step as training runs it on these devices."""
+    shardings = mesh.parameter_shardings(devices, state)
+    with jax.set_mesh(devices):
+        return jax.jit(step, out_shardings=(shardings, mesh.replicated(devices)))(
+            jax.device_put(state, shardings),
+            jax.device_put(frozen, mesh.parameter_shardings(devices, frozen)),
+            jax.device_put(batch, mesh.batch_shardings(devices, batch)),
+            key,
+        )
+
+
+def differences(actual, expected, before=None):
+    """Relative error of all leaves together: of the values, and of their change from `before`."""
+    assert jax.tree.structure(actual) == jax.tree.structure(expected)
+    actual, expected = flat(actual), flat(expected)
+    change = 0.0 if before is None else relative_error(actual - flat(before), expected - flat(before))
+    return relative_error(actual, expected), change

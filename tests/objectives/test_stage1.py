@@ -1,0 +1,345 @@
+"""The step of stage 1 against OSV's Eq. 6 and 7 written out plainly, and what must not change it."""
+
+import dataclasses
+import pathlib
+import runpy
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import pytest
+import tiny
+from conftest import flat, relative_error
+from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+from students import CONFIGS
+
+from osv_jax.convert.architectures import ARCHITECTURES, expected_params
+from osv_jax.models.discriminator import discriminate
+from osv_jax.objectives import adversarial, osv_stage1
+from osv_jax.objectives.adversarial import AdversarialOptions
+from osv_jax.objectives.networks import Networks, build_networks, random_params
+from osv_jax.objectives.players import Student, init_state, make_optimizer, update_ema
+from osv_jax.training import setup
+
+# Plain descent: Adam's first step is the gradient's sign, rounding errors' too.
+SGD = optax.sgd(0.5)
+OPTIONS = AdversarialOptions(lora_scale=1.5, huber_c=0.03, adversarial_weight=0.3, ema_decay=0.9)
+KEY = jax.random.key(7)
+
+
+def make_networks(dtype=jnp.float32):
+    return build_networks(CONFIGS, discriminator_blocks=(0,), dtype=dtype, param_dtype=dtype)
+
+
+def make_frozen(dtype=np.float32):
+    shapes = {name: unflatten_dict(expected_params(name, CONFIGS[name])) for name in ("unet", "dinov2")}
+    return random_params(shapes, 0, dtype)
+
+
+def make_state(networks, frozen):
+    """Random LoRA on both sides, and singular vectors that another power iteration does not change."""
+    init = jax.jit(lambda key: init_state(key, networks, frozen["unet"], SGD, SGD, 4, "attention"))
+    state = init(jax.random.key(0))
+    rng = np.random.default_rng(3)
+    student = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape, np.float32)), state.student)
+    ema = jax.tree.map(lambda x: x + 0.1, student)
+    kernels, spectral = flatten_dict(state.disc["params"]), flatten_dict(state.disc["spectral"])
+    for path in spectral:
+        matrix = np.asarray(kernels[(*path[:-1], "kernel")])
+        spectral[path] = jnp.asarray(np.linalg.svd(matrix.reshape(-1, matrix.shape[-1]))[2][0])
+    disc = {"params": state.disc["params"], "spectral": unflatten_dict(spectral)}
+    return state.replace(student=student, ema=ema, disc=disc)
+
+
+@pytest.fixture(scope="module")
+def networks():
+    return make_networks()
+
+
+@pytest.fixture(scope="module")
+def frozen():
+    return make_frozen()
+
+
+@pytest.fixture(scope="module")
+def state(networks, frozen):
+    return make_state(networks, frozen)
+
+
+@pytest.fixture(scope="module")
+def batch():
+    return tiny.tiny_batch(8, height=8)
+
+
+class CountingNetworks(Networks):
+    """Counts how often a UNet is applied while a program is traced."""
+
+    applied = 0
+
+    def unet_with(self, variables):
+        network = super().unet_with(variables)
+
+        def counted(*args):
+            CountingNetworks.applied += 1
+            return network(*args)
+
+        return counted
+
+
+@pytest.fixture(scope="module")
+def step(networks):
+    counting = CountingNetworks(**{field.name: getattr(networks, field.name) for field in dataclasses.fields(networks)})
+    return jax.jit(osv_stage1.make_step(counting, SGD, SGD, OPTIONS))
+
+
+@pytest.fixture(scope="module")
+def result(step, state, frozen, batch):
+    return step(state, frozen, batch, KEY)
+
+
+def change(new, old):
+    """How far every parameter moved, as one vector."""
+    return flat(new) - flat(old)
+
+
+def assert_moved_alike(new, expected, old):
+    """To 1e-5 of the parameters, and to 1e-4 of the step that was taken."""
+    for name in new:
+        assert relative_error(flat(new[name]), flat(expected[name])) < 1e-5, name
+        assert relative_error(change(new[name], old[name]), change(expected[name], old[name])) < 1e-4, name
+
+
+def sigmas_of(key, clips):
+    """The noise levels of a step: uniform over the index of the Karras grid."""
+    index = jax.random.randint(jax.random.split(key)[0], (clips,), 0, 100)
+    grid = np.linspace(0.002 ** (1 / 7), 700 ** (1 / 7), 100) ** 7
+    return jnp.asarray(grid, jnp.float32)[index]
+
+
+@pytest.fixture(scope="module")
+def plain(networks, frozen, state, batch):
+    """Eq. 6, the discriminator's step on it, and Eq. 7 through a given discriminator."""
+    clips = batch.latents.shape[0]
+    sigma = sigmas_of(KEY, clips)[:, None, None, None, None]
+    noise = jax.random.normal(jax.random.split(KEY)[1], batch.latents.shape)
+    x_t = batch.latents + sigma * noise
+    image = jnp.repeat(batch.cond.image_latents[:, None], batch.latents.shape[1], axis=1)
+
+    def f(student, frozen):
+        variables = {"params": frozen["unet"], "lora": {**student.lora}}
+        variables["lora"] = jax.tree.map_with_path(
+            lambda path, x: 1.5 * x if path[-1].key == "b" else x, variables["lora"]
+        )
+        sample = jnp.concatenate([x_t / jnp.sqrt(sigma**2 + 1), image], axis=-1)
+        ids, embedding = batch.cond.added_time_ids, batch.cond.image_embedding
+        v = networks.unet.apply(variables, sample, jnp.log(sigma).reshape(-1) / 4, embedding, ids)
+        return x_t / (sigma**2 + 1) - sigma / jnp.sqrt(sigma**2 + 1) * v
+
+    def logits(disc, frozen, latents, update):
+        out, spectral = discriminate(networks.discriminator, networks.dinov2, disc, frozen["dinov2"], latents, update)
+        return jnp.concatenate([out["spatial"], out["temporal"]], axis=1), spectral
+
+    def loss_disc(params, frozen, fake):
+        disc = {**state.disc, "params": params}
+        real_logits, spectral = logits(disc, frozen, batch.latents, True)
+        fake_logits, _ = logits(disc, frozen, fake, True)
+        loss = jnp.maximum(0, 1 - real_logits).mean() + jnp.maximum(0, 1 + fake_logits).mean()
+        return loss, spectral
+
+    def loss_student(student, frozen, disc):
+        fake = f(student, frozen)
+        adversarial_loss = jnp.maximum(0, 1 - logits(disc, frozen, fake, False)[0]).mean()
+        huber = (jnp.sqrt((batch.latents - fake) ** 2 + 0.03**2) - 0.03).mean()
+        return 0.3 * adversarial_loss + huber, (adversarial_loss, huber)
+
+    @jax.jit
+    def run(state, frozen, rate):
+        fake = f(state.student, frozen)
+        (d, spectral), g_disc = jax.value_and_grad(loss_disc, has_aux=True)(state.disc["params"], frozen, fake)
+        params = jax.tree.map(lambda p, g: p - rate * g, state.disc["params"], g_disc)
+        disc = {"params": params, "spectral": spectral}
+        (g, (adversarial_loss, huber)), g_student = jax.value_and_grad(loss_student, has_aux=True)(
+            state.student, frozen, disc
+        )
+        student = jax.tree.map(lambda p, g: p - 0.5 * g, state.student, g_student)
+        return disc, student, {"disc": d, "student": g, "adversarial": adversarial_loss, "huber": huber}
+
+    # Arguments, not constants, with which XLA would compute while it compiles.
+    return lambda state, rate: run(state, frozen, rate)
+
+
+def test_step_is_eq_6_then_eq_7_through_the_new_discriminator(plain, state, result):
+    new, metrics = result
+    disc, student, expected = plain(state, 0.5)
+    for name, value in expected.items():
+        assert relative_error(metrics[f"loss_{name}"], value) < 1e-5, name
+    moved = {"student": student, "disc": disc["params"]}
+    old = {"student": state.student, "disc": state.disc["params"]}
+    assert_moved_alike({"student": new.student, "disc": new.disc["params"]}, moved, old)
+    assert relative_error(flat(new.disc["spectral"]), flat(disc["spectral"])) < 1e-5
+    # The old discriminator would have given another student.
+    _, blind, _ = plain(state, 0.0)
+    assert relative_error(change(blind, state.student), change(student, state.student)) > 0.01
+
+
+def test_metrics_are_norms_and_means_of_what_happened(state, result):
+    new, metrics = result
+    for player, old_params, new_params in (
+        ("student", state.student, new.student),
+        ("disc", state.disc["params"], new.disc["params"]),
+    ):
+        norm = np.linalg.norm(change(new_params, old_params)) / 0.5
+        np.testing.assert_allclose(metrics[f"grad_norm/{player}"], norm, rtol=1e-3)
+        np.testing.assert_allclose(metrics[f"param_norm/{player}"], np.linalg.norm(flat(new_params)), rtol=1e-5)
+    assert new.step == 1
+
+
+def test_average_follows_the_new_student(state, result):
+    new = result[0]
+    assert relative_error(flat(new.ema), 0.9 * flat(state.ema) + 0.1 * flat(new.student)) < 1e-6
+
+
+def test_update_ema():
+    """The average of OSV Eq. 5."""
+    old, new = (Student(lora={"a": jnp.full(2, x)}, tuned={"k": jnp.full(2, -x)}) for x in (1.0, 3.0))
+    ema = update_ema(old, new, 0.95)
+    np.testing.assert_allclose(ema.lora["a"], 1.1, rtol=1e-6)
+    np.testing.assert_allclose(ema.tuned["k"], -1.1, rtol=1e-6)
+
+
+def test_state_holds_only_what_learns(networks, frozen, result):
+    new = result[0]
+    assert {path[-1] for path in flatten_dict(new.student.lora)} == {"a", "b"}
+    assert new.student.tuned == {}
+    assert {path[0] for path in flatten_dict(new.disc["params"])} == {"upsampler", "spatial_0", "temporal_0"}
+    assert jax.tree.structure(new.ema) == jax.tree.structure(new.student)
+
+
+def test_student_runs_forward_once(result):
+    assert CountingNetworks.applied == 1
+
+
+def test_step_depends_on_its_arguments_alone(step, state, frozen, batch, result):
+    again = step(state, frozen, batch, KEY)
+    jax.tree.map(np.testing.assert_array_equal, again, result)
+    later = step(state.replace(step=state.step + 5), frozen, batch, KEY)
+    assert later[0].step == 6
+    jax.tree.map(np.testing.assert_array_equal, later[0].replace(step=result[0].step), result[0])
+    other = step(state, frozen, batch, jax.random.key(8))
+    assert other[1]["loss_huber"] != result[1]["loss_huber"]
+
+
+@pytest.fixture
+def questions(networks, monkeypatch):
+    """What stage 1 hands to the common step: its random numbers, and the question it poses to the student."""
+    handed = []
+
+    def record(*args):
+        handed[:] = args[-2:]
+        return len
+
+    monkeypatch.setattr(adversarial, "make_step", record)
+    osv_stage1.make_step(networks, SGD, SGD, OPTIONS, num_levels=20)
+    return handed
+
+
+def test_index_is_uniform_over_the_grid(questions):
+    draw, _ = questions
+    clips = tiny.tiny_batch(20_000, 1, 1, 2)
+    draws = draw(KEY, clips)
+    counts = np.bincount(draws["index"], minlength=20)
+    assert len(counts) == 20
+    # Chi-squared with 19 degrees of freedom exceeds 43.8 once in a thousand keys.
+    assert ((counts - 1000) ** 2 / 1000).sum() < 43.8
+    noise = np.asarray(draws["noise"])
+    assert noise.shape == clips.latents.shape
+    assert abs(noise.mean()) < 0.01
+    assert abs(noise.std() - 1) < 0.01
+    assert abs(np.corrcoef(draws["index"], noise[:, 0, 0, 0, 0])[0, 1]) < 0.03
+
+
+def test_question_is_the_noisy_clip_and_the_target_the_clip(questions, state, frozen):
+    _, pose = questions
+    clips = tiny.tiny_batch(3)
+    draws = {"index": jnp.array([0, 7, 19]), "noise": tiny.tiny_batch(3, seed=5).latents}
+    example = pose(state, frozen, clips, draws)
+    sigma = np.linspace(0.002 ** (1 / 7), 700 ** (1 / 7), 20)[[0, 7, 19]] ** 7
+    np.testing.assert_allclose(example.sigma, sigma, rtol=1e-5)
+    noisy = np.asarray(clips.latents) + sigma[:, None, None, None, None] * np.asarray(draws["noise"])
+    np.testing.assert_allclose(example.x, noisy, rtol=1e-4, atol=1e-5)
+    np.testing.assert_array_equal(example.target, clips.latents)
+    np.testing.assert_array_equal(example.weight, 1)
+    assert example.cond is clips.cond
+
+
+@pytest.mark.parametrize("max_norm", [None, 2.0])
+def test_optimizer_is_adam_after_clipping_by_the_global_norm(max_norm):
+    rate, b1, b2 = 0.1, 0.8, 0.9
+    optimizer = make_optimizer(rate, b1, b2, max_norm)
+    params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
+    gradients = [np.array([3.0, 0.0, 4.0]), np.array([0.1, -0.2, 0.2])]  # Norms 5 and 0.3.
+    expected, m, v, opt = np.zeros(3), np.zeros(3), np.zeros(3), optimizer.init(params)
+    for i, gradient in enumerate(gradients, start=1):
+        updates, opt = optimizer.update({"a": jnp.asarray(gradient[:2]), "b": jnp.asarray(gradient[2:])}, opt, params)
+        params = optax.apply_updates(params, updates)
+        if max_norm is not None:
+            gradient = gradient * min(1, max_norm / np.linalg.norm(gradient))
+        m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
+        expected -= rate * (m / (1 - b1**i)) / (np.sqrt(v / (1 - b2**i)) + 1e-8)
+    np.testing.assert_allclose(np.concatenate([params["a"], params["b"]]), expected, rtol=1e-5)
+
+
+def matrix_products(jaxpr):
+    """Operands of every convolution and product of two matrices, of inner programs too."""
+    for eqn in jaxpr.eqns:
+        if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
+            yield tuple(operand.aval for operand in eqn.invars)
+        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+            inner = getattr(inner, "jaxpr", inner)
+            if hasattr(inner, "eqns"):
+                yield from matrix_products(inner)
+
+
+def test_half_precision_step_is_finite_and_multiplies_no_float32(state):
+    half, weights = make_networks(jnp.bfloat16), make_frozen(jnp.bfloat16)
+    # 28 x 28 pixels: nothing is resized, which DINOv2's position embeddings would be in float32.
+    clips = tiny.tiny_batch(2, 3, 7, 7)
+    step = jax.jit(osv_stage1.make_step(half, SGD, SGD, OPTIONS))
+    traced = step.trace(state, weights, clips, KEY)
+    products = list(matrix_products(traced.jaxpr.jaxpr))
+    assert len(products) > 100
+    # Spectral normalisation multiplies matrices with vectors. The gradient of XLA's attention has one side in float32.
+    wide = [p for p in products if all(x.dtype == jnp.float32 and np.sum(np.array(x.shape) > 1) > 1 for x in p)]
+    assert wide == []
+    new, metrics = traced.lower().compile()(state, weights, clips, KEY)
+    assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((new, metrics)))
+    assert {leaf.dtype for leaf in jax.tree.leaves((new.student, new.ema, new.disc))} == {jnp.dtype("float32")}
+
+
+def test_real_configuration_traces():
+    """Everything that configs/stage1.py does in a step, at its sizes; nothing is computed.
+
+    But for the numbers of levels and layers, which only take time.
+    """
+    config = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "configs" / "stage1.py"))["get_config"]()
+    unet = {"layers_per_block": 1, "block_out_channels": (320, 640), "num_attention_heads": (5, 10)}
+    unet |= {"has_attention": (True, False)}
+    few = {"image_encoder": {"num_hidden_layers": 2}, "dinov2": {"num_hidden_layers": 12}}
+    config.weights, config.random_networks = "", ConfigDict(few | {"unet": unet})
+    real, optimizers = setup.networks_of(config), setup.optimizers_of(config)
+    shapes = {name: unflatten_dict(expected_params(name, getattr(real, name).config)) for name in ARCHITECTURES}
+    weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)
+    state = jax.eval_shape(setup.make_init(config, real, optimizers), jax.random.key(0), weights["unet"])
+    phase, *_ = setup.phases_of(config)
+    clips = {
+        "video": jax.ShapeDtypeStruct(
+            (config.batch_size, config.data.num_frames, phase.height, phase.width, 3), jnp.uint8
+        ),
+        "fps": jax.ShapeDtypeStruct((config.batch_size,), jnp.float32),
+    }
+    assert clips["video"].shape == (8, 14, 576, 1024, 3)
+    new, metrics = jax.eval_shape(setup.make_train_step(config, real, optimizers), state, weights, clips)
+    assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
+    assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())
