@@ -275,7 +275,9 @@ def test_decoded_clips_are_judged_instead_of_latents(toy, toy_step):
 
     logits = logits_of_target(state, frozen, batch)
     for kind in ("spatial", "temporal"):
-        assert decoded[1][f"logits_real/{kind}"] == pytest.approx(float(logits[kind].mean()), rel=1e-4)
+        # Not relative to the mean, which is near zero by chance: rounding is in proportion to the logits themselves.
+        bound = 1e-4 * float(logits[kind].std())
+        assert decoded[1][f"logits_real/{kind}"] == pytest.approx(float(logits[kind].mean()), abs=bound)
 
 
 def test_without_the_adversarial_loss(toy, toy_step):
