@@ -23,6 +23,7 @@ from osv_jax.data import latents
 from osv_jax.data.cutting import Location
 from osv_jax.preparation import shards
 from osv_jax.preparation.sources import SourceVideo
+from osv_jax.runtime.ranges import COUNT, WHOLE
 
 WANTED = 10 * 8 / 0.25
 
@@ -56,13 +57,13 @@ def write_dataset(folder: pathlib.Path, schema: latents.Schema, num_records: int
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--height", type=int, default=40, help="of latents")
-    parser.add_argument("--width", type=int, default=72, help="of latents")
-    parser.add_argument("--num_records", type=int, default=1024)
-    parser.add_argument("--batch_size", type=int, default=8)
-    parser.add_argument("--num_workers", type=int, default=0)
-    parser.add_argument("--num_steps", type=int, default=256)
-    parser.add_argument("--repeats", type=int, default=3)
+    parser.add_argument("--height", type=COUNT, default=40, help="of latents")
+    parser.add_argument("--width", type=COUNT, default=72, help="of latents")
+    parser.add_argument("--num_records", type=COUNT, default=1024)
+    parser.add_argument("--batch_size", type=COUNT, default=8)
+    parser.add_argument("--num_workers", type=WHOLE, default=0)
+    parser.add_argument("--num_steps", type=COUNT, default=256)
+    parser.add_argument("--repeats", type=COUNT, default=3)
     arguments = parser.parse_args()
 
     schema = latents.Schema(14, arguments.height, arguments.width, 4, 1024, 4)

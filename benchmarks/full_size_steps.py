@@ -17,16 +17,17 @@ import numpy as np
 
 from osv_jax.plan import CPU_OPTIONS
 from osv_jax.runtime import mesh
+from osv_jax.runtime.ranges import COUNT, PIXELS
 from osv_jax.training import setup
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/stage1.py")
-    parser.add_argument("--height", type=int, default=64)
-    parser.add_argument("--width", type=int, default=64)
-    parser.add_argument("--batch-size", type=int, default=1)
-    parser.add_argument("--steps", type=int, default=2)
+    parser.add_argument("--height", type=PIXELS, default=64)
+    parser.add_argument("--width", type=PIXELS, default=64)
+    parser.add_argument("--batch-size", type=COUNT, default=1)
+    parser.add_argument("--steps", type=COUNT, default=2)
     arguments = parser.parse_args()
     config = setup.read_config(arguments.config)
     config.weights, config.random_networks.unet = "", {}

@@ -23,14 +23,15 @@ from ml_collections import ConfigDict
 
 from osv_jax import train
 from osv_jax.runtime import checkpoint, command_line, metrics
+from osv_jax.runtime.ranges import COUNT
 from osv_jax.training import setup
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--config", default="configs/stage1.py:tiny", help="(default %(default)s)")
-    parser.add_argument("--block", type=int, default=20, help="steps of a block (default %(default)s)")
-    parser.add_argument("--pairs", type=int, default=10, help="(default %(default)s)")
+    parser.add_argument("--block", type=COUNT, default=20, help="steps of a block (default %(default)s)")
+    parser.add_argument("--pairs", type=COUNT, default=10, help="(default %(default)s)")
     arguments = parser.parse_args()
     command_line.keep_compiled_programs()
     config = setup.read_config(arguments.config)

@@ -23,6 +23,7 @@ from osv_jax.convert import lora_files, weights
 from osv_jax.objectives.networks import Networks, Params
 from osv_jax.objectives.players import TrainState
 from osv_jax.runtime import checkpoint, mesh
+from osv_jax.runtime.ranges import COUNT
 from osv_jax.training import setup
 from osv_jax.training.clips import open_clips
 from osv_jax.training.setup import Optimizers
@@ -35,7 +36,7 @@ _LOSSES = ("loss_huber", "loss")
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("workdir", type=pathlib.Path)
-    parser.add_argument("--batches", type=int, default=32, help="(default %(default)s)")
+    parser.add_argument("--batches", type=COUNT, default=32, help="(default %(default)s)")
     arguments = parser.parse_args()
     workdir = arguments.workdir
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))

@@ -30,6 +30,7 @@ from osv_jax.objectives.autoencoder import frame_psnr
 from osv_jax.objectives.networks import build_networks
 from osv_jax.objectives.pixels import encode_batch
 from osv_jax.runtime.media import sample_grid, to_float, to_uint8
+from osv_jax.runtime.ranges import COUNT, FPS, PIXELS, WHOLE
 
 # Frames from clip to clip, what moves, and draws of noise for each.
 _SHIFT, _MIN_MOTION, _DRAWS = 3, 0.3, 8
@@ -42,11 +43,11 @@ def main() -> None:
     parser.add_argument("weights", help="a weights folder, or `miniature`")
     parser.add_argument("videos", type=pathlib.Path, help="folder of videos that were not trained on")
     parser.add_argument("output", type=pathlib.Path, help="folder to write to")
-    parser.add_argument("--clips", type=int, default=64, help="clips (default %(default)s)")
-    parser.add_argument("--samples", type=int, default=16, help="of which are sampled, or 0 (default %(default)s)")
-    parser.add_argument("--fps", type=float, default=12.0)
-    parser.add_argument("--height", type=int, default=64)
-    parser.add_argument("--width", type=int, default=96)
+    parser.add_argument("--clips", type=COUNT, default=64, help="clips (default %(default)s)")
+    parser.add_argument("--samples", type=WHOLE, default=16, help="of which are sampled, or 0 (default %(default)s)")
+    parser.add_argument("--fps", type=FPS, default=12.0)
+    parser.add_argument("--height", type=PIXELS, default=64)
+    parser.add_argument("--width", type=PIXELS, default=96)
     args = parser.parse_args()
     args.output.mkdir(parents=True, exist_ok=True)
     size = (14, args.fps, args.height, args.width)

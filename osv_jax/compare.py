@@ -29,6 +29,7 @@ from osv_jax.inference.pipeline import ImageToVideo, Options
 from osv_jax.objectives.autoencoder import frame_psnr
 from osv_jax.runtime import arguments, command_line
 from osv_jax.runtime.media import beside_each_other, sample_grid, to_float, to_uint8, write_video
+from osv_jax.runtime.ranges import COUNT
 from osv_jax.sample import add_video_options
 
 UNTRAINED = "untrained student, 1 step"
@@ -62,16 +63,15 @@ def main(given: list[str] | None = None) -> None:
     logging.set_verbosity(logging.ERROR)  # Orbax warns of a file that it does not need.
     args = _parser().parse_args(given)
     output = pathlib.Path(args.output)
-    if args.clips < 1:
-        raise UserError(f"--clips={args.clips} must be at least 1.")
+    chosen = {name: getattr(args, name) for name in ("height", "width", "num_frames", "fps", "steps")}
+    options = Options(sampler="euler", **chosen)
     teacher, *trained = ImageToVideo.load_each(
         args.weights, [None, *args.lora], args.ema, args.dtype, context=args.context
     )
     names = ["student"] if len(args.lora) == 1 else args.lora
     students = dict(zip(names, trained, strict=True))
-    chosen = {name: getattr(args, name) for name in ("height", "width", "num_frames", "fps")}
     # A student knows what it was trained on.
-    video = trained[0].complete(Options(sampler="euler", steps=args.steps, **chosen))
+    video = trained[0].complete(options)
     clips = read_clips(args.videos, args.clips, video)
     output.mkdir(parents=True, exist_ok=True)
     for student in trained:
@@ -215,7 +215,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--lora", required=True, nargs="+", metavar="PATH", help="a student: workdir, PEFT folder or LoRA .safetensors")
     add("--videos", required=True, help="folder of videos; `demo`; or `miniature`, whose film nothing here was shown")
     add("--output", required=True, metavar="FOLDER", help="to write to")
-    add("--clips", type=int, default=4, help="how many, evenly spread over the videos (default %(default)s)")
+    add("--clips", type=COUNT, default=4, help="how many, evenly spread over the videos (default %(default)s)")
     add("--steps", type=int, help="of the teacher (default 25)")
     add_video_options(parser)
     return parser

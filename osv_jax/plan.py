@@ -33,6 +33,7 @@ from osv_jax.errors import UserError
 from osv_jax.models.groups import GROUPS
 from osv_jax.objectives.networks import Networks
 from osv_jax.runtime import checkpoint, command_line, mesh
+from osv_jax.runtime.ranges import Range
 from osv_jax.training import setup
 from osv_jax.training.setup import Optimizers, Phase
 
@@ -47,6 +48,8 @@ CPU_OPTIONS = {
     "xla_cpu_use_fusion_emitters": False,
     "xla_disable_hlo_passes": "tree_reduction_rewriter",
 }
+# Each is a CPU device with threads of its own.
+_GPUS, _GIGABYTES = Range(1, 1024, whole=True), Range(1, 10_000, whole=True)
 _DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
 _COLLECTIVE = re.compile(
     r" = (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\((?:.*channel_id=(\d+))?"
@@ -103,19 +106,24 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
     """The kind and the devices of a topology.
 
     Raises:
-        UserError: an unknown name, or a TPU's without libtpu.
+        UserError: an unknown name, a shape without devices, or a TPU's without libtpu.
     """
     kind, _, shape = topology.partition(":")
     if kind == "cpu" and not shape:
         return Chip("CPU", None, None), jax.local_devices(backend="cpu")[:1]
     if kind == "gpu" and (match := re.fullmatch(r"(\d+)x(\d+)GB", shape)):
         count, gigabytes = int(match[1]), int(match[2])
+        if count not in _GPUS or gigabytes not in _GIGABYTES:
+            raise UserError(
+                f"--topology={topology} must have {_GPUS} for the devices, and for the memory of each [GB]"
+                f" {_GIGABYTES}, such as gpu:8x80GB."
+            )
         try:
             jax.config.update("jax_num_cpu_devices", count)
         except RuntimeError as error:
             raise UserError(f"--topology={topology} must be chosen before devices are used.") from error
         return Chip(f"GPU of {gigabytes} GB", gigabytes * _GB, None), jax.local_devices(backend="cpu")
-    if kind in _TPUS and re.fullmatch(r"\d+(x\d+)*", shape):
+    if kind in _TPUS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         # Or libtpu would be one process's alone, as chips are.
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")

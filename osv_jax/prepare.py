@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from osv_jax.errors import UserError
 from osv_jax.runtime import arguments
 from osv_jax.runtime.arguments import COMPILED_PROGRAMS, Parser
+from osv_jax.runtime.ranges import COUNT, FINITE, FPS, NOT_NEGATIVE, NUM_FRAMES, PIXELS, SEED, WHOLE, Range
 
 
 def main(given: Sequence[str] | None = None) -> None:
@@ -49,24 +50,31 @@ def _parser() -> argparse.ArgumentParser:
         help="training configuration, e.g. configs/stage1.py:tiny, instead of --weights: its networks, and its"
         " num_frames, fps, height and width where these are not given",
     )
-    add("--height", type=int, metavar="PX", help="a multiple of 8 (default 576)")
-    add("--width", type=int, metavar="PX", help="a multiple of 8 (default 1024)")
-    add("--num_frames", type=int, help="of a clip (default 14)")
-    add("--fps", type=float, help="of a clip (default 7)")
-    add("--stride", type=float, metavar="S", help="seconds from clip to clip (default: clips follow each other)")
-    add("--max_clips", type=int, help="of one video (default: all)")
-    add("--min_motion", type=float, default=0.3, help="of a clip, see --inspect; less is static (default %(default)s)")
-    add("--num_augmented", type=int, default=4, help="noise-augmented first frames of a clip (default %(default)s)")
-    add("--seed", type=int, default=0, help="of the noise and of the split (default %(default)s)")
-    add("--test_videos", type=int, help="for the split `test` (default: 1000 of OpenVid-1M, 0 of a folder)")
-    add("--max_videos", type=int, help="of the split `train`, at random (default: all)")
+    add("--height", type=PIXELS, metavar="PX", help="a multiple of 8 (default 576)")
+    add("--width", type=PIXELS, metavar="PX", help="a multiple of 8 (default 1024)")
+    add("--num_frames", type=NUM_FRAMES, help="of a clip (default 14)")
+    add("--fps", type=FPS, help="of a clip, 0.1 to 240 (default 7)")
+    add("--stride", type=Range(0.001), metavar="S", help="seconds from clip to clip (default: clips follow each other)")
+    add("--max_clips", type=COUNT, help="of one video (default: all)")
+    add(
+        "--min_motion",
+        type=NOT_NEGATIVE,
+        default=0.3,
+        help="of a clip, see --inspect; less is static (default %(default)s)",
+    )
+    add("--num_augmented", type=COUNT, default=4, help="noise-augmented first frames of a clip (default %(default)s)")
+    add("--seed", type=SEED, default=0, help="of noise and split, 0 to 2^32 - 1 (default %(default)s)")
+    add("--test_videos", type=WHOLE, help="for the split `test` (default: 1000 of OpenVid-1M, 0 of a folder)")
+    add("--max_videos", type=COUNT, help="of the split `train`, at random (default: all)")
     for score in ("aesthetic_score", "motion_score", "temporal_consistency_score"):
-        add(f"--min_{score}", type=float, metavar="X", help="OpenVid-1M's, of a video")
-        add(f"--max_{score}", type=float, metavar="X", help=argparse.SUPPRESS)
+        add(f"--min_{score}", type=FINITE, metavar="X", help="OpenVid-1M's, of a video")
+        add(f"--max_{score}", type=FINITE, metavar="X", help=argparse.SUPPRESS)
     add("--shard", default="0/1", metavar="I/N", help="prepare every N-th record file, from the I-th on")
-    add("--workers", type=int, default=os.cpu_count(), help="decoding processes (default: as many as there are cores)")
-    add("--batch_size", type=int, default=8, help="clips encoded at a time, over all devices (default %(default)s)")
-    add("--videos_per_file", type=int, default=256, help="videos whose clips share a file (default %(default)s)")
+    add(
+        "--workers", type=COUNT, default=os.cpu_count(), help="decoding processes (default: as many as there are cores)"
+    )
+    add("--batch_size", type=COUNT, default=8, help="clips encoded at a time, over all devices (default %(default)s)")
+    add("--videos_per_file", type=COUNT, default=256, help="videos whose clips share a file (default %(default)s)")
     add("--dtype", choices=("float32", "bfloat16"), help="of the networks (default: float32 on a CPU, else bfloat16)")
     return parser
 

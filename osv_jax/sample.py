@@ -24,7 +24,8 @@ from osv_jax.diffusion.samplers import SAMPLERS
 from osv_jax.errors import UserError
 from osv_jax.inference.pipeline import DTYPES, ImageToVideo, Options, read_image
 from osv_jax.runtime import arguments, command_line
-from osv_jax.runtime.media import to_uint8, write_video
+from osv_jax.runtime.media import check_rate, to_uint8, write_video
+from osv_jax.runtime.ranges import SEED
 
 __all__ = ["ImageToVideo", "Options", "main"]
 
@@ -48,6 +49,7 @@ def main(given: list[str] | None = None) -> None:
     outputs = plan_outputs(images, args.output)
     model = ImageToVideo.load(args.weights, args.lora, args.ema, args.dtype, context=args.context)
     options = model.complete(options)
+    check_rate(args.output, options.fps)
     if model.notice:
         print(model.notice)
     source = f"{args.weights} with {args.lora}" if args.lora else args.weights
@@ -169,8 +171,8 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
     """What every program that makes videos with a student can be told."""
     add, own = parser.add_argument, "what it was trained at"
     add("--ema", action="store_true", help="of a workdir, use the student's average")
-    add("--seed", type=int, default=0, help="of all noise (default %(default)s)")
-    add("--fps", type=float, help=f"frames a second, told to SVD and played (default: {own} here, or 7)")
+    add("--seed", type=SEED, default=0, help="of all noise, 0 to 2^32 - 1 (default %(default)s)")
+    add("--fps", type=float, help=f"frames a second, 0.1 to 240, told to SVD and played (default: {own} here, or 7)")
     add("--height", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} here, or 576)")
     add("--width", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} here, or 1024)")
     add("--num_frames", type=int, help=f"(default: {own}, 14 for SVD and 25 for SVD-XT)")

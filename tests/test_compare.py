@@ -155,7 +155,10 @@ def test_the_program(tmp_path, capsys):
 @pytest.mark.parametrize(
     ("changed", "message"),
     [
-        (["--clips=0"], "clips=0"),
+        (["--clips=0"], "--clips: 0 must be a whole number of at least 1"),
+        (["--seed=-1"], "--seed: -1 must be a whole number from 0 to 4294967295"),
+        (["--fps=nan"], "fps=nan must be a number from 0.1 to 240"),
+        (["--steps=0"], "steps=0"),
         (["--weights=nowhere"], "nowhere"),
         (["--guidance=3"], "guidance"),
     ],

@@ -216,9 +216,16 @@ def test_a_gpu_host_is_as_many_cpu_devices(monkeypatch):
     assert chip.memory is None and len(devices) == 1
 
 
-@pytest.mark.parametrize("topology", ["v9:2x2", "gpu:eight", "gpu", "v5e", "v5e:two", "cpu:2"])
+@pytest.mark.parametrize("topology", ["v9:2x2", "gpu:eight", "gpu", "v5e", "v5e:two", "v5e:0x4", "cpu:2"])
 def test_unknown_topologies_are_refused(topology):
     with pytest.raises(UserError, match=f"--topology={topology} is unknown; give a TPU slice"):
+        plan.devices_of(topology)
+
+
+@pytest.mark.parametrize("topology", ["gpu:0x80GB", "gpu:8x0GB", "gpu:100000x80GB", f"gpu:8x{10**400}GB"])
+def test_impossible_numbers_of_gpus_are_refused(topology):
+    words = rf"--topology={topology} must have a whole number from 1 to 1024 for the devices, .* such as gpu:8x80GB"
+    with pytest.raises(UserError, match=words):
         plan.devices_of(topology)
 
 

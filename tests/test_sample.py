@@ -275,14 +275,27 @@ def test_several_images_make_folders_in_a_folder(images, tmp_path):
         (["--image", "good.png", "other/good.png", "--output={name}.mp4"], ["good.mp4", "rename"]),
         (["--height=25"], ["height=25 is not divisible by 2"]),
         (["--width=-8"], ["width=-8"]),
-        (["--steps=0"], ["steps=0 must be at least 1"]),
+        (["--steps=0"], ["steps=0 must be a whole number from 1 to 1000"]),
         (["--steps=100"], ["steps=100", "at most 99"]),
         (["--steps=many"], ["many", "--steps"]),
         (["--num_frames=0"], ["num_frames=0"]),
         (["--decode_chunk_size=0"], ["decode_chunk_size=0"]),
         (["--fps=0"], ["fps=0"]),
-        (["--fps=nan"], ["fps=nan"]),
+        (["--fps=nan"], ["fps=nan must be a number from 0.1 to 240"]),
+        (["--fps=inf"], ["fps=inf"]),
+        (["--fps=1e10"], ["fps=10000000000.0"]),
+        (["--fps=0.0001"], ["fps=0.0001"]),
+        (["--fps=60", "--output=clip.gif"], ["fps=60", "clip.gif", "at most 50"]),
+        (["--height=80000000"], ["height=80000000 must be a whole number from 1 to 8192"]),
+        (["--num_frames=1000000"], ["num_frames=1000000"]),
+        (["--motion_bucket_id=nan"], ["motion_bucket_id=nan must be a number from 0 to 1023"]),
         (["--noise_aug_strength=-1"], ["noise_aug_strength=-1"]),
+        (["--noise_aug_strength=inf"], ["noise_aug_strength=inf"]),
+        (["--min_guidance_scale=nan"], ["min_guidance_scale=nan must be a finite number"]),
+        (["--max_guidance_scale=inf"], ["max_guidance_scale=inf"]),
+        (["--seed=-1"], ["--seed: -1 must be a whole number from 0 to 4294967295"]),
+        (["--seed=4294967296"], ["--seed: 4294967296"]),
+        (["--seed=18446744073709551615"], ["--seed: 18446744073709551615"]),
         (["--sampler=ddim"], ["ddim", "tts", "euler"]),
         (["--no_such_flag=1"], ["no_such_flag"]),
         (["--weights=nowhere"], ["tools/convert_weights.py svd"]),
@@ -317,3 +330,18 @@ def test_the_program_ends_with_status_2_and_one_line(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert result.returncode == 2
     assert result.stderr == "error: x.png does not exist: give an image file.\n" and result.stdout == ""
+
+
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [
+        ({"seed": -1}, "seed=-1 must be a whole number from 0 to 4294967295"),
+        ({"seed": 2**32}, "seed=4294967296"),
+        ({"number": -1}, "number=-1"),
+        ({"fps": float("inf")}, "fps=inf"),
+    ],
+)
+def test_python_refuses_the_same_numbers(given, words, picture):
+    model = ImageToVideo.__new__(ImageToVideo)  # Nothing is loaded for it.
+    with pytest.raises(UserError, match=words):
+        model(picture, **given)

@@ -31,6 +31,7 @@ from osv_jax.inference import merging
 from osv_jax.inference.trained import Trained, load_trained
 from osv_jax.models.lora import truncate_lora
 from osv_jax.models.svd_unet import UNetConfig
+from osv_jax.runtime.ranges import COUNT
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -149,6 +150,8 @@ def _convert(plans: list[importers.Plan], args: argparse.Namespace) -> None:
 
 
 def _export_lora(args: argparse.Namespace) -> None:
+    if args.rank is not None:
+        COUNT.check("--rank", args.rank)
     trained = load_trained(args.source, args.ema)
     which = f"the {'average' if args.ema else 'student'} of step {trained.step}"
     modules = len(lora_files.ranks(trained.student.lora))
@@ -165,7 +168,7 @@ def _export_lora(args: argparse.Namespace) -> None:
     adapter, loss = trained.student.lora, ""
     if args.rank is not None:
         rank = min(lora_files.ranks(adapter).values())
-        if not 1 <= args.rank <= rank:
+        if args.rank > rank:
             raise UserError(f"--rank={args.rank} must lie in 1 .. {rank}, the rank of the LoRA in {args.source}.")
         adapter, error = truncate_lora(adapter, args.rank)
         loss = f" Of rank {rank}, {args.rank} are left, which changes its products by {100 * error:.2g} %."

@@ -39,6 +39,7 @@ from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.objectives.players import Student
 from osv_jax.runtime.media import to_float, to_uint8
 from osv_jax.runtime.mesh import batch_shardings, make_mesh, replicated
+from osv_jax.runtime.ranges import COUNT, FINITE, FPS, MOTION_BUCKET_ID, NUM_FRAMES, PIXELS, SEED, Range
 
 # A file, an image, or RGB values [h w 3].
 ImageLike = str | os.PathLike | Image.Image | np.ndarray
@@ -51,6 +52,20 @@ _PROGRAMS: dict[Hashable, Callable] = {}
 
 # Steps of a sampler when nothing is said: OSV's one, the teacher's 25.
 DEFAULT_STEPS = {"tts": 1, "consistency": 1, "euler": 25}
+
+# Of the fields of `Options`.
+RANGES = {
+    "steps": Range(1, 1000, whole=True),
+    "height": PIXELS,
+    "width": PIXELS,
+    "num_frames": NUM_FRAMES,
+    "fps": FPS,
+    "motion_bucket_id": MOTION_BUCKET_ID,
+    "noise_aug_strength": Range(0, 10),
+    "min_guidance_scale": FINITE,
+    "max_guidance_scale": FINITE,
+    "decode_chunk_size": COUNT,
+}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,7 +84,7 @@ class Options:
         decode_chunk_size: frames decoded at a time: fewer take less memory, more hold together better.
 
     Raises:
-        UserError: an unknown sampler, or numbers that no video can be made with.
+        UserError: an unknown sampler, or a number that is not in its range.
     """
 
     sampler: str = "tts"
@@ -87,14 +102,11 @@ class Options:
     def __post_init__(self) -> None:
         if self.sampler not in samplers.SAMPLERS:
             raise UserError(f"sampler={self.sampler!r} is not one of {', '.join(samplers.SAMPLERS)}.")
-        for name in ("steps", "height", "width", "num_frames", "decode_chunk_size"):
+        defaults = {field.name: field.default for field in dataclasses.fields(self)}
+        for name, allowed in RANGES.items():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise UserError(f"{name}={value} must be at least 1.")
-        if self.fps is not None and not self.fps > 0:
-            raise UserError(f"fps={self.fps} must be positive.")
-        if not self.noise_aug_strength >= 0:
-            raise UserError(f"noise_aug_strength={self.noise_aug_strength} must not be negative.")
+            if value is not None or defaults[name] is not None:
+                allowed.check(name, value)
 
     @property
     def guided(self) -> bool:
@@ -230,13 +242,15 @@ class ImageToVideo:
 
         Args:
             image: a file, a PIL image or RGB values.
-            seed: the same seed, number, image and options give the same video.
-            number: which of several images this is, for noise of its own.
+            seed: 0 to 2^32 - 1; the same seed, number, image and options give the same video.
+            number: which of several images this is, for noise of its own; 0 to 2^32 - 1.
             options: fields of `Options`.
 
         Raises:
             UserError: an image that cannot be read, or impossible options.
         """
+        SEED.check("seed", seed)
+        SEED.check("number", number)
         options = self.complete(Options(**options))
         picture = cover(read_image(image), options.height, options.width)
         key = jax.random.fold_in(jax.random.key(seed), number)

@@ -6,7 +6,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import math
 import pathlib
 import shutil
 import sys
@@ -247,19 +246,9 @@ def _settings(args: argparse.Namespace, config: ConfigDict | None, networks: Map
         defaults = {"num_frames": config.data.num_frames, "fps": config.data.fps, "height": height, "width": width}
         dtype = config.dtype
     chosen = {name: value if getattr(args, name) is None else getattr(args, name) for name, value in defaults.items()}
-    chosen["stride"] = chosen["num_frames"] / chosen["fps"] if args.stride is None and chosen["fps"] else args.stride
+    chosen["stride"] = chosen["num_frames"] / chosen["fps"] if args.stride is None else args.stride
     for name in ("max_clips", "min_motion", "num_augmented", "seed", "batch_size", "videos_per_file"):
         chosen[name] = getattr(args, name)
-    for name in ("num_frames", "height", "width", "max_clips", "num_augmented", "batch_size", "videos_per_file"):
-        if chosen[name] is not None and chosen[name] < 1:
-            raise UserError(f"--{name}={chosen[name]} must be at least 1.")
-    for name in ("fps", "stride"):
-        if not (chosen[name] > 0 and math.isfinite(chosen[name])):
-            raise UserError(f"--{name}={chosen[name]:g} must be positive.")
-    for name, least in (("workers", 1), ("test_videos", 0), ("max_videos", 1)):
-        value = getattr(args, name)
-        if value is not None and value < least:
-            raise UserError(f"--{name}={value} must be at least {least}.")
     if chosen["height"] % 8 or chosen["width"] % 8:
         raise UserError(f"{chosen['height']} x {chosen['width']} is not divisible by 8, and the VAE needs that.")
     if chosen["batch_size"] % jax.local_device_count():

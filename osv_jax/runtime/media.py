@@ -23,6 +23,8 @@ _FONT_SIZE = 13
 _LINE = 18
 _GAP = 4
 _BT709 = 1
+# GIF counts in 1/100 s, and players slow down what is shown for less than two of them.
+_GIF_MAX_FPS = 50
 
 
 def to_float(frames: UInt8[Array, "*batch h w 3"]) -> Float[Array, "*batch h w 3"]:
@@ -110,15 +112,22 @@ def beside_each_other(
     return film
 
 
+def check_rate(path: str | pathlib.Path, fps: float) -> None:
+    """Raises UserError if the file at `path` cannot be played at this rate."""
+    if str(path).lower().endswith(".gif") and fps > _GIF_MAX_FPS:
+        raise UserError(f"fps={fps:g} is too fast for {path}: a GIF has at most {_GIF_MAX_FPS}; write an .mp4.")
+
+
 def write_video(path: str | pathlib.Path, frames: UInt8[np.ndarray, "f h w 3"], fps: float) -> None:
     """Writes frames as .mp4 (H.264, yuv420p, BT.709) or .gif.
 
     yuv420p needs even sizes: an odd last row or column is doubled.
 
     Raises:
-        UserError: if the name ends in something else.
+        UserError: if the name ends in something else, or the rate is too fast for a GIF.
     """
     path = pathlib.Path(path)
+    check_rate(path, fps)
     if path.suffix.lower() == ".mp4":
         _write_mp4(path, frames, fps)
     elif path.suffix.lower() == ".gif":
@@ -143,7 +152,7 @@ def _write_mp4(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
 
 
 def _write_gif(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
-    # GIF counts in 1/100 s: rounding the times, not the durations, keeps the length of the whole.
+    # Of 1/100 s: rounding the times, not the durations, keeps the length of the whole.
     ends = np.round(np.arange(len(frames) + 1) * 100 / fps)
     durations = (10 * np.diff(ends)).astype(int).tolist()
     first, *rest = (Image.fromarray(picture) for picture in frames)

@@ -244,6 +244,7 @@ def test_a_float16_overflow_is_refused(tmp_path):
         (["runs/stage2", "svd", "--format=peft"], ["svd exists", "--overwrite"]),
         (["runs/stage2", "svd/model_index.json/x", "--format=peft"], ["cannot be written"]),
         (["weights", "out", "--format=peft"], ["weights has no config.json", "--workdir"]),
+        (["nowhere", "out", "--format=peft", "--rank=0"], ["--rank=0 must be a whole number of at least 1"]),
         (["runs/stage2", "out", "--format=peft", "--rank=3"], ["--rank=3 must lie in 1 .. 2"]),
         (["runs/stage2", "out", "--format=unet", "--rank=1"], ["--rank is of a LoRA", "--format=unet"]),
         (["runs/empty", "out", "--format=peft"], ["runs/empty has no checkpoint"]),

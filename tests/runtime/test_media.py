@@ -1,5 +1,6 @@
 """Grids show the exact pixels with their labels; videos survive the round trip through a file."""
 
+import av
 import numpy as np
 import pytest
 from PIL import Image
@@ -88,6 +89,20 @@ def test_gif_round_trip(tmp_path, clip):
             milliseconds += gif.info["duration"]
             assert np.abs(np.asarray(gif.convert("RGB"), float) - clip[number]).mean() < 8
     assert milliseconds == 2000
+
+
+@pytest.mark.parametrize("name", ["clip.mp4", "clip.gif"])
+@pytest.mark.parametrize("fps", [0.1, 23.976, 50.0, 240.0])
+def test_every_allowed_rate_can_be_written(tmp_path, clip, name, fps):
+    if name == "clip.gif" and fps > 50:
+        with pytest.raises(UserError, match=r"fps=240 is too fast for .*: a GIF has at most 50"):
+            media.write_video(tmp_path / name, clip, fps)
+        return
+    media.write_video(tmp_path / name, clip[:3], fps)
+    with av.open(str(tmp_path / name)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 3
+        # A GIF's times are whole hundredths of a second.
+        assert float(container.streams.video[0].average_rate) == pytest.approx(fps, rel=0.001 if "mp4" in name else 0.1)
 
 
 def test_other_endings_are_refused(tmp_path, clip):
