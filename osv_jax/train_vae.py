@@ -45,6 +45,7 @@ from osv_jax.objectives.autoencoder import (
 from osv_jax.objectives.networks import Params, random_params
 from osv_jax.runtime import checkpoint, command_line, media, mesh, metrics
 from osv_jax.runtime.media import to_float
+from osv_jax.training import keys
 from osv_jax.training.clips import index_folder
 
 # Clips that reconstructions and the scaling factor are measured on, and those that are drawn.
@@ -126,17 +127,11 @@ def check_config(config: ConfigDict) -> VAEConfig:
     Raises:
         UserError: naming the key, its value and what is allowed.
     """
-    counts = ("batch_size", "num_steps", "log_every", "picture_every", "checkpoint_every", "keep_checkpoints")
-    for name in counts:
-        if config[name] < 1:
-            raise UserError(f"config.{name}={config[name]} must be at least 1.")
+    keys.check_keys(config.to_dict())
     if config.train not in PARTS:
         raise UserError(f"config.train={config.train!r} is not one of {', '.join(PARTS)}.")
     if config.train == "decoder" and not config.init_from:
         raise UserError("config.train='decoder' needs config.init_from, a trained VAE whose latents it keeps.")
-    for name in ("kl_weight", "lpips_weight"):
-        if config[name] < 0:
-            raise UserError(f"config.{name}={config[name]:g} must not be negative.")
     if config.init_from:
         architecture = weights.load_config(config.init_from, "vae")
     else:
@@ -147,10 +142,12 @@ def check_config(config: ConfigDict) -> VAEConfig:
                 f"config.architecture={config.architecture.to_dict()} has a key that VAEConfig lacks."
             ) from error
     factor, crop = architecture.downscale, tuple(config.data.crop)
+    if len(crop) != 2:
+        raise UserError(f"config.data.crop={crop} must be a height and a width, e.g. (32, 48).")
     for name, part in zip(("height", "width"), crop, strict=True):
-        if config.data[name] < 1 or config.data[name] % factor:
+        if config.data[name] % factor:
             raise UserError(f"config.data.{name}={config.data[name]} must be a multiple of {factor}, the VAE's factor.")
-        if not 0 < part <= config.data[name] or part % factor:
+        if part > config.data[name] or part % factor:
             raise UserError(
                 f"config.data.crop={crop} must be multiples of {factor}, the VAE's factor, and no more than height and"
                 " width."

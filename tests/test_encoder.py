@@ -10,7 +10,9 @@ import torch
 from conftest import relative_error
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
 
+from osv_jax import prepare
 from osv_jax.data import demo, video
+from osv_jax.errors import UserError
 from osv_jax.preparation import pipeline as preparation
 from osv_jax.preparation.encoder import augmentation, noise_key
 
@@ -92,3 +94,14 @@ def test_noise_depends_on_seed_video_and_number():
     keys = {noise_key(seed, name, number).tobytes() for seed in (0, 1) for name in "ab" for number in (0, 1)}
     assert len(keys) == 8
     np.testing.assert_array_equal(noise_key(3, "a b.mp4", 12), noise_key(3, "a b.mp4", 12))
+
+
+def test_a_configuration_is_checked_before_anything_is_written(tmp_path):
+    (tmp_path / "config.py").write_text(
+        "import micro_stage1\n\n\ndef get_config():\n"
+        "    config = micro_stage1.get_config()\n    config.data.fps = float('nan')\n    return config\n"
+    )
+    base = [f"--source={tmp_path}", f"--output={tmp_path / 'out'}"]
+    with pytest.raises(UserError, match=r"config\.data\.fps=nan must be a number"):
+        prepare.main([*base, f"--config={tmp_path / 'config.py'}"])
+    assert not (tmp_path / "out").exists()

@@ -30,6 +30,7 @@ ARGUMENTS += ["--videos_per_file=3", "--test_videos=2", "--min_motion=0", "--con
 def fake_networks():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(setup, "read_config", lambda name: None)
+        patch.setattr(setup, "check_config", lambda config: None)
         patch.setattr(pipeline, "_networks", lambda *_: ("", {}))
         patch.setattr(pipeline, "_fingerprint", lambda *_: "fake")
         patch.setattr(pipeline, "_encoder", lambda *_: FakeEncoder())

@@ -20,6 +20,7 @@ from osv_jax.errors import UserError
 from osv_jax.models.lora import merge_lora, scale_lora
 from osv_jax.objectives.players import Student
 from osv_jax.runtime import checkpoint
+from osv_jax.training import keys
 
 Params = Mapping[str, Any]
 
@@ -92,6 +93,7 @@ def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
     workdir = pathlib.Path(workdir)
     try:
         config = json.loads((workdir / "config.json").read_text())
+        keys.check_numbers(config, f"{workdir / 'config.json'}: ")
         scale = config["lora"]["alpha"] / config["lora"]["rank"]
     except OSError as error:
         raise UserError(f"{workdir} has no config.json: give the --workdir of a training run.") from error

@@ -46,7 +46,7 @@ def prepare(args: argparse.Namespace) -> None:
         UserError: on anything the user can mend.
     """
     logging.set_verbosity(logging.ERROR)
-    config = setup.read_config(args.config) if args.config else None
+    config = _read_config(args.config)
     folder, networks = _networks(args, config)
     index, count = _shard(args.shard)
     settings = _settings(args, config, networks)
@@ -139,7 +139,7 @@ def inspect(args: argparse.Namespace) -> None:
     if not (args.weights or args.config):
         print(f"Give --weights (or --config) to draw decoded samples, {_SHEET}, too.")
         return
-    config = setup.read_config(args.config) if args.config else None
+    config = _read_config(args.config)
     weights_folder, networks = _networks(args, config)
     settings = latents.read_metadata(folder)["settings"]
     if _fingerprint(weights_folder, config) != settings["networks"]:
@@ -175,6 +175,14 @@ def read_source(args: argparse.Namespace) -> Source:
     if num_test is None:
         num_test = _OPENVID_TEST_VIDEOS if is_openvid else 0
     return Source(split_videos(videos, num_test, args.max_videos, args.seed), skipped)
+
+
+def _read_config(name: str | None) -> ConfigDict | None:
+    if not name:
+        return None
+    config = setup.read_config(name)
+    setup.check_config(config)
+    return config
 
 
 def _networks(args: argparse.Namespace, config: ConfigDict | None) -> tuple[str, dict[str, Any]]:

@@ -19,6 +19,7 @@ class Range:
         low, high: the bounds, which belong to it; no range has only an upper one.
         above_low, below_high: whether the bound itself does not belong to it.
         whole: whether only integers do. (`True` and `False` are no numbers.)
+        also: one more number that belongs to it, which means something else.
     """
 
     low: float = -math.inf
@@ -26,17 +27,23 @@ class Range:
     above_low: bool = False
     below_high: bool = False
     whole: bool = False
+    also: float | None = None
 
     def __contains__(self, value: object) -> bool:
         kind = numbers.Integral if self.whole else numbers.Real
         # Compared, because `math.isfinite` fails for the largest integers.
         if not isinstance(value, kind) or isinstance(value, bool) or not -math.inf < value < math.inf:
             return False
+        if value == self.also:
+            return True
         above = self.low < value if self.above_low else self.low <= value
         below = value < self.high if self.below_high else value <= self.high
         return bool(above and below)  # NumPy's numbers compare to NumPy's.
 
     def __str__(self) -> str:
+        return self._bounds() + (f", or {self.also:g}" if self.also is not None else "")
+
+    def _bounds(self) -> str:
         is_bounded = math.isfinite(self.high)
         kind = "a whole number" if self.whole else "a number" if is_bounded else "a finite number"
         low = f"above {self.low:.10g}" if self.above_low else f"of at least {self.low:.10g}"

@@ -29,6 +29,8 @@ from osv_jax.objectives.networks import Networks, Params, build_networks, random
 from osv_jax.objectives.pixels import encode_batch
 from osv_jax.objectives.players import Student, TrainState, init_state, make_optimizer, start_state
 from osv_jax.runtime import checkpoint, mesh
+from osv_jax.runtime.ranges import PIXELS, WHOLE
+from osv_jax.training import keys
 
 OBJECTIVES = ("stage1", "stage2", "finetune")
 # The student's, and the discriminator's where there is one.
@@ -67,11 +69,11 @@ def check_config(config: ConfigDict) -> None:
     Raises:
         UserError: naming the key, its value and what is allowed.
     """
+    keys.check_keys(config.to_dict())
     flat = flatten_dict(config.to_dict(), sep=".")
     choices = {
         "objective": OBJECTIVES,
         "lora.targets": tuple(lora.TARGETS),
-        "dtype": ("float32", "bfloat16", "float16"),
         "attention": ATTENTION_IMPLEMENTATIONS,
         "remat": REMAT_POLICIES,
         "boundary": BOUNDARIES,
@@ -86,23 +88,19 @@ def check_config(config: ConfigDict) -> None:
             raise UserError(f"config.trainable has {name!r}, which is not one of {', '.join(groups.TRAINABLE)}.")
     if not config.trainable:
         raise UserError(f"config.trainable is empty; name some of {', '.join(groups.TRAINABLE)}.")
-    at_least_one = ("batch_size", "grad_accum", "num_steps", "log_every", "picture_every", "checkpoint_every")
-    for name in (*at_least_one, "keep_checkpoints", "data.num_frames", "lora.rank", "num_levels"):
-        if name in flat and flat[name] < 1:
-            raise UserError(f"config.{name}={flat[name]} must be at least 1.")
-    if flat["data.num_workers"] < 0:
-        raise UserError(f"config.data.num_workers={flat['data.num_workers']} must not be negative.")
-    if flat["data.fps"] <= 0:
-        raise UserError(f"config.data.fps={flat['data.fps']:g} must be positive.")
     if "solver_steps" in config and not 1 <= config.solver_steps < config.num_levels:
         raise UserError(f"config.solver_steps={config.solver_steps} must lie in 1 .. {config.num_levels - 1}.")
-    if not 0 <= flat.get("discriminator_frames", 0) <= config.data.num_frames:
+    if flat.get("discriminator_frames", 0) > config.data.num_frames:
         raise UserError(
             f"config.discriminator_frames={config.discriminator_frames} must lie in 1 .. {config.data.num_frames}"
             " (config.data.num_frames), or be 0 for all frames."
         )
-    if config.objective == "finetune":
-        _check_finetune(config)
+    blocks = flat.get("discriminator_blocks")
+    if blocks is not None and (not blocks or len(set(blocks)) < len(blocks)):
+        raise UserError(f"config.discriminator_blocks={blocks} must name one block of DINOv2 or more, each once.")
+    dropout = config.dropout.to_dict() if "dropout" in config else {}
+    if sum(dropout.values()) > 1:
+        raise UserError(f"config.dropout={dropout} must be probabilities with a sum of at most 1.")
     if not config.weights and not config.random_networks:
         raise UserError("Set config.weights (a folder of converted weights), config.random_networks, or both.")
     if config.weights and random_components(config) >= set(_components(config)):
@@ -113,16 +111,6 @@ def check_config(config: ConfigDict) -> None:
     phases_of(config)
 
 
-def _check_finetune(config: ConfigDict) -> None:
-    if config.sigma.log_std <= 0:
-        raise UserError(f"config.sigma.log_std={config.sigma.log_std:g} must be positive.")
-    if config.min_snr_gamma < 0:
-        raise UserError(f"config.min_snr_gamma={config.min_snr_gamma:g} must be positive, or 0 for none.")
-    dropout = config.dropout.to_dict()
-    if min(dropout.values()) < 0 or sum(dropout.values()) > 1:
-        raise UserError(f"config.dropout={dropout} must be probabilities with a sum of at most 1.")
-
-
 def phases_of(config: ConfigDict) -> list[Phase]:
     """The run's phases, from `config.data.resolutions`.
 
@@ -131,14 +119,17 @@ def phases_of(config: ConfigDict) -> list[Phase]:
     """
     where = f"config.data.resolutions={tuple(config.data.resolutions)}"
     try:
-        entries = [(int(start), int(height), int(width)) for start, height, width in config.data.resolutions]
+        entries = [(start, height, width) for start, height, width in config.data.resolutions]
     except (TypeError, ValueError) as error:
         raise UserError(f"{where} must be (from step, height, width) triples, e.g. ((0, 320, 576),).") from error
+    for start, height, width in entries:
+        if start not in WHOLE or height not in PIXELS or width not in PIXELS:
+            raise UserError(f"{where}: a step must be {WHOLE}, heights and widths {PIXELS}.")
     starts = [start for start, _, _ in entries]
     if not entries or starts[0] != 0 or any(a >= b for a, b in itertools.pairwise(starts)):
         raise UserError(f"{where} must begin with step 0 and rise from entry to entry.")
     for _, height, width in entries:
-        if min(height, width) <= 0 or height % 8 or width % 8:
+        if height % 8 or width % 8:
             raise UserError(f"{where}: {height} x {width} is not divisible by 8, and the VAE needs that.")
     ends = [*starts[1:], config.num_steps]
     phases = [Phase(start, min(end, config.num_steps), h, w) for (start, h, w), end in zip(entries, ends, strict=True)]

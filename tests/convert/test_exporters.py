@@ -250,6 +250,7 @@ def test_a_float16_overflow_is_refused(tmp_path):
         (["runs/empty", "out", "--format=peft"], ["runs/empty has no checkpoint"]),
         (["runs/broken", "out", "--format=peft"], ["runs/broken/checkpoints/3 is damaged"]),
         (["runs/garbled", "out", "--format=peft"], ["config.json is damaged"]),
+        (["runs/rankless", "out", "--format=peft"], ["runs/rankless/config.json: lora.rank=0 must be a whole number"]),
         (["runs/stage2", "out", "--format=unet", "--weights=nowhere"], ["tools/convert_weights.py svd"]),
         (["runs/homeless", "out", "--format=unet"], ["--weights"]),
         (["runs/stage2", "out", "--format=unet", "--weights=weights/other"], ["runs/stage2 does not fit", "sizes"]),
@@ -262,6 +263,7 @@ def test_bad_requests_are_one_line(home, state, arguments, words, capsys):
         ("broken", config),
         ("homeless", config | {"weights": ""}),
         ("garbled", {}),
+        ("rankless", config | {"lora": config["lora"] | {"rank": 0}}),
     ):
         checkpoint.write_config(pathlib.Path("runs", name), content)
     pathlib.Path("runs/broken/checkpoints/3/state").mkdir(parents=True, exist_ok=True)
