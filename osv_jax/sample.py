@@ -19,19 +19,20 @@ from absl import logging
 from jaxtyping import UInt8
 from PIL import Image
 
+from osv_jax.data.image import EXTENSIONS, read_image
 from osv_jax.data.video import cover
 from osv_jax.diffusion.samplers import SAMPLERS
 from osv_jax.errors import UserError
-from osv_jax.inference.pipeline import DTYPES, ImageToVideo, Options, read_image
+from osv_jax.inference.pipeline import DTYPES, ImageToVideo, Options
 from osv_jax.runtime import arguments, command_line
 from osv_jax.runtime.media import check_rate, to_uint8, write_video
+from osv_jax.runtime.paths import Path, as_path
 from osv_jax.runtime.ranges import SEED
 
 __all__ = ["ImageToVideo", "Options", "main"]
 
-_IMAGE_SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".tif", ".tiff")
 _VIDEO_SUFFIXES = (".mp4", ".gif")
-_OTHER_SUFFIXES = (*_IMAGE_SUFFIXES, ".avi", ".mkv", ".mov", ".webm")
+_OTHER_SUFFIXES = (*EXTENSIONS, ".avi", ".mkv", ".mov", ".webm")
 
 
 def main(given: list[str] | None = None) -> None:
@@ -82,26 +83,35 @@ def main(given: list[str] | None = None) -> None:
         print(f"{len(images)} videos: {_parts(model.seconds | total)}")
 
 
-def list_images(names: list[str]) -> list[pathlib.Path]:
+def list_images(names: list[str]) -> list[Path]:
     """The image files that `--image` names, those of folders sorted by name.
 
+    Hidden files are left out of folders: macOS puts a `._cat.png`, which is no image, beside a cat.png.
+
     Raises:
-        UserError: a name that does not exist, or a folder without images.
+        UserError: a folder without images, or that cannot be read.
     """
     images = []
-    for name in names:
-        path = pathlib.Path(name)
-        if path.is_dir():
-            found = sorted(file for file in path.iterdir() if file.suffix.lower() in _IMAGE_SUFFIXES)
-            if not found:
-                raise UserError(f"{path} holds no images: expected files ending in {', '.join(_IMAGE_SUFFIXES)}.")
-            images += found
-        else:
+    for path in map(as_path, names):
+        try:
+            files = list(path.iterdir()) if path.is_dir() else None
+        except OSError as error:
+            raise UserError(f"{path} cannot be read ({error.strerror}): choose another --image.") from error
+        if files is None:
             images.append(path)
+            continue
+        found = sorted(
+            file
+            for file in files
+            if file.suffix.lower() in EXTENSIONS and not file.name.startswith(".") and not file.is_dir()
+        )
+        if not found:
+            raise UserError(f"{path} holds no images: expected files ending in {', '.join(EXTENSIONS)}.")
+        images += found
     return images
 
 
-def plan_outputs(images: list[pathlib.Path], output: str) -> list[pathlib.Path]:
+def plan_outputs(images: list[Path], output: str) -> list[pathlib.Path]:
     """What will be written for every image: a video's name, or a folder for pictures. Makes the folders around them.
 
     Raises:

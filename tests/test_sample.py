@@ -1,6 +1,7 @@
 """From an image to a video: parity with diffusers' pipeline, the program, and what it says about bad input."""
 
 import os
+import pathlib
 import re
 import subprocess
 import sys
@@ -178,6 +179,7 @@ def test_the_default_is_one_step_of_time_travel(model, picture):
     key = jax.random.fold_in(jax.random.key(0), 0)
     sampled = model.sample(picture, model.noise(key, options), options)
     np.testing.assert_array_equal(frames, to_uint8(model.decode(sampled, 7))[0])
+    np.testing.assert_array_equal(frames, model(picture / 255, height=HEIGHT, width=WIDTH, num_frames=FRAMES))
 
 
 def test_one_program_serves_any_number_of_steps_and_every_student_alike(weights, workdir, picture, monkeypatch):
@@ -261,6 +263,18 @@ def test_several_images_make_folders_in_a_folder(images, tmp_path):
     assert all(output.is_dir() and not list(output.iterdir()) for output in outputs)
 
 
+def test_a_folders_images_are_its_files_that_are_not_hidden(images, tmp_path):
+    """macOS's notes, folders that are called like images, and other files are left out, links are not."""
+    for name in ("._one.png", "one.txt"):
+        (tmp_path / name).write_text("no image")
+    (tmp_path / "folder.png").mkdir()
+    (tmp_path / "LINK.JPG").symlink_to(images / "one.png")
+    assert sample.list_images([str(tmp_path), "named.txt"]) == [tmp_path / "LINK.JPG", pathlib.Path("named.txt")]
+    (tmp_path / "LINK.JPG").unlink()
+    with pytest.raises(UserError, match=r"holds no images: expected files ending in .*\.heic"):
+        sample.list_images([str(tmp_path)])
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [
@@ -268,6 +282,7 @@ def test_several_images_make_folders_in_a_folder(images, tmp_path):
         (["--image=corrupt.png"], ["corrupt.png cannot be read as an image"]),
         (["--image=cut.png"], ["cut.png cannot be read as an image"]),
         (["--image=empty"], ["empty holds no images"]),
+        ([f"--image={300 * 'x'}"], ["cannot be read (File name too long)", "--image"]),
         (["--output=corrupt.png/clip.mp4"], ["corrupt.png cannot be written to", "--output"]),
         (["--output=empty.mp4"], ["--output=empty.mp4 is a folder"]),
         (["--output=clip.avi"], ["clip.avi", ".mp4", "PNG"]),

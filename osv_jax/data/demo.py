@@ -9,9 +9,9 @@ import uuid
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from osv_jax.convert import weights
+from osv_jax.data.image import read_image
 from osv_jax.errors import UserError
 
 _NAMES = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
@@ -25,13 +25,8 @@ def held_out_clips() -> tuple[UInt8[np.ndarray, "n f h w 3"], float]:
     """Clips that the miniature has never seen, and their frames a second: strips of its frames, side by side."""
     size = weights.load_video(HELD_OUT)
     strips = sorted(pathlib.Path(weights.locate(HELD_OUT), "clips").glob("*.png"))
-    clips = [np.split(_read_picture(strip), size["num_frames"], axis=1) for strip in strips]
+    clips = [np.split(read_image(strip), size["num_frames"], axis=1) for strip in strips]
     return np.array(clips), size["fps"]
-
-
-def _read_picture(path: pathlib.Path) -> UInt8[np.ndarray, "h w 3"]:
-    with Image.open(path) as picture:
-        return np.asarray(picture)
 
 
 def video_folder(name: str) -> pathlib.Path:

@@ -22,10 +22,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
-from PIL import Image, ImageOps
 
 from osv_jax.convert import lora_files, weights
 from osv_jax.convert.architectures import Config, expected_params
+from osv_jax.data.image import ImageLike, read_image
 from osv_jax.data.video import cover
 from osv_jax.diffusion import samplers
 from osv_jax.diffusion.conditioning import Conditioning, added_time_ids, clip_pixels
@@ -40,9 +40,6 @@ from osv_jax.objectives.players import Student
 from osv_jax.runtime.media import to_float, to_uint8
 from osv_jax.runtime.mesh import batch_shardings, make_mesh, replicated
 from osv_jax.runtime.ranges import COUNT, FINITE, FPS, MOTION_BUCKET_ID, NUM_FRAMES, PIXELS, SEED, Range
-
-# A file, an image, or RGB values [h w 3].
-ImageLike = str | os.PathLike | Image.Image | np.ndarray
 
 COMPONENTS = ("unet", "vae", "image_encoder")
 DTYPES = ("bfloat16", "float32")
@@ -241,7 +238,7 @@ class ImageToVideo:
         """Makes a video of an image of any size, which is scaled to cover the video's size and cropped at the centre.
 
         Args:
-            image: a file, a PIL image or RGB values.
+            image: a file, a PIL image or values [h w] or [h w c]; see `data.image.read_image`.
             seed: 0 to 2^32 - 1; the same seed, number, image and options give the same video.
             number: which of several images this is, for noise of its own; 0 to 2^32 - 1.
             options: fields of `Options`.
@@ -375,26 +372,6 @@ class ImageToVideo:
         result = jax.block_until_ready(_PROGRAMS[program](params, *inputs))
         self.seconds[part] += time.perf_counter() - start
         return result
-
-
-def read_image(image: ImageLike) -> UInt8[np.ndarray, "h w 3"]:
-    """RGB values of an image, as a viewer shows it (cameras' rotation marks are heeded).
-
-    Raises:
-        UserError: if the file is missing or cannot be decoded.
-    """
-    if isinstance(image, np.ndarray):
-        return image
-    if isinstance(image, Image.Image):
-        return np.asarray(ImageOps.exif_transpose(image).convert("RGB"))
-    path = pathlib.Path(image)
-    if not path.is_file():
-        raise UserError(f"{path} does not exist: give an image file.")
-    try:
-        with Image.open(path) as opened:
-            return read_image(opened)
-    except (OSError, ValueError, SyntaxError) as error:
-        raise UserError(f"{path} cannot be read as an image: it is damaged or something else.") from error
 
 
 def _load_trained(path: str | os.PathLike | None, ema: bool, config: UNetConfig) -> tuple[Trained, str]:
