@@ -12,6 +12,7 @@ import pytest
 import tiny
 from conftest import flat, relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxprs import equations
 from ml_collections import ConfigDict
 from students import CONFIGS
 
@@ -293,13 +294,9 @@ def test_optimizer_is_adam_after_clipping_by_the_global_norm(max_norm):
 
 def matrix_products(jaxpr):
     """Operands of every convolution and product of two matrices, of inner programs too."""
-    for eqn in jaxpr.eqns:
+    for eqn in equations(jaxpr):
         if eqn.primitive.name in ("dot_general", "conv_general_dilated"):
             yield tuple(operand.aval for operand in eqn.invars)
-        for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
-            inner = getattr(inner, "jaxpr", inner)
-            if hasattr(inner, "eqns"):
-                yield from matrix_products(inner)
 
 
 def test_half_precision_step_is_finite_and_multiplies_no_float32(state):

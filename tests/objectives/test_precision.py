@@ -1,0 +1,131 @@
+"""What half-precision networks compute in float32 all the same, read off their programs: nothing is compiled or run.
+
+Results would not tell: a norm or a softmax in bfloat16 changes them no more than the rest of such a network does.
+"""
+
+import jax
+import jax.numpy as jnp
+import pytest
+import tiny
+from flax.traverse_util import unflatten_dict
+from jaxprs import equations
+from students import CONFIGS, SGD, TRAINABLE
+
+from osv_jax.convert.architectures import expected_params
+from osv_jax.models.discriminator import discriminate, init_discriminator
+from osv_jax.objectives import finetune, osv_stage1, osv_stage2
+from osv_jax.objectives.adversarial import AdversarialOptions
+from osv_jax.objectives.finetune import FinetuneOptions
+from osv_jax.objectives.networks import build_networks
+from osv_jax.objectives.osv_stage2 import Stage2Options
+from osv_jax.objectives.players import init_state
+
+BATCH, FRAMES = 2, 3
+NETWORKS = build_networks(CONFIGS, discriminator_blocks=(0,), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
+
+NORM, SOFTMAX, SINUSOIDS = {"reduce_sum", "rsqrt"}, {"reduce_max", "exp"}, {"sin", "cos"}
+# None of them is an activation's: those are `logistic` and `erf`.
+FORWARD = NORM | SOFTMAX | SINUSOIDS | {"exp2", "log", "log1p", "pow", "sqrt"}
+# Backwards, `erf` has an `exp`, and what was broadcast, a bias for example, a sum.
+BACKWARD = FORWARD - {"exp", "reduce_sum"}
+
+
+def half_precision(jaxpr, delicate):
+    """The equations that compute `delicate` primitives in less than float32, or one number a clip or in all, a loss
+    for example, from more numbers or from one in float32."""
+    found = []
+    for eqn in equations(jaxpr):
+        name, operand = eqn.primitive.name, eqn.invars[0].aval if eqn.invars else None
+        for result in (variable.aval for variable in eqn.outvars):
+            if not jnp.issubdtype(result.dtype, jnp.floating) or result.dtype == jnp.float32:
+                continue
+            single = result.shape in ((), (BATCH,))
+            reduced = name.startswith("reduce") and operand.size > result.size
+            rounded = name == "convert_element_type" and operand.dtype == jnp.float32 and not operand.weak_type
+            if name in delicate or (single and (reduced or rounded)):
+                found.append(str(eqn))
+    return found
+
+
+def params_of(name):
+    shapes = unflatten_dict(expected_params(name, CONFIGS[name]))
+    return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)
+
+
+def floats(*shape):
+    return jax.ShapeDtypeStruct(shape, jnp.float32)
+
+
+def unet():
+    arguments = floats(BATCH, FRAMES, 6, 10, 8), floats(BATCH), floats(BATCH, 8), floats(BATCH, 3)
+    return NETWORKS.unet.apply, {"params": params_of("unet")}, *arguments
+
+
+def vae_encoder():
+    encode = lambda params, images: NETWORKS.vae.apply({"params": params}, images, method="encode")  # noqa: E731
+    return encode, params_of("vae"), floats(BATCH, 8, 12, 3)
+
+
+def vae_decoder():
+    return NETWORKS.decode_video, params_of("vae"), floats(BATCH, FRAMES, 4, 6, 4)
+
+
+def image_encoder():
+    return NETWORKS.image_encoder.apply, {"params": params_of("image_encoder")}, floats(BATCH, 28, 28, 3)
+
+
+def dinov2():
+    run = lambda params, images: NETWORKS.dinov2.apply({"params": params}, images, (0,))  # noqa: E731
+    return run, params_of("dinov2"), floats(BATCH, 28, 42, 3)
+
+
+def discriminator():
+    modules = NETWORKS.discriminator, NETWORKS.dinov2
+    variables = jax.eval_shape(lambda key: init_discriminator(modules[0], key, 64), jax.random.key(0))
+    run = lambda *arguments: discriminate(*modules, *arguments, update_stats=True)  # noqa: E731
+    return run, variables, params_of("dinov2"), floats(BATCH, FRAMES, 6, 10, 4)
+
+
+def step_of(step, optimizers):
+    frozen = {name: params_of(name) for name in CONFIGS}
+    init = lambda key, unet: init_state(key, NETWORKS, unet, *optimizers, 4, "attention", TRAINABLE)  # noqa: E731
+    state = jax.eval_shape(init, jax.random.key(0), frozen["unet"])
+    return step, state, frozen, tiny.tiny_batch(BATCH, FRAMES), jax.random.key(0)
+
+
+def stage1():
+    return step_of(osv_stage1.make_step(NETWORKS, *SGD, AdversarialOptions()), SGD)
+
+
+def stage2():
+    return step_of(osv_stage2.make_step(NETWORKS, *SGD, AdversarialOptions(decode=True), Stage2Options()), SGD)
+
+
+def denoising():
+    return step_of(finetune.make_step(NETWORKS, SGD[0], FinetuneOptions()), SGD)
+
+
+@pytest.mark.parametrize(
+    ("case", "delicate", "there"),
+    [
+        (unet, FORWARD, NORM | SOFTMAX | SINUSOIDS),
+        (vae_encoder, FORWARD, NORM | SOFTMAX),
+        (vae_decoder, FORWARD, NORM | SOFTMAX),
+        (image_encoder, FORWARD, NORM | SOFTMAX),
+        (dinov2, FORWARD, NORM | SOFTMAX),
+        (discriminator, FORWARD, NORM | SOFTMAX | {"sqrt"}),
+        (stage1, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log", "sqrt"}),
+        (stage2, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log", "sqrt", "pow"}),
+        (denoising, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log"}),
+    ],
+)
+def test_norms_softmax_embeddings_and_losses_are_in_float32(case, delicate, there):
+    run, *arguments = case()
+    jaxpr = jax.make_jaxpr(run)(*arguments)
+    halves = {eqn.primitive.name for eqn in equations(jaxpr) if any(v.aval.dtype == jnp.bfloat16 for v in eqn.outvars)}
+    assert halves & {"dot_general", "conv_general_dilated"}
+    assert there <= {eqn.primitive.name for eqn in equations(jaxpr)}
+    assert half_precision(jaxpr, delicate) == []
+    if case not in (image_encoder, dinov2):
+        # Predictions, moments, pixels and logits; of steps the state and the metrics.
+        assert {v.aval.dtype for v in jaxpr.jaxpr.outvars} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
