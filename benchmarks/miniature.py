@@ -11,7 +11,6 @@ receives measured.json, reconstructions.png and teacher.png.
 from __future__ import annotations
 
 import argparse
-import json
 import pathlib
 
 import jax
@@ -29,6 +28,7 @@ from osv_jax.objectives import finetune
 from osv_jax.objectives.autoencoder import frame_psnr
 from osv_jax.objectives.networks import build_networks
 from osv_jax.objectives.pixels import encode_batch
+from osv_jax.runtime.finite import strict_json
 from osv_jax.runtime.media import sample_grid, to_float, to_uint8
 from osv_jax.runtime.ranges import COUNT, FPS, PIXELS, WHOLE
 
@@ -62,7 +62,7 @@ def main() -> None:
         chosen = clips[np.linspace(0, len(clips) - 1, args.samples).round().astype(int)]
         measured |= sample(args.weights, chosen, args.fps, args.output / "teacher.png")
         print(measured, flush=True)
-    (args.output / "measured.json").write_text(json.dumps(measured, indent=2) + "\n")
+    (args.output / "measured.json").write_text(strict_json(measured, indent=2) + "\n")
 
 
 def reconstruct(folder: str, clips: np.ndarray, picture: pathlib.Path) -> dict[str, float]:

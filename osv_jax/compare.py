@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import json
 import pathlib
 from collections.abc import Mapping
 
@@ -28,7 +27,8 @@ from osv_jax.errors import UserError
 from osv_jax.inference.pipeline import ImageToVideo, Options
 from osv_jax.objectives.autoencoder import frame_psnr
 from osv_jax.runtime import arguments, command_line
-from osv_jax.runtime.media import beside_each_other, sample_grid, to_float, to_uint8, write_video
+from osv_jax.runtime.finite import strict_json
+from osv_jax.runtime.media import beside_each_other, sample_grid, to_float, write_video
 from osv_jax.runtime.ranges import COUNT
 from osv_jax.sample import add_video_options
 
@@ -86,7 +86,7 @@ def main(given: list[str] | None = None) -> None:
     measured = measure(made, clips)
     print(table(measured))
     description = {"weights": args.weights, "lora": args.lora, "clips": len(clips), "seed": args.seed}
-    (output / "measured.json").write_text(json.dumps(description | {"samples": measured}, indent=2) + "\n")
+    (output / "measured.json").write_text(strict_json(description | {"samples": measured}, indent=2) + "\n")
     draw(output, clips, {label: samples.frames for label, samples in made.items()}, video.fps)
     print(f"{output / 'comparison.png'}, {output / 'comparison.mp4'}, {output / 'measured.json'}")
 
@@ -141,7 +141,7 @@ def sample_all(
         for name, (model, chosen) in ways.items():
             sampled = model.sample(clip[0], noise, chosen)
             latents[name].append(np.asarray(sampled)[0])
-            frames[name].append(to_uint8(model.decode(sampled, chosen.decode_chunk_size))[0])
+            frames[name].append(model.frames(sampled, chosen.decode_chunk_size)[0])
     return {
         name: Samples(np.stack(latents[name]), np.stack(frames[name]), chosen.num_evaluations)
         for name, (_, chosen) in ways.items()

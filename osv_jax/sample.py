@@ -25,7 +25,7 @@ from osv_jax.diffusion.samplers import SAMPLERS
 from osv_jax.errors import UserError
 from osv_jax.inference.pipeline import DTYPES, ImageToVideo, Options
 from osv_jax.runtime import arguments, command_line
-from osv_jax.runtime.media import check_rate, to_uint8, write_video
+from osv_jax.runtime.media import check_rate, write_video
 from osv_jax.runtime.paths import Path, as_path
 from osv_jax.runtime.ranges import SEED
 
@@ -70,7 +70,7 @@ def main(given: list[str] | None = None) -> None:
         before, start = dict(model.seconds), time.perf_counter()
         picture = cover(read_image(image), options.height, options.width)
         noise = model.noise(jax.random.fold_in(jax.random.key(args.seed), i), options)
-        frames = to_uint8(model.decode(model.sample(picture, noise, options), options.decode_chunk_size))[0]
+        frames = model.frames(model.sample(picture, noise, options), options.decode_chunk_size)[0]
         model.on_part("write")
         writing = time.perf_counter()
         write_output(output, frames, options.fps)

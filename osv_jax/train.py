@@ -34,6 +34,7 @@ from osv_jax.objectives.finetune import BAND_METRIC
 from osv_jax.objectives.networks import Networks, Params
 from osv_jax.objectives.players import Student, TrainState
 from osv_jax.runtime import checkpoint, command_line, distributed, media, mesh, metrics
+from osv_jax.runtime.finite import NotFinite, blame_weights
 from osv_jax.training import setup
 from osv_jax.training.clips import LatentClips, PixelClips, open_clips
 from osv_jax.training.setup import Optimizers, Phase
@@ -126,9 +127,10 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
 
         with contextlib.closing(metrics.MetricsWriter(workdir, start, jax.process_index())) as writer:
             run = _Run(config, workdir, networks, optimizers, devices, clips, frozen, shardings, checkpoints, writer)
-            for phase in setup.phases_of(config):
-                if start < phase.end:
-                    state = _run_phase(run, phase, max(start, phase.start), state)
+            with blame_weights(frozen):
+                for phase in setup.phases_of(config):
+                    if start < phase.end:
+                        state = _run_phase(run, phase, max(start, phase.start), state)
     print(
         f"Done: {int(state.step)} steps.\n"
         f"  metrics      {workdir / 'metrics.jsonl'}, {workdir / 'losses.png'}, tensorboard --logdir {workdir}\n"
@@ -172,7 +174,7 @@ def _train(
         if bad:
             kept = run.checkpoints.latest_step()
             where = f"the checkpoint of step {kept} is intact" if kept else "no checkpoint had been written yet"
-            raise UserError(
+            raise NotFinite(
                 f"Step {number}: {', '.join(f'{name} is {row[name]}' for name in bad)}. Training stopped; {where}."
                 " Lower the learning rates or set config.optimizer.max_grad_norm, in a new workdir."
             )

@@ -44,6 +44,7 @@ from osv_jax.objectives.autoencoder import (
 )
 from osv_jax.objectives.networks import Params, random_params
 from osv_jax.runtime import checkpoint, command_line, media, mesh, metrics
+from osv_jax.runtime.finite import first_not_finite
 from osv_jax.runtime.media import to_float
 from osv_jax.training import keys
 from osv_jax.training.clips import index_folder
@@ -162,6 +163,10 @@ def check_config(config: ConfigDict) -> VAEConfig:
 def _first_state(config: ConfigDict, architecture: VAEConfig, optimizer: optax.GradientTransformation) -> VAEState:
     if config.init_from:
         params = weights.load_params(config.init_from, "vae", dtype=jnp.float32)
+        if name := first_not_finite(params):
+            raise UserError(
+                f"config.init_from={config.init_from} has values that are NaN or infinite, first in {name}."
+            )
     else:
         shapes = unflatten_dict(expected_params("vae", architecture))
         params = without_neighbours(random_params(shapes, config.seed, np.float32))
@@ -234,7 +239,10 @@ def scaling_factor(vae: SVDVAE, params: Params, index: pixels.ClipIndex) -> floa
     """1 / standard deviation of the latents' modes, over all elements of up to 256 clips spread over the index."""
     chosen = _spread(len(index.clips), _MEASURED_CLIPS)
     values = [np.asarray(_encode(vae, params, to_float(index.read(i)["video"])), np.float64) for i in chosen]
-    return float(1 / np.std(values))
+    deviation = float(np.std(values))
+    if not deviation:
+        raise UserError("The latents of all clips are the same value: no factor gives them unit variance; add videos.")
+    return 1 / deviation
 
 
 def save_vae(workdir: pathlib.Path, architecture: VAEConfig, factor: float, params: Params) -> None:

@@ -1,6 +1,7 @@
 """What is stored of real clips equals what diffusers' and transformers' encoders make of the same frames."""
 
 import argparse
+import copy
 
 import jax
 import numpy as np
@@ -9,6 +10,7 @@ import tiny_pipeline
 import torch
 from conftest import relative_error
 from diffusers.pipelines.stable_video_diffusion.pipeline_stable_video_diffusion import _resize_with_antialiasing
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from osv_jax import prepare
 from osv_jax.data import demo, video
@@ -88,6 +90,16 @@ def test_a_clip_does_not_depend_on_its_batch(encoder, clips):
     alone = encoder(clips[1:2], keys[:1])
     for name, value in alone.items():
         np.testing.assert_array_equal(many[name][:1], value)
+
+
+def test_latents_that_are_not_finite_are_not_stored(encoder, clips):
+    params = flatten_dict(encoder.params)
+    name = ("vae", "quant_conv", "bias")
+    params[name] = params[name].at[0].set(np.nan)
+    damaged = copy.copy(encoder)
+    damaged.params = unflatten_dict(params)
+    with pytest.raises(UserError, match="The weights are damaged: vae/quant_conv/bias has values"):
+        damaged(clips[:1], np.stack([noise_key(0, "a.mp4", 0)]))
 
 
 def test_noise_depends_on_seed_video_and_number():

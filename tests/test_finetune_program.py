@@ -107,8 +107,22 @@ def test_what_a_run_writes(straight):
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
-    sentence = refused(finetune_config(**{"sigma.log_mean": 1000.0}), tmp_path / "run")
-    assert "Step 1: " in sentence and "loss is nan" in sentence
+    sentence = refused(finetune_config(**{"optimizer.learning_rate": 1e30}), tmp_path / "run")
+    assert "Step 1: " in sentence and "param_norm/student is inf" in sentence and "Lower the learning rates" in sentence
+
+
+@pytest.mark.parametrize(("network", "module"), [("unet", "conv_out"), ("vae", "quant_conv")])
+def test_weights_that_are_not_finite_are_named(network, module, tmp_path, monkeypatch):
+    load_frozen = setup.load_frozen
+
+    def damaged(*arguments):
+        frozen = load_frozen(*arguments)
+        frozen[network][module]["bias"] = frozen[network][module]["bias"].at[0].set(np.nan)
+        return frozen
+
+    monkeypatch.setattr(setup, "load_frozen", damaged)
+    sentence = refused(finetune_config(), tmp_path / "run")
+    assert sentence.startswith(f"The weights are damaged: {network}/{module}/bias has values that are NaN or infinite")
 
 
 def test_a_run_continues_another(straight, tmp_path, capsys):

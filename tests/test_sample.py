@@ -1,5 +1,6 @@
 """From an image to a video: parity with diffusers' pipeline, the program, and what it says about bad input."""
 
+import copy
 import os
 import pathlib
 import re
@@ -345,6 +346,22 @@ def test_the_program_ends_with_status_2_and_one_line(tmp_path):
     result = subprocess.run(command, capture_output=True, text=True, timeout=200, env=environment)
     assert result.returncode == 2
     assert result.stderr == "error: x.png does not exist: give an image file.\n" and result.stdout == ""
+
+
+def test_frames_that_are_not_finite_are_refused(model, picture):
+    """A network with one damaged value; and whole ones, with options that are too extreme."""
+    size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
+    params = flatten_dict(model.params)
+    name = ("unet", "conv_out", "bias")
+    params[name] = params[name].at[0].set(jnp.nan)
+    damaged = copy.copy(model)
+    damaged.params = unflatten_dict(params)
+    with pytest.raises(UserError, match="The weights are damaged: unet/conv_out/bias has values that are NaN"):
+        damaged(picture, **size)
+    with pytest.raises(UserError, match="The frames that were made have values that are NaN or infinite"):
+        # The programs of `test_euler_is_the_pipeline_of_diffusers`.
+        chosen = {"num_frames": 4, "decode_chunk_size": 3, "sampler": "euler", "steps": 2}
+        model(picture, max_guidance_scale=1e38, **(size | chosen))
 
 
 @pytest.mark.parametrize(

@@ -155,6 +155,21 @@ def test_what_is_written_loads_and_gives_latents_unit_variance(videos, images, c
     assert weights.load_config(clips, "vae") == config
 
 
+def test_weights_that_are_not_finite_are_not_trained_on(videos, images, tmp_path, monkeypatch):
+    params = weights.load_params(images, "vae")
+    params["quant_conv"]["bias"] = params["quant_conv"]["bias"].at[0].set(np.nan)
+    monkeypatch.setattr(weights, "load_params", lambda *_, **__: params)
+    with pytest.raises(UserError, match=f"config.init_from={images} has values .* first in quant_conv/bias"):
+        train_vae.train_vae(vae_config(init_from=str(images), **{"data.videos": str(videos)}), tmp_path / "run")
+
+
+def test_latents_that_are_all_equal_have_no_factor(videos, images, monkeypatch):
+    monkeypatch.setattr(train_vae, "_encode", lambda vae, params, pixels: np.ones((1, 4, 4, 4)))
+    index = pixels.index_clips(videos, 1, 7.0, 8, 12)
+    with pytest.raises(UserError, match="The latents of all clips are the same value"):
+        train_vae.scaling_factor(SVDVAE(weights.load_config(images, "vae")), {}, index)
+
+
 def test_frame_psnr():
     """10 log10(peak^2 / mean squared error), the peak being the 2 from -1 to 1; what is beyond is clipped first."""
     video = np.zeros((1, 2, 4, 4, 3), np.float32)

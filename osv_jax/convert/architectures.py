@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -18,6 +18,7 @@ from osv_jax.models.clip_vision import CLIPVision, CLIPVisionConfig
 from osv_jax.models.dinov2 import Dinov2, Dinov2Config
 from osv_jax.models.svd_unet import SVDUNet, UNetConfig
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
+from osv_jax.runtime.ranges import POSITIVE
 
 Config = UNetConfig | VAEConfig | CLIPVisionConfig | Dinov2Config
 
@@ -66,7 +67,15 @@ def _fields(json: dict[str, Any], names: list[str], where: str) -> dict[str, Any
         raise UserError(
             f"{where} does not say {', '.join(missing)}: expected the config.json that was saved with the weights."
         )
+    check_fractions({name: json[name] for name in names}, where)
     return {name: tuple(json[name]) if isinstance(json[name], list) else json[name] for name in names}
+
+
+def check_fractions(fields: Mapping[str, Any], where: Any) -> None:
+    """Raises UserError for a factor or an epsilon that no network can have; wrong sizes do not match the weights."""
+    for name, value in fields.items():
+        if isinstance(value, float):
+            POSITIVE.check(f"{where}: {name}", value)
 
 
 def _require(json: dict[str, Any], where: str, **expected: Any) -> None:

@@ -65,7 +65,7 @@ class Tensor:
         """The parameter, contiguous, in our layout and in `dtype`.
 
         Raises:
-            UserError: a value too large for `dtype`.
+            UserError: a value that is not finite, or too large for `dtype`.
         """
         array = np.split(reader.read(self.name), self.parts)[self.part]
         return cast(to_flax(self.path, array), dtype, f"{reader.source}: {self.name}")
@@ -222,7 +222,7 @@ def write(
         on_tensor: called with every parameter read.
 
     Raises:
-        UserError: an existing component without `overwrite`, or an unknown dtype.
+        UserError: an existing component without `overwrite`, an unknown dtype, or see `Tensor.read`.
     """
     if dtype not in DTYPES:
         raise UserError(f"There is no dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")

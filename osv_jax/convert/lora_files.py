@@ -22,6 +22,7 @@ from safetensors.numpy import save_file
 from osv_jax.convert.naming import Path, flax_shape_to_torch, module_path, to_flax, to_torch, torch_module
 from osv_jax.convert.readers import Reader, open_weights
 from osv_jax.errors import UserError
+from osv_jax.runtime.finite import check_finite
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -101,7 +102,8 @@ def read_lora(path: str | pathlib.Path, shapes: Mapping[Path, Any]) -> LoraFile:
     the metadata that diffusers writes, and is the rank where none of them has it.
 
     Raises:
-        UserError: nothing to read there, another kind of adapter, or keys, shapes or ranks that do not match.
+        UserError: nothing to read there, another kind of adapter, keys, shapes or ranks that do not match, or a value
+            that is not finite.
     """
     path = pathlib.Path(path)
     file, config = _locate(path)
@@ -139,6 +141,7 @@ def read_lora(path: str | pathlib.Path, shapes: Mapping[Path, Any]) -> LoraFile:
             dropped.append(module)
         else:
             scale = float(reader.read(names["alpha"])) / rank if "alpha" in names else scale_of(module, rank)
+            check_finite(np.float32(scale), f"{path}: the scale of {module} (alpha / rank)")
             lora[(*target, "a")], lora[(*target, "b")] = _to_flax(reader, names, scale)
     _complain(path, {"modules of other sizes than this UNet's": misshapen})
     return LoraFile(unflatten_dict(lora), dropped)
@@ -195,9 +198,17 @@ def torch_tensors(lora: Params) -> dict[str, np.ndarray]:
 
 
 def _to_flax(reader: Reader, names: Mapping[str, str], scale: float) -> tuple[np.ndarray, np.ndarray]:
-    a = to_flax(("kernel",), reader.read(names["a"])).astype(np.float32, order="C")
-    b = reader.read(names["b"]).astype(np.float32)
-    return a, np.ascontiguousarray(b.reshape(b.shape[:2]).T) * np.float32(scale)
+    a = to_flax(("kernel",), _read_finite(reader, names["a"]))
+    b = _read_finite(reader, names["b"])
+    return np.ascontiguousarray(a), np.ascontiguousarray(b.reshape(b.shape[:2]).T) * np.float32(scale)
+
+
+def _read_finite(reader: Reader, name: str) -> np.ndarray:
+    """A tensor in float32."""
+    with np.errstate(over="ignore"):  # What is infinite then is told of here.
+        array = reader.read(name).astype(np.float32)
+    check_finite(array, f"{reader.source}: {name}")
+    return array
 
 
 def _locate(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:

@@ -21,14 +21,17 @@ from etils import epath
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from osv_jax.convert.architectures import ARCHITECTURES, Config
+from osv_jax.convert.architectures import ARCHITECTURES, Config, check_fractions
 from osv_jax.convert.readers import open_weights
 from osv_jax.errors import UserError
+from osv_jax.runtime.finite import check_finite
+from osv_jax.runtime.ranges import FPS, NUM_FRAMES, PIXELS
 
 FORMAT = 1
 MINIATURE = "miniature"
 _PACKED = "params.safetensors"
 _VIDEO = "video.json"
+_VIDEO_RANGES = {"height": PIXELS, "width": PIXELS, "num_frames": NUM_FRAMES, "fps": FPS}
 
 
 def locate(folder: str | pathlib.Path) -> epath.Path:
@@ -39,9 +42,16 @@ def locate(folder: str | pathlib.Path) -> epath.Path:
 
 
 def load_video(folder: str | pathlib.Path) -> dict[str, Any]:
-    """`height`, `width` [px], `num_frames` and `fps` of the clips that the UNet was trained on here, or nothing."""
+    """`height`, `width` [px], `num_frames` and `fps` of the clips that the UNet was trained on here, or nothing.
+
+    Raises:
+        UserError: a number that is none of a clip.
+    """
     file = locate(folder) / _VIDEO
-    return json.loads(file.read_text()) if file.exists() else {}
+    clips = json.loads(file.read_text()) if file.exists() else {}
+    for name in clips.keys() & _VIDEO_RANGES.keys():
+        _VIDEO_RANGES[name].check(f"{file}: {name}", clips[name])
+    return clips
 
 
 def save_video(folder: pathlib.Path, clips: Mapping[str, Any]) -> None:
@@ -178,6 +188,7 @@ def _config(directory: epath.Path, component: str) -> Config:
         raise UserError(f"{file} was not written by tools/convert_weights.py: convert the weights again.") from error
     if actual != component:
         raise UserError(f"{directory} holds {actual!r}, not {component!r}: put each component in its own folder.")
+    check_fractions(fields, file)
     config_class = ARCHITECTURES[component].config
     if version != FORMAT or fields.keys() != {field.name for field in dataclasses.fields(config_class)}:
         raise UserError(
@@ -196,8 +207,9 @@ def cast(array: np.ndarray, dtype: Any, name: str) -> np.ndarray:
     """`array` in another dtype, contiguous: safetensors writes an array's memory, whatever its strides.
 
     Raises:
-        UserError: naming the array, if it has a finite value that becomes infinite.
+        UserError: naming the array, if it has a value that is not finite, or becomes infinite.
     """
+    check_finite(array, name)
     try:
         with np.errstate(over="raise"):
             return array.astype(dtype, order="C")

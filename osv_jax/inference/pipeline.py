@@ -37,6 +37,7 @@ from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.svd_unet import SVDUNet, UNetConfig
 from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.objectives.players import Student
+from osv_jax.runtime.finite import blame_weights
 from osv_jax.runtime.media import to_float, to_uint8
 from osv_jax.runtime.mesh import batch_shardings, make_mesh, replicated
 from osv_jax.runtime.ranges import COUNT, FINITE, FPS, MOTION_BUCKET_ID, NUM_FRAMES, PIXELS, SEED, Range
@@ -244,7 +245,7 @@ class ImageToVideo:
             options: fields of `Options`.
 
         Raises:
-            UserError: an image that cannot be read, or impossible options.
+            UserError: an image that cannot be read, impossible options, or frames that are not finite.
         """
         SEED.check("seed", seed)
         SEED.check("number", number)
@@ -252,7 +253,7 @@ class ImageToVideo:
         picture = cover(read_image(image), options.height, options.width)
         key = jax.random.fold_in(jax.random.key(seed), number)
         latents = self.sample(picture, self.noise(key, options), options)
-        return to_uint8(self.decode(latents, options.decode_chunk_size))[0]
+        return self.frames(latents, options.decode_chunk_size)[0]
 
     def complete(self, options: Options) -> Options:
         """The options with the model's own values for what is not said.
@@ -333,6 +334,17 @@ class ImageToVideo:
             for start in range(0, latents.shape[1], chunk_size)
         ]
         return np.concatenate(chunks, axis=1)
+
+    def frames(
+        self, latents: Float[Array, "b f latent_h latent_w c"], chunk_size: int
+    ) -> UInt8[np.ndarray, "b f h w 3"]:
+        """Pixels of scaled latents; see `decode`.
+
+        Raises:
+            UserError: values that are not finite, naming the weights that are to blame, if they are.
+        """
+        with blame_weights(self.params):
+            return to_uint8(self.decode(latents, chunk_size))
 
     def _encode_image(self, params: Any, pixels: Array) -> Array:
         clip = clip_pixels(pixels, self.image_encoder.config.image_size)

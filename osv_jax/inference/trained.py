@@ -20,6 +20,7 @@ from osv_jax.errors import UserError
 from osv_jax.models.lora import merge_lora, scale_lora
 from osv_jax.objectives.players import Student
 from osv_jax.runtime import checkpoint
+from osv_jax.runtime.finite import first_not_finite
 from osv_jax.training import keys
 
 Params = Mapping[str, Any]
@@ -88,7 +89,7 @@ def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
         ema: the student's average instead of the student.
 
     Raises:
-        UserError: not a workdir, no checkpoint in it yet, or a damaged one.
+        UserError: not a workdir, no checkpoint in it yet, or a damaged one; numbers that are not in their range.
     """
     workdir = pathlib.Path(workdir)
     try:
@@ -103,6 +104,11 @@ def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
     if step is None:
         raise UserError(f"{workdir} has no checkpoint: let the run reach its first one (config.checkpoint_every).")
     student = _read(workdir, step, "ema" if ema else "student")
+    if name := first_not_finite(student):
+        raise UserError(
+            f"The checkpoint of step {step} in {workdir} has values that are NaN or infinite, first in {name}; delete"
+            " it to use the one before."
+        )
     return Trained(Student(lora=scale_lora(student["lora"], scale), tuned=student["tuned"]), step, config)
 
 

@@ -17,6 +17,7 @@ from osv_jax.diffusion.conditioning import clip_pixels, random_noise_aug_strengt
 from osv_jax.errors import UserError
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.svd_vae import SVDVAE
+from osv_jax.runtime.finite import NotFinite, blame_weights, first_not_finite
 from osv_jax.runtime.media import to_float, to_uint8
 
 Encoded = dict[str, np.ndarray]
@@ -72,11 +73,18 @@ class Encoder:
 
         Returns:
             `latents`, `image_embedding`, `image_latents` and `noise_aug_strength` of `data.latents.Schema`, float32.
+
+        Raises:
+            UserError: values that are not finite.
         """
         missing = self.batch_size - len(video)
         padded = [np.pad(x, [(0, missing)] + [(0, 0)] * (x.ndim - 1), mode="edge") for x in (video, keys)]
         encoded = self._program(self.params, *(jax.device_put(x, self._split) for x in padded))
-        return {name: np.asarray(value)[: len(video)] for name, value in encoded.items()}
+        encoded = {name: np.asarray(value)[: len(video)] for name, value in encoded.items()}
+        with blame_weights(self.params):
+            if name := first_not_finite(encoded):
+                raise NotFinite(f"{name} of a clip has values that are NaN or infinite: use --dtype=float32.")
+        return encoded
 
     def _encode(
         self, params: Mapping[str, Any], video: UInt8[Array, "b f h w 3"], keys: UInt32[Array, "b 2"]
@@ -110,7 +118,8 @@ class Encoder:
         params = self.params["vae"]
         parts = [self._decode_program(params, latents[None, i : i + 2]) for i in range(0, len(latents), 2)]
         frames = np.concatenate([np.asarray(part[0], np.float32) for part in parts])
-        return to_uint8(frames)
+        with blame_weights(self.params):
+            return to_uint8(frames)
 
     def _decode(self, params: Any, latents: Float[Array, "1 f h w c"]) -> Float[Array, "1 f height width 3"]:
         return self.vae.apply({"params": params}, latents / self.vae.config.scaling_factor, method="decode")

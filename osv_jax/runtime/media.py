@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from osv_jax.errors import UserError
+from osv_jax.runtime.finite import NotFinite, is_finite
 
 _MIN_FRAME_WIDTH = 96
 # Of a video with labels, and letters of a label that fit beside each other.
@@ -33,8 +34,18 @@ def to_float(frames: UInt8[Array, "*batch h w 3"]) -> Float[Array, "*batch h w 3
 
 
 def to_uint8(frames: Float[Array, "*batch h w 3"]) -> UInt8[np.ndarray, "*batch h w 3"]:
-    """Frames in [-1, 1] (clipped to it) as pixels."""
-    return ((np.asarray(frames).clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
+    """Frames in [-1, 1] (clipped to it) as pixels.
+
+    Raises:
+        NotFinite: a value that is not, for which there is no pixel.
+    """
+    frames = np.asarray(frames)
+    if not is_finite(frames):
+        raise NotFinite(
+            "The frames that were made have values that are NaN or infinite: an option, or what was trained, is too"
+            " extreme."
+        )
+    return ((frames.clip(-1, 1) + 1) * 127.5).round().astype(np.uint8)
 
 
 def sample_grid(

@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from PIL import Image
 
 from osv_jax.errors import UserError
+from osv_jax.runtime.finite import strict_json
 
 
 class MetricsWriter:
@@ -38,7 +39,7 @@ class MetricsWriter:
         if path.exists():
             kept = [row for row in read_metrics(path) if row["step"] <= step]
             temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(json.dumps(row) + "\n" for row in kept))
+            temporary.write_text("".join(strict_json(row) + "\n" for row in kept))
             temporary.replace(path)
         self._file = path.open("a")
         self._board = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=step + 1, flush_secs=10)
@@ -48,8 +49,7 @@ class MetricsWriter:
         if not self._active:
             return
         values = {name: float(value) for name, value in metrics.items()}
-        row = {name: value if math.isfinite(value) else None for name, value in values.items()}
-        self._file.write(json.dumps({"step": int(step), **row}) + "\n")
+        self._file.write(strict_json({"step": int(step), **values}) + "\n")
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)

@@ -238,6 +238,20 @@ def test_a_float16_overflow_is_refused(tmp_path):
     assert list(tmp_path.iterdir()) == []
 
 
+def test_values_that_are_not_finite_are_refused(home, tmp_path, monkeypatch, capsys):
+    """Of what is merged, and already of the run's checkpoint, whatever is to be made of it."""
+    params = {"x": {"kernel": np.array([[0.0, np.inf]], np.float32)}}
+    with pytest.raises(UserError, match=r"x\.weight has values that are NaN or infinite"):
+        exporters.export_unet(tiny_pipeline.UNET, params, tmp_path / "unet")
+    student = {"lora": {"conv_in": {"a": np.ones((8, 2)), "b": np.full((2, 4), np.nan)}}, "tuned": {}}
+    monkeypatch.setattr("osv_jax.inference.trained._read", lambda *_: student)
+    for arguments in (["export-lora", "--format=peft"], ["export-lora", "--format=unet"], ["merge"]):
+        assert convert([*arguments, "runs/stage2", str(tmp_path / "out")]) == 2
+        told = capsys.readouterr().err
+        assert "runs/stage2 has values that are NaN or infinite, first in lora/conv_in/b; delete it" in told
+    assert list(tmp_path.iterdir()) == []
+
+
 @pytest.mark.parametrize(
     ("arguments", "words"),
     [

@@ -20,7 +20,7 @@ from safetensors.torch import load_file, save_file
 
 from osv_jax.convert import importers
 from osv_jax.convert.naming import to_torch
-from osv_jax.convert.weights import load_config, load_params
+from osv_jax.convert.weights import load_config, load_params, load_video
 from osv_jax.errors import UserError
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.dinov2 import Dinov2
@@ -273,6 +273,35 @@ def test_values_beyond_float16_are_an_error(vae_copy, tmp_path):
     assert not (tmp_path / "out").exists()
     params = import_vae(vae_copy, tmp_path / "out")
     assert params["quant_conv"]["bias"][3] == jnp.bfloat16(1e5)
+
+
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+def test_values_that_are_not_finite_are_an_error(vae_copy, tmp_path, value, dtype):
+    file = vae_copy / "vae" / DIFFUSERS
+    state = {name: tensor.to(dtype) for name, tensor in load_file(file).items()}
+    state["quant_conv.bias"][3] = value
+    save_file(state, file)
+    with pytest.raises(UserError, match=r"vae: quant_conv\.bias has values that are NaN or infinite"):
+        import_vae(vae_copy, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+
+
+def test_a_factor_that_is_not_finite_is_an_error(vae_copy, weights, tmp_path):
+    tiny_checkpoints.edit_json(vae_copy / "vae" / "config.json", scaling_factor=float("nan"))
+    with pytest.raises(UserError, match=r"vae/config\.json: scaling_factor=nan must be a finite number above 0"):
+        import_vae(vae_copy, tmp_path / "out")
+    shutil.copytree(weights, tmp_path / "weights")
+    file = tmp_path / "weights" / "vae" / "config.json"
+    file.write_text(file.read_text().replace("0.18215", "Infinity"))
+    with pytest.raises(UserError, match=r"vae/config\.json: scaling_factor=inf must be a finite number above 0"):
+        load_config(tmp_path / "weights", "vae")
+
+
+def test_a_rate_that_no_clip_has_is_an_error(tmp_path):
+    (tmp_path / "video.json").write_text('{"height": 64, "fps": NaN}')
+    with pytest.raises(UserError, match=r"video\.json: fps=nan must be a number from 0\.1 to 240"):
+        load_video(tmp_path)
 
 
 def test_existing_components_are_not_overwritten_unasked(svd, vae_copy, tmp_path):

@@ -218,6 +218,20 @@ def test_tensors_that_do_not_fit_are_named(adapter, change, words, tmp_path):
     assert all(word in sentence for word in words), sentence
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf])
+@pytest.mark.parametrize("part", ["lora_A.weight", "lora_B.weight", "alpha"])
+def test_values_that_are_not_finite_are_named(adapter, part, value, tmp_path):
+    tensors = with_alphas(adapter[1])
+    name = f"{BLOCK}.attn2.to_v.{part}"
+    tensors[name] = tensors[name].clone()
+    tensors[name].view(-1)[-1] = value
+    file = tmp_path / "lora.safetensors"
+    save_file(tensors, file)
+    wanted = "the scale of " + name.removesuffix(".alpha") if part == "alpha" else name
+    sentence = refused(file)
+    assert f"{file}: {wanted}" in sentence and "NaN or infinite" in sentence
+
+
 def test_what_is_no_lora_is_refused(tmp_path):
     assert "does not exist" in refused(tmp_path / "nothing")
     assert "holds no LoRA" in refused(tmp_path)
@@ -257,6 +271,12 @@ def test_import_is_for_the_released_unet_by_default(tmp_path, capsys):
     assert is_lora(tmp_path / "out") and is_lora(tmp_path / "lora.safetensors") and not is_lora(tmp_path)
     assert convert(arguments) == 2
     assert "--overwrite" in capsys.readouterr().err
+    tensors["lora_B"][5, 3] = np.nan
+    save_file({f"{name}{half}.weight": t for half, t in tensors.items()}, tmp_path / "lora.safetensors")
+    assert convert([*arguments, "--overwrite"]) == 2
+    told = capsys.readouterr().err
+    assert f"{name}lora_B.weight has values that are NaN or infinite" in told and told.count("\n") == 1
+    assert is_lora(tmp_path / "out")
 
 
 @pytest.fixture(scope="module")

@@ -105,6 +105,16 @@ def test_every_allowed_rate_can_be_written(tmp_path, clip, name, fps):
         assert float(container.streams.video[0].average_rate) == pytest.approx(fps, rel=0.001 if "mp4" in name else 0.1)
 
 
+@pytest.mark.parametrize("value", [np.nan, np.inf, -np.inf])
+def test_there_is_no_pixel_for_what_is_not_finite(value):
+    frames = np.zeros((2, 4, 4, 3), np.float32)
+    frames[1, 2, 3, 0] = value
+    with pytest.raises(UserError, match="values that are NaN or infinite"):
+        media.to_uint8(frames)
+    frames[1, 2, 3, 0] = 3e38
+    assert media.to_uint8(frames)[1, 2, 3, 0] == 255
+
+
 def test_other_endings_are_refused(tmp_path, clip):
     with pytest.raises(UserError, match=r"not as 'clip\.avi'"):
         media.write_video(tmp_path / "clip.avi", clip, 7)
