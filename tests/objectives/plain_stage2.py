@@ -51,9 +51,9 @@ def variables(base, student):
     return {"params": nested, "lora": student.lora}
 
 
-def question(denoiser, state, frozen, batch, index, noise, guidance, steps=5):
+def question(denoiser, state, frozen, batch, index, noise, guidance, num_levels=100, steps=5):
     """x at t_{n+m}, its sigma, the target f_ema(x_tn, t_n) and lambda(t_n); guidance [b f]."""
-    levels = [sigmas(np.asarray(index) + steps - i) for i in range(steps + 1)]
+    levels = [sigmas(np.asarray(index) + steps - i, num_levels) for i in range(steps + 1)]
     weight = jnp.asarray(guidance)[:, :, None, None, None]
     dropped = dataclasses.replace(
         batch.cond,
