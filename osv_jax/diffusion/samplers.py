@@ -102,8 +102,13 @@ def time_travel(
 
     From x at t^k_{i+1} it predicts f, goes down to x' at t^{k+1}_{i+1} of the finer grid, predicts f' there, and goes
     on from f' at t^k_i. Both times the noise added is the mean of the INITIAL noise and the noise that the prediction
-    implies. Eq. 13 divides that implied noise by the level of x' once where it means the level of x (x - f is
-    sigma(t^k_{i+1}) times noise; for k = 1 the printed level is 47 times smaller): the level of x is taken here.
+    implies. This departs from what Eq. 13 prints, twice:
+
+    - The noise implied by f is (x - f) / sigma(t^k_{i+1}) here, as x is at that level. Printed is a division by
+      sigma(t^{k+1}_{i+1}), the level of x', which is 47 times smaller for k = 1: x' would have 24 times the noise that
+      its level stands for.
+    - For k >= 2 it goes on at t^k_i with the mean eps_{t^k_i} = (eps_0 + (x' - f') / sigma(t^{k+1}_{i+1})) / 2, which
+      Eq. 13 defines and does not use: printed is eps_0 in its place.
 
     Args:
         noise: eps_0, standard normal.

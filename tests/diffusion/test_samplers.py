@@ -1,4 +1,4 @@
-"""Samplers against a transcription of OSV's Eq. 13, diffusers' scheduler, and counts of evaluations."""
+"""Samplers against OSV's Eq. 13 as printed and two departures from it, diffusers' scheduler, and counts."""
 
 import jax
 import jax.numpy as jnp
@@ -45,16 +45,25 @@ def counting(denoiser):
     return counted, calls
 
 
-def equation_13(network, cond, eps_0, k):
-    """OSV Eq. 13 line by line, in float64, with the paper's F, c_skip and c_out, and none of our code."""
+def level(i, k):
+    """t^k_i of OSV Eq. 13: 0, then every N/k-th of 100 Karras levels."""
+    if i == 0:
+        return 0.0
+    index = int(np.floor(i * 100 / k + 0.5))
+    low, high = 0.002 ** (1 / 7), 700.0 ** (1 / 7)
+    return (low + (index - 1) / 99 * (high - low)) ** 7
 
-    def t(i, k):
-        """t^k_i: 0, then every N/k-th of 100 Karras levels."""
-        if i == 0:
-            return 0.0
-        index = int(np.floor(i * 100 / k + 0.5))
-        low, high = 0.002 ** (1 / 7), 700.0 ** (1 / 7)
-        return (low + (index - 1) / 99 * (high - low)) ** 7
+
+def equation_13(network, cond, eps_0, k, level_of_x=False, mean_goes_on=False):
+    """OSV Eq. 13 line by line as it is printed, in float64, with the paper's F, c_skip and c_out, and none of our code.
+
+    Args:
+        level_of_x: divide x - f by the level of x, not by that of the finer grid below it. Ours does.
+        mean_goes_on: go on with the mean of the noises, the equation's last line, not with eps_0. Ours does.
+
+    Returns:
+        What F is asked about, in order, and at the end the sample.
+    """
 
     def c_skip(s):
         return 1 / (s**2 + 1)
@@ -68,26 +77,66 @@ def equation_13(network, cond, eps_0, k):
         return np.asarray(network(*(jnp.asarray(a, jnp.float32) for a in arguments)), np.float64)
 
     eps_0 = np.asarray(eps_0, np.float64)
-    x = t(k, k) * eps_0
+    x = level(k, k) * eps_0
+    states = [x]
     for i in range(k - 1, -1, -1):
-        f = c_skip(t(i + 1, k)) * x + c_out(t(i + 1, k)) * F(x, t(i + 1, k))
-        eps = (eps_0 + (x - f) / t(i + 1, k)) / 2
-        x_fine = f + t(i + 1, k + 1) * eps
-        f = c_skip(t(i + 1, k + 1)) * x_fine + c_out(t(i + 1, k + 1)) * F(x_fine, t(i + 1, k + 1))
-        eps = (eps_0 + (x_fine - f) / t(i + 1, k + 1)) / 2
-        x = f + t(i, k) * eps
-    return x
+        t, finer, lower = level(i + 1, k), level(i + 1, k + 1), level(i, k)
+        f = c_skip(t) * x + c_out(t) * F(x, t)
+        eps = (eps_0 + (x - f) / (t if level_of_x else finer)) / 2
+        x_finer = f + finer * eps
+        f_lower = c_skip(finer) * x_finer + c_out(finer) * F(x_finer, finer)
+        eps_lower = (eps_0 + (x_finer - f_lower) / finer) / 2
+        x = (
+            c_skip(finer) * (f + finer * eps)
+            + c_out(finer) * F(x_finer, finer)
+            + lower * (eps_lower if mean_goes_on else eps_0)
+        )
+        states += [x_finer, x]
+    return states
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
-def test_time_travel_is_equation_13(cond, noise, k):
+def test_time_travel_is_equation_13_with_two_departures(cond, noise, k):
     denoiser, calls = counting(lambda x, sigma: denoise(toy_network, x, sigma, cond))
     levels = samplers.even_levels(k), samplers.even_levels(k + 1)
     actual = jax.jit(lambda noise: samplers.time_travel(denoiser, noise, *levels))(noise)
     jax.effects_barrier()
-    assert relative_error(actual, equation_13(toy_network, cond, noise, k)) <= 1e-5
+    expected = equation_13(toy_network, cond, noise, k, level_of_x=True, mean_goes_on=True)[-1]
+    assert relative_error(actual, expected) <= 1e-5
     assert len(calls) == samplers.num_evaluations("tts", k) == 2 * k
     assert all(call.shape == (2,) for call in calls)
+
+
+def float64_denoise(x, sigma, cond):
+    return np.asarray(denoise(toy_network, jnp.asarray(x, jnp.float32), jnp.full(2, sigma), cond), np.float64)
+
+
+@pytest.mark.parametrize("k", [1, 2, 3])
+def test_the_printed_denominator_makes_noise_too_large_for_its_level(cond, noise, k):
+    """At the first x': by half of what the level of x is more than the finer level, 24 times in all for k = 1."""
+    x, printed, *_ = equation_13(toy_network, cond, noise, k)
+    _, ours, *_ = equation_13(toy_network, cond, noise, k, level_of_x=True)
+    t, finer = level(k, k), level(k, k + 1)
+    f = float64_denoise(x, t, cond)
+    assert relative_error(printed - ours, (t - finer) / 2 * (x - f) / t) <= 1e-5
+    # In units of what the finer level stands for; the implied noise is about eps_0 at such levels.
+    assert np.std((ours - f) / finer) == pytest.approx(np.std(np.asarray(noise)), rel=0.01)
+    excess = np.std((printed - f) / finer) / np.std(np.asarray(noise))
+    assert excess == pytest.approx((1 + t / finer) / 2, rel=0.01)
+    assert k > 1 or excess == pytest.approx(24.1, rel=0.01)
+
+
+def test_what_is_printed_goes_on_with_the_initial_noise(cond, noise):
+    """Where ours goes on with the mean that the equation defines and does not use. One step has nothing to go on to."""
+    one = [equation_13(toy_network, cond, noise, 1, True, mean_goes_on)[-1] for mean_goes_on in (False, True)]
+    np.testing.assert_array_equal(*one)
+    (_, _, printed, *_), (_, x_finer, ours, *_) = (
+        equation_13(toy_network, cond, noise, 2, True, mean_goes_on) for mean_goes_on in (False, True)
+    )
+    implied = (x_finer - float64_denoise(x_finer, level(2, 3), cond)) / level(2, 3)
+    assert relative_error(printed - ours, level(1, 2) / 2 * (noise - implied)) <= 1e-4
+    # With this network 0.3 % of the noise.
+    assert relative_error(printed, ours) == pytest.approx(0.0027, rel=0.05)
 
 
 def test_one_step_time_travel_visits_700_and_14_8(cond, noise):
