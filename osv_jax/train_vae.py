@@ -44,7 +44,7 @@ from osv_jax.objectives.autoencoder import (
 )
 from osv_jax.objectives.networks import Params, random_params
 from osv_jax.runtime import checkpoint, command_line, media, mesh, metrics
-from osv_jax.runtime.finite import first_not_finite
+from osv_jax.runtime.finite import check_finite
 from osv_jax.runtime.media import to_float
 from osv_jax.training import keys
 from osv_jax.training.clips import index_folder
@@ -163,10 +163,7 @@ def check_config(config: ConfigDict) -> VAEConfig:
 def _first_state(config: ConfigDict, architecture: VAEConfig, optimizer: optax.GradientTransformation) -> VAEState:
     if config.init_from:
         params = weights.load_params(config.init_from, "vae", dtype=jnp.float32)
-        if name := first_not_finite(params):
-            raise UserError(
-                f"config.init_from={config.init_from} has values that are NaN or infinite, first in {name}."
-            )
+        check_finite(params, f"config.init_from={config.init_from}")
     else:
         shapes = unflatten_dict(expected_params("vae", architecture))
         params = without_neighbours(random_params(shapes, config.seed, np.float32))

@@ -204,6 +204,21 @@ def test_a_checkpoint_of_other_shapes_is_refused(stage1, tmp_path):
     assert "student/lora" in sentence and "use the configuration it was trained with" in sentence
 
 
+def test_a_checkpoint_that_is_not_finite_is_refused(stage1, tmp_path, monkeypatch):
+    restore = setup.checkpoint.restore_parts
+
+    def damaged(*arguments):
+        parts = restore(*arguments)
+        parts["disc"]["params"]["upsampler"]["bias"] *= np.inf
+        return parts
+
+    monkeypatch.setattr(setup.checkpoint, "restore_parts", damaged)
+    sentence = refused(stage2_config(stage1), tmp_path / "run")
+    assert (
+        f"The checkpoint of step 2 in {stage1} has values that are NaN or infinite, first in disc/params/" in sentence
+    )
+
+
 def test_a_damaged_checkpoint_of_stage_1_is_named(stage1, tmp_path):
     origin = tmp_path / "origin"
     shutil.copytree(stage1, origin)

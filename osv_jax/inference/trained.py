@@ -20,7 +20,7 @@ from osv_jax.errors import UserError
 from osv_jax.models.lora import merge_lora, scale_lora
 from osv_jax.objectives.players import Student
 from osv_jax.runtime import checkpoint
-from osv_jax.runtime.finite import first_not_finite
+from osv_jax.runtime.finite import check_finite
 from osv_jax.training import keys
 
 Params = Mapping[str, Any]
@@ -104,11 +104,7 @@ def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
     if step is None:
         raise UserError(f"{workdir} has no checkpoint: let the run reach its first one (config.checkpoint_every).")
     student = _read(workdir, step, "ema" if ema else "student")
-    if name := first_not_finite(student):
-        raise UserError(
-            f"The checkpoint of step {step} in {workdir} has values that are NaN or infinite, first in {name}; delete"
-            " it to use the one before."
-        )
+    check_finite(student, f"The checkpoint of step {step} in {workdir}")
     return Trained(Student(lora=scale_lora(student["lora"], scale), tuned=student["tuned"]), step, config)
 
 

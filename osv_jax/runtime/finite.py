@@ -21,16 +21,9 @@ class NotFinite(UserError):
 def is_finite(array: Any) -> bool:
     """Whether all values are; of an array over several processes, this one's part."""
     if isinstance(array, jax.Array):
-        return all(np.isfinite(np.asarray(shard.data)).all() for shard in array.addressable_shards)
+        parts = {str(shard.index): shard.data for shard in array.addressable_shards}  # Copies count once.
+        return all(np.isfinite(np.asarray(part)).all() for part in parts.values())
     return bool(np.isfinite(array).all())
-
-
-def check_finite(array: Any, name: str) -> None:
-    """Raises UserError, with the name of the array, if one of its values is not finite."""
-    if not is_finite(array):
-        raise UserError(
-            f"{name} has values that are NaN or infinite: it is damaged; get another copy, or make it again."
-        )
 
 
 def first_not_finite(tree: Any) -> str | None:
@@ -39,6 +32,20 @@ def first_not_finite(tree: Any) -> str | None:
         if not is_finite(leaf):
             return jax.tree_util.keystr(path, simple=True, separator="/")
     return None
+
+
+def check_finite(values: Any, name: str) -> None:
+    """Raises UserError if a value of an array, or of a tree of arrays, is not finite.
+
+    Args:
+        name: of the array or of the whole tree.
+    """
+    leaf = first_not_finite(values)
+    if leaf is not None:
+        where = f", first in {leaf}" if leaf else ""
+        raise UserError(
+            f"{name} has values that are NaN or infinite{where}: it is damaged; use another copy, or an earlier one."
+        )
 
 
 @contextlib.contextmanager

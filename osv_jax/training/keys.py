@@ -134,4 +134,5 @@ def check_numbers(config: Mapping[str, Any], where: str) -> None:
 
 
 def _numbers(value: Any) -> list[Any]:
-    return list(value) if isinstance(value, (tuple, list)) else [value]
+    """A value, or what stands in a tuple of values or of tuples."""
+    return [x for part in value for x in _numbers(part)] if isinstance(value, (tuple, list)) else [value]

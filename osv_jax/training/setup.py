@@ -29,6 +29,7 @@ from osv_jax.objectives.networks import Networks, Params, build_networks, random
 from osv_jax.objectives.pixels import encode_batch
 from osv_jax.objectives.players import Student, TrainState, init_state, make_optimizer, start_state
 from osv_jax.runtime import checkpoint, mesh
+from osv_jax.runtime.finite import check_finite
 from osv_jax.runtime.ranges import PIXELS, WHOLE
 from osv_jax.training import keys
 
@@ -281,7 +282,7 @@ def start_from(workdir: pathlib.Path, state: TrainState, optimizers: Optimizers)
         workdir: one that `check_origin` accepts.
 
     Raises:
-        UserError: when the checkpoint does not fit, saying what differs.
+        UserError: when the checkpoint does not fit, saying what differs, or is not finite.
     """
     step = checkpoint.latest_step(workdir)
     stored = checkpoint.stored_shapes(workdir, step)["student"]
@@ -303,6 +304,7 @@ def start_from(workdir: pathlib.Path, state: TrainState, optimizers: Optimizers)
     if state.disc:
         like["disc"] = state.disc
     parts = checkpoint.restore_parts(workdir, step, like)
+    check_finite(parts, f"The checkpoint of step {step} in {workdir}")
     own |= flatten_dict(parts["student"].get("lora", {}))
     tuned |= flatten_dict(parts["student"].get("tuned", {}))
     student = state.student.replace(lora=unflatten_dict(own), tuned=unflatten_dict(tuned))

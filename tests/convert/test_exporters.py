@@ -248,7 +248,7 @@ def test_values_that_are_not_finite_are_refused(home, tmp_path, monkeypatch, cap
     for arguments in (["export-lora", "--format=peft"], ["export-lora", "--format=unet"], ["merge"]):
         assert convert([*arguments, "runs/stage2", str(tmp_path / "out")]) == 2
         told = capsys.readouterr().err
-        assert "runs/stage2 has values that are NaN or infinite, first in lora/conv_in/b; delete it" in told
+        assert "runs/stage2 has values that are NaN or infinite, first in lora/conv_in/b: it is damaged" in told
     assert list(tmp_path.iterdir()) == []
 
 

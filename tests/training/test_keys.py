@@ -87,6 +87,7 @@ def test_no_number_may_be_something_else(configs, name):
         ("huber_c", 0.0, "config.huber_c=0.0 must be a finite number of at least 1e-08."),
         ("guidance.max", math.inf, "config.guidance.max=inf must be a finite number."),
         ("of_my_own", math.nan, "config.of_my_own=nan must be a finite number."),
+        ("of_my_own", (1, (2.0, math.inf)), "config.of_my_own=(1, (2.0, inf)) must be a finite number."),
         ("discriminator_blocks", (0, -1), "config.discriminator_blocks=(0, -1) must be a whole number of at least 0."),
         (
             "random_networks.unet.layers_per_block",
