@@ -12,23 +12,22 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-import pathlib
 from collections.abc import Mapping
 
 import jax
 import numpy as np
 from absl import logging
 from jaxtyping import Float, UInt8
-from PIL import Image
 from tqdm import tqdm
 
 from osv_jax.data import demo, pixels
 from osv_jax.errors import UserError
 from osv_jax.inference.pipeline import ImageToVideo, Options
 from osv_jax.objectives.autoencoder import frame_psnr
-from osv_jax.runtime import arguments, command_line
+from osv_jax.runtime import arguments, command_line, paths
 from osv_jax.runtime.finite import strict_json
-from osv_jax.runtime.media import beside_each_other, sample_grid, to_float, write_video
+from osv_jax.runtime.media import beside_each_other, sample_grid, to_float, write_picture, write_video
+from osv_jax.runtime.paths import Path, as_path
 from osv_jax.runtime.ranges import COUNT
 from osv_jax.sample import add_video_options
 
@@ -62,7 +61,7 @@ def main(given: list[str] | None = None) -> None:
     """
     logging.set_verbosity(logging.ERROR)  # Orbax warns of a file that it does not need.
     args = _parser().parse_args(given)
-    output = pathlib.Path(args.output)
+    output = as_path(args.output)
     chosen = {name: getattr(args, name) for name in ("height", "width", "num_frames", "fps", "steps")}
     options = Options(sampler="euler", **chosen)
     teacher, *trained = ImageToVideo.load_each(
@@ -86,7 +85,7 @@ def main(given: list[str] | None = None) -> None:
     measured = measure(made, clips)
     print(table(measured))
     description = {"weights": args.weights, "lora": args.lora, "clips": len(clips), "seed": args.seed}
-    (output / "measured.json").write_text(strict_json(description | {"samples": measured}, indent=2) + "\n")
+    paths.write_text(output / "measured.json", strict_json(description | {"samples": measured}, indent=2) + "\n")
     draw(output, clips, {label: samples.frames for label, samples in made.items()}, video.fps)
     print(f"{output / 'comparison.png'}, {output / 'comparison.mp4'}, {output / 'measured.json'}")
 
@@ -193,7 +192,7 @@ def table(measured: Mapping[str, Mapping[str, float]]) -> str:
 
 
 def draw(
-    output: pathlib.Path,
+    output: Path,
     clips: UInt8[np.ndarray, "n f h w 3"],
     frames: Mapping[str, UInt8[np.ndarray, "n f h w 3"]],
     fps: float,
@@ -203,7 +202,7 @@ def draw(
     kinds = {"real clip": clips, **frames}
     for number in range(min(_DRAWN_CLIPS, len(clips))):
         rows |= {f"{label} ({number + 1})": made[number] for label, made in kinds.items()}
-    Image.fromarray(sample_grid(rows)).save(output / "comparison.png")
+    write_picture(output / "comparison.png", sample_grid(rows))
     filmed = {label: made[:_FILMED_CLIPS] for label, made in kinds.items()}
     write_video(output / "comparison.mp4", beside_each_other(filmed), fps)
 

@@ -29,6 +29,7 @@ from jax.extend.core import Jaxpr, jaxprs_in_params
 from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict, config_flags
 
+from osv_jax.convert import weights
 from osv_jax.errors import UserError
 from osv_jax.models.groups import GROUPS
 from osv_jax.objectives.networks import Networks
@@ -389,7 +390,7 @@ def make_plan(config: ConfigDict, topology: str) -> bool:
         UserError: a configuration that cannot run on these devices.
     """
     setup.check_config(config)
-    if config.weights and not pathlib.Path(config.weights).is_dir():
+    if config.weights and not weights.locate(config.weights).is_dir():
         print(f"{config.weights} is not there: planning for Stable Video Diffusion's own sizes.")
         config.weights = ""
     if config.data.dataset:

@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import argparse
 import os
-import pathlib
 import sys
 import time
 
@@ -17,7 +16,6 @@ import jax
 import numpy as np
 from absl import logging
 from jaxtyping import UInt8
-from PIL import Image
 
 from osv_jax.data.image import EXTENSIONS, read_image
 from osv_jax.data.video import cover
@@ -25,7 +23,7 @@ from osv_jax.diffusion.samplers import SAMPLERS
 from osv_jax.errors import UserError
 from osv_jax.inference.pipeline import DTYPES, ImageToVideo, Options
 from osv_jax.runtime import arguments, command_line
-from osv_jax.runtime.media import check_rate, write_video
+from osv_jax.runtime.media import check_rate, write_picture, write_video
 from osv_jax.runtime.paths import Path, as_path
 from osv_jax.runtime.ranges import SEED
 
@@ -111,7 +109,7 @@ def list_images(names: list[str]) -> list[Path]:
     return images
 
 
-def plan_outputs(images: list[Path], output: str) -> list[pathlib.Path]:
+def plan_outputs(images: list[Path], output: str) -> list[Path]:
     """What will be written for every image: a video's name, or a folder for pictures. Makes the folders around them.
 
     Raises:
@@ -127,7 +125,7 @@ def plan_outputs(images: list[Path], output: str) -> list[pathlib.Path]:
                 " stands for an image's name, or give a folder."
             )
         output = f"{output}/{{name}}"
-    outputs = [pathlib.Path(output.replace("{name}", image.stem)) for image in images]
+    outputs = [as_path(output.replace("{name}", image.stem)) for image in images]
     if len(set(outputs)) < len(outputs):
         twice = next(path for path in outputs if outputs.count(path) > 1)
         raise UserError(f"Two images would be written to {twice}: rename one of them.")
@@ -145,13 +143,13 @@ def plan_outputs(images: list[Path], output: str) -> list[pathlib.Path]:
     return outputs
 
 
-def write_output(path: pathlib.Path, frames: UInt8[np.ndarray, "f h w 3"], fps: float) -> None:
+def write_output(path: Path, frames: UInt8[np.ndarray, "f h w 3"], fps: float) -> None:
     """Writes frames to a video, or to a folder of pictures 000.png, 001.png, ..."""
     if path.suffix.lower() in _VIDEO_SUFFIXES:
         write_video(path, frames, fps)
         return
     for number, frame in enumerate(frames):
-        Image.fromarray(frame).save(path / f"{number:03d}.png")
+        write_picture(path / f"{number:03d}.png", frame)
 
 
 def _parser() -> argparse.ArgumentParser:

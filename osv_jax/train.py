@@ -12,7 +12,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -35,6 +34,7 @@ from osv_jax.objectives.networks import Networks, Params
 from osv_jax.objectives.players import Student, TrainState
 from osv_jax.runtime import checkpoint, command_line, distributed, media, mesh, metrics
 from osv_jax.runtime.finite import NotFinite, blame_weights
+from osv_jax.runtime.paths import Path, as_path
 from osv_jax.training import setup
 from osv_jax.training.clips import LatentClips, PixelClips, open_clips
 from osv_jax.training.setup import Optimizers, Phase
@@ -57,7 +57,7 @@ def main(argv: list[str]) -> None:
         raise UserError("Both --config and --workdir are needed, e.g. --config=configs/stage1.py --workdir=runs/a.")
     distributed.join()
     with distributed.quiet_but_first():
-        train(_CONFIG.value, pathlib.Path(_WORKDIR.value))
+        train(_CONFIG.value, as_path(_WORKDIR.value))
 
 
 @dataclasses.dataclass
@@ -65,7 +65,7 @@ class _Run:
     """What the phases of a run have in common."""
 
     config: ConfigDict
-    workdir: pathlib.Path
+    workdir: Path
     networks: Networks
     optimizers: Optimizers
     devices: jax.sharding.Mesh
@@ -76,7 +76,7 @@ class _Run:
     writer: metrics.MetricsWriter
 
 
-def train(config: ConfigDict, workdir: pathlib.Path) -> None:
+def train(config: ConfigDict, workdir: Path) -> None:
     """Runs or resumes one training run.
 
     Raises:
@@ -86,7 +86,7 @@ def train(config: ConfigDict, workdir: pathlib.Path) -> None:
     setup.check_config(config)
     checkpoint.check_workdir(workdir, config.to_dict())
     networks = setup.networks_of(config)
-    origin = pathlib.Path(weights.locate(config.init_from)) if config.init_from else None
+    origin = weights.locate(config.init_from) if config.init_from else None
     start = checkpoint.latest_step(workdir) or 0
     given = None
     if origin and not start and lora_files.is_lora(origin):
@@ -204,6 +204,7 @@ def _train(
                 batch = next(batches)
             if number % config.checkpoint_every == 0 or last or stops:
                 finish_all()  # A state whose metrics are not finite must not become a checkpoint.
+                writer.flush()
                 checkpoint.save(run.checkpoints, number, state, run.clips.save_position(phase, number))
             if stops:
                 run.checkpoints.wait_until_finished()
@@ -211,6 +212,7 @@ def _train(
             if number % config.picture_every == 0 or last:
                 finish_all()
                 writer.write_picture("samples", number, draw_picture(state, run.frozen))
+                writer.flush()
                 if jax.process_index() == 0:
                     metrics.loss_curves(run.workdir / "metrics.jsonl", run.workdir / "losses.png", curves)
             if not in_flight:

@@ -11,8 +11,6 @@ import contextlib
 import dataclasses
 import functools
 import math
-import pathlib
-import shutil
 import time
 from collections.abc import Callable
 
@@ -27,7 +25,6 @@ from ml_collections import ConfigDict, config_flags
 
 from osv_jax.convert import weights
 from osv_jax.convert.architectures import expected_params
-from osv_jax.convert.importers import replace_folder
 from osv_jax.data import pixels
 from osv_jax.errors import UserError
 from osv_jax.models.lpips import LPIPS, SMALLEST_SIDE, load_lpips
@@ -43,9 +40,10 @@ from osv_jax.objectives.autoencoder import (
     without_neighbours,
 )
 from osv_jax.objectives.networks import Params, random_params
-from osv_jax.runtime import checkpoint, command_line, media, mesh, metrics
+from osv_jax.runtime import checkpoint, command_line, media, mesh, metrics, paths
 from osv_jax.runtime.finite import check_finite
 from osv_jax.runtime.media import to_float
+from osv_jax.runtime.paths import Path, as_path
 from osv_jax.training import keys
 from osv_jax.training.clips import index_folder
 
@@ -54,7 +52,7 @@ _MEASURED_CLIPS, _DRAWN_CLIPS = 256, 7
 _CURVES = ("loss_l1", "loss_kl")
 
 
-def train_vae(config: ConfigDict, workdir: pathlib.Path) -> None:
+def train_vae(config: ConfigDict, workdir: Path) -> None:
     """Runs or resumes one training run.
 
     Raises:
@@ -242,13 +240,11 @@ def scaling_factor(vae: SVDVAE, params: Params, index: pixels.ClipIndex) -> floa
     return 1 / deviation
 
 
-def save_vae(workdir: pathlib.Path, architecture: VAEConfig, factor: float, params: Params) -> None:
+def save_vae(workdir: Path, architecture: VAEConfig, factor: float, params: Params) -> None:
     """Writes `workdir/vae`, whole or not at all."""
-    partial = workdir / ".vae.partial"
-    shutil.rmtree(partial, ignore_errors=True)
     made = dataclasses.replace(architecture, scaling_factor=factor)
-    weights.save_component(partial, "vae", made, params, workdir)
-    replace_folder(partial, workdir / "vae")
+    with paths.new_folder(workdir / "vae") as folder:
+        weights.save_component(folder, "vae", made, params, workdir)
 
 
 def run() -> None:
@@ -259,7 +255,7 @@ def run() -> None:
     def main(argv: list[str]) -> None:
         if config.value is None or workdir.value is None:
             raise UserError("Both --config and --workdir are needed, e.g. --config=configs/vae.py --workdir=runs/vae.")
-        train_vae(config.value, pathlib.Path(workdir.value))
+        train_vae(config.value, as_path(workdir.value))
 
     command_line.run(main)
 

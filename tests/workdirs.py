@@ -1,23 +1,23 @@
 """Reading and comparing what training runs left in their workdirs."""
 
 import functools
-import pathlib
 
 import jax
 import numpy as np
 import orbax.checkpoint as ocp
 
+from osv_jax.runtime import paths
 from osv_jax.runtime.metrics import read_metrics
 
 
 @functools.cache
-def state_of(workdir: pathlib.Path, step: int) -> dict:
+def state_of(workdir: paths.Path, step: int) -> dict:
     """The state of one checkpoint, whole, as nested dicts."""
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        return checkpointer.restore((workdir / "checkpoints" / str(step) / "state").absolute())
+        return checkpointer.restore(paths.absolute(workdir / "checkpoints" / str(step) / "state"))
 
 
-def metrics_of(workdir: pathlib.Path) -> dict[int, dict]:
+def metrics_of(workdir: paths.Path) -> dict[int, dict]:
     """The metrics of every step, without those that no run repeats."""
     rows = read_metrics(workdir / "metrics.jsonl")
     timing = ("seconds_per_step", "clips_per_second")

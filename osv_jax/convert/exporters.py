@@ -5,8 +5,8 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import json
+import os
 import pathlib
-import shutil
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -15,18 +15,20 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from osv_jax.convert import lora_files
-from osv_jax.convert.importers import DTYPES, replace_folder
+from osv_jax.convert.importers import DTYPES
 from osv_jax.convert.naming import to_torch
 from osv_jax.convert.weights import cast
 from osv_jax.errors import UserError
 from osv_jax.models.svd_unet import UNetConfig
+from osv_jax.runtime import paths
+from osv_jax.runtime.paths import as_path
 
 FORMATS = ("peft", "diffusers", "unet")
 
 Params = Mapping[str, Any]
 
 
-def export_peft(lora: Params, output: str | pathlib.Path, dtype: str = "float32", overwrite: bool = False) -> None:
+def export_peft(lora: Params, output: str | os.PathLike, dtype: str = "float32", overwrite: bool = False) -> None:
     """Writes a PEFT adapter folder; see `lora_files.write_peft`.
 
     Args:
@@ -39,7 +41,7 @@ def export_peft(lora: Params, output: str | pathlib.Path, dtype: str = "float32"
         lora_files.write_peft(folder, _stored(lora, dtype))
 
 
-def export_diffusers(lora: Params, output: str | pathlib.Path, dtype: str = "float32", overwrite: bool = False) -> None:
+def export_diffusers(lora: Params, output: str | os.PathLike, dtype: str = "float32", overwrite: bool = False) -> None:
     """Writes a folder with `pytorch_lora_weights.safetensors`; see `lora_files.write_diffusers`.
 
     Args:
@@ -58,7 +60,7 @@ def _stored(lora: Params, dtype: str) -> Params:
 
 
 def export_unet(
-    config: UNetConfig, params: Params, output: str | pathlib.Path, dtype: str = "float32", overwrite: bool = False
+    config: UNetConfig, params: Params, output: str | os.PathLike, dtype: str = "float32", overwrite: bool = False
 ) -> None:
     """Writes a folder that diffusers' `UNetSpatioTemporalConditionModel.from_pretrained` opens.
 
@@ -80,28 +82,23 @@ def export_unet(
 
 
 @contextlib.contextmanager
-def new_folder(output: str | pathlib.Path, overwrite: bool) -> Iterator[pathlib.Path]:
+def new_folder(output: str | os.PathLike, overwrite: bool) -> Iterator[pathlib.Path]:
     """A folder to fill, which takes the name `output` when that is done, and never exists half full under it.
 
     Raises:
         UserError: if `output` exists, unless it may be overwritten, or cannot be written.
     """
-    output = pathlib.Path(output)
+    output = as_path(output)
     if output.exists() and not overwrite:
         raise UserError(f"{output} exists: choose another output, or replace it with --overwrite.")
-    partial = output.with_name(f".{output.name}.partial")
     try:
-        shutil.rmtree(partial, ignore_errors=True)
-        partial.mkdir(parents=True)
-        yield partial
-        # Safetensors lets nobody but the owner read what it writes; these files are as open as their folder.
-        for file in filter(pathlib.Path.is_file, partial.rglob("*")):
-            file.chmod(partial.stat().st_mode & 0o666)
-        replace_folder(partial, output)
+        with paths.new_folder(output) as folder:
+            yield folder
+            # Safetensors lets nobody but the owner read what it writes; these files are as open as their folder.
+            for file in filter(pathlib.Path.is_file, folder.rglob("*")):
+                file.chmod(folder.stat().st_mode & 0o666)
     except OSError as error:
         raise UserError(f"{output} cannot be written ({error.strerror}): choose another output.") from error
-    finally:
-        shutil.rmtree(partial, ignore_errors=True)
 
 
 def _unet_json(config: UNetConfig) -> dict[str, Any]:

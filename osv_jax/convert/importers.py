@@ -6,12 +6,12 @@ tensor of the right shape, and no tensor may be left over. Only then is anything
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
-import pathlib
+import os
 import re
-import shutil
 import time
 from collections.abc import Callable, Sequence
 from typing import Any
@@ -25,6 +25,8 @@ from osv_jax.convert.naming import Path, flax_shape_to_torch, to_flax, torch_nam
 from osv_jax.convert.readers import Reader, open_weights
 from osv_jax.convert.weights import cast, save_component
 from osv_jax.errors import UserError
+from osv_jax.runtime import paths
+from osv_jax.runtime.paths import as_path
 
 SVD_COMPONENTS = ("unet", "vae", "image_encoder")
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}
@@ -102,8 +104,8 @@ class Summary:
 
 
 def import_svd(
-    folder: str | pathlib.Path,
-    output: str | pathlib.Path,
+    folder: str | os.PathLike,
+    output: str | os.PathLike,
     dtype: str = "bfloat16",
     components: Sequence[str] = SVD_COMPONENTS,
     overwrite: bool = False,
@@ -113,20 +115,20 @@ def import_svd(
 
 
 def import_dinov2(
-    path: str | pathlib.Path, output: str | pathlib.Path, dtype: str = "bfloat16", overwrite: bool = False
+    path: str | os.PathLike, output: str | os.PathLike, dtype: str = "bfloat16", overwrite: bool = False
 ) -> Summary:
     """Imports DINOv2 from a transformers folder or a torch-hub file; see `plan_dinov2` and `write`."""
     return write([plan_dinov2(path)], output, dtype, overwrite)
 
 
-def plan_svd(folder: str | pathlib.Path, components: Sequence[str] = SVD_COMPONENTS) -> list[Plan]:
+def plan_svd(folder: str | os.PathLike, components: Sequence[str] = SVD_COMPONENTS) -> list[Plan]:
     """Plans the import of an SVD folder in diffusers layout (`unet/ vae/ image_encoder/`).
 
     Raises:
         UserError: not such a folder, an architecture we have no code for, unreadable weights, or tensors that do not
             match the architecture.
     """
-    folder = _local(folder, "stabilityai/stable-video-diffusion-img2vid")
+    folder = _existing(folder, "stabilityai/stable-video-diffusion-img2vid")
     unknown = [component for component in components if component not in SVD_COMPONENTS]
     if unknown:
         raise UserError(f"There is no component {unknown[0]!r} in SVD: expected some of {', '.join(SVD_COMPONENTS)}.")
@@ -146,13 +148,13 @@ def plan_svd(folder: str | pathlib.Path, components: Sequence[str] = SVD_COMPONE
     return plans
 
 
-def plan_dinov2(path: str | pathlib.Path) -> Plan:
+def plan_dinov2(path: str | os.PathLike) -> Plan:
     """Plans the import of DINOv2 from a transformers folder, or from a torch-hub `.pth`, whose sizes are inferred.
 
     Raises:
         UserError: as `plan_svd`.
     """
-    path = _local(path, "facebook/dinov2-small")
+    path = _existing(path, "facebook/dinov2-small")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{path} has no config.json: expected a transformers DINOv2 folder, or give a .pth file.")
@@ -207,7 +209,7 @@ def make_plan(component: str, config: Config, reader: Reader, translate: Transla
 
 def write(
     plans: Sequence[Plan],
-    output: str | pathlib.Path,
+    output: str | os.PathLike,
     dtype: str = "bfloat16",
     overwrite: bool = False,
     on_tensor: Callable[[np.ndarray], None] = lambda array: None,
@@ -227,52 +229,35 @@ def write(
     if dtype not in DTYPES:
         raise UserError(f"There is no dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
     check_output(plans, output, overwrite)
-    output, start = pathlib.Path(output), time.perf_counter()
-    # Hidden names that no loader looks for, in the same file system, so that the renames at the end are atomic.
-    partial = {plan.component: output / f".{plan.component}.partial" for plan in plans}
+    output, start = as_path(output), time.perf_counter()
     parameters = size = 0
-    try:
+    # The components appear when all are made.
+    with contextlib.ExitStack() as made:
         for plan in plans:
-            shutil.rmtree(partial[plan.component], ignore_errors=True)
             flat = {}
             for tensor in plan.tensors:
                 flat[tensor.path] = array = tensor.read(plan.reader, DTYPES[dtype])
                 parameters, size = parameters + array.size, size + array.nbytes
                 on_tensor(array)
-            save_component(
-                partial[plan.component], plan.component, plan.config, unflatten_dict(flat), plan.reader.source
-            )
-        for component, folder in partial.items():
-            replace_folder(folder, output / component)
-    finally:
-        for folder in partial.values():
-            shutil.rmtree(folder, ignore_errors=True)
+            folder = made.enter_context(paths.new_folder(output / plan.component))
+            save_component(folder, plan.component, plan.config, unflatten_dict(flat), plan.reader.source)
     return Summary(parameters, size, time.perf_counter() - start)
 
 
-def check_output(plans: Sequence[Plan], output: str | pathlib.Path, overwrite: bool) -> None:
+def check_output(plans: Sequence[Plan], output: str | os.PathLike, overwrite: bool) -> None:
     """Raises UserError if `output` has one of the planned components already, unless it may be overwritten."""
-    existing = [plan.component for plan in plans if (pathlib.Path(output) / plan.component).exists()]
+    existing = [plan.component for plan in plans if (as_path(output) / plan.component).exists()]
     if existing and not overwrite:
         raise UserError(
-            f"{pathlib.Path(output) / existing[0]} exists: choose another output, or replace it with --overwrite."
+            f"{as_path(output) / existing[0]} exists: choose another output, or replace it with --overwrite."
         )
 
 
-def replace_folder(new: pathlib.Path, target: pathlib.Path) -> None:
-    """Renames `new` to `target`; what was there before goes away last."""
-    old = target.with_name(f".{target.name}.old")
-    shutil.rmtree(old, ignore_errors=True)
-    if target.exists():
-        target.rename(old)
-    new.rename(target)
-    shutil.rmtree(old, ignore_errors=True)
-
-
-def _local(path: str | pathlib.Path, example: str) -> pathlib.Path:
-    if pathlib.Path(path).exists():
-        return pathlib.Path(path)
-    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not pathlib.Path(path).parent.exists():
+def _existing(path: str | os.PathLike, example: str) -> paths.Path:
+    given = as_path(path)
+    if given.exists():
+        return given
+    if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not given.parent.exists():
         name = str(path).split("/")[1]
         raise UserError(
             f"{path} looks like a Hugging Face id, but conversion needs a local folder: download it with "
@@ -284,7 +269,7 @@ def _local(path: str | pathlib.Path, example: str) -> pathlib.Path:
     )
 
 
-def _read_json(file: pathlib.Path) -> dict[str, Any]:
+def _read_json(file: paths.Path) -> dict[str, Any]:
     try:
         content = json.loads(file.read_text())
     except ValueError as error:

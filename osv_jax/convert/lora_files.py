@@ -9,6 +9,7 @@ from __future__ import annotations
 import collections
 import dataclasses
 import json
+import os
 import pathlib
 import re
 from collections.abc import Callable, Mapping
@@ -16,13 +17,14 @@ from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
-from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file
 
 from osv_jax.convert.naming import Path, flax_shape_to_torch, module_path, to_flax, to_torch, torch_module
-from osv_jax.convert.readers import Reader, open_weights
+from osv_jax.convert.readers import Reader, open_weights, safetensors_metadata
 from osv_jax.errors import UserError
+from osv_jax.runtime import paths
 from osv_jax.runtime.finite import check_finite
+from osv_jax.runtime.paths import as_path
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -62,9 +64,9 @@ class LoraFile:
         )
 
 
-def is_lora(path: str | pathlib.Path) -> bool:
+def is_lora(path: str | os.PathLike) -> bool:
     """Whether `path` looks like what `read_lora` reads."""
-    path = pathlib.Path(path)
+    path = as_path(path)
     return path.suffix == ".safetensors" or any((path / name).is_file() for name in (PEFT_CONFIG, DIFFUSERS_WEIGHTS))
 
 
@@ -94,7 +96,7 @@ def check_lora(lora: Params, shapes: Mapping[Path, Any], source: Any) -> None:
     _complain(source, {"modules that this UNet does not have": unknown, "modules of other sizes": misshapen})
 
 
-def read_lora(path: str | pathlib.Path, shapes: Mapping[Path, Any]) -> LoraFile:
+def read_lora(path: str | os.PathLike, shapes: Mapping[Path, Any]) -> LoraFile:
     """Reads a PEFT adapter folder or a LoRA safetensors file for the UNet whose parameters are `shapes` (by path).
 
     Keys may be `<module>.lora_A.weight` and `.lora_B.weight`, or `.lora.down` and `.lora.up`, with or without the
@@ -105,7 +107,7 @@ def read_lora(path: str | pathlib.Path, shapes: Mapping[Path, Any]) -> LoraFile:
         UserError: nothing to read there, another kind of adapter, keys, shapes or ranks that do not match, or a value
             that is not finite.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     file, config = _locate(path)
     reader = open_weights(file)
     halves: dict[str, dict[str, str]] = collections.defaultdict(dict)
@@ -211,7 +213,7 @@ def _read_finite(reader: Reader, name: str) -> np.ndarray:
     return array
 
 
-def _locate(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
+def _locate(path: paths.Path) -> tuple[paths.Path, dict[str, Any]]:
     """The weights file, and PEFT's config of it as far as it has one."""
     if not path.exists():
         raise UserError(f"{path} does not exist: give a PEFT adapter folder or a LoRA .safetensors file.")
@@ -228,20 +230,15 @@ def _locate(path: pathlib.Path) -> tuple[pathlib.Path, dict[str, Any]]:
     raise UserError(f"{path} holds no LoRA: expected {PEFT_CONFIG} or {DIFFUSERS_WEIGHTS} in it.")
 
 
-def _diffusers_config(file: pathlib.Path) -> dict[str, Any]:
+def _diffusers_config(file: paths.Path) -> dict[str, Any]:
     """The adapter config that diffusers (since 0.34) keeps in the metadata of a file, with `unet.` before every key."""
     if file.suffix != ".safetensors":
         return {}
-    try:
-        with safe_open(file, "numpy") as opened:
-            metadata = opened.metadata() or {}
-    except (SafetensorError, OSError):
-        return {}  # `open_weights` says what is wrong with it.
-    config = _json(metadata.get("lora_adapter_metadata", "{}"), file)
+    config = _json(safetensors_metadata(file).get("lora_adapter_metadata", "{}"), file)
     return {name.removeprefix("unet."): value for name, value in config.items()}
 
 
-def _json(text: str, file: pathlib.Path) -> dict[str, Any]:
+def _json(text: str, file: paths.Path) -> dict[str, Any]:
     try:
         content = json.loads(text)
     except ValueError as error:

@@ -6,20 +6,24 @@ Safetensors are read here without any library: the format is a JSON table of con
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import math
+import os
 import pathlib
 import pickle
 import struct
 import zipfile
 from collections.abc import Iterable
-from typing import Protocol, runtime_checkable
+from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 
 from osv_jax.errors import UserError
+from osv_jax.runtime import paths
+from osv_jax.runtime.paths import Path, as_path, in_bucket
 
 # On-disk stems: diffusers' weights; transformers' safetensors and transformers' pickles.
 _STEMS = ("diffusion_pytorch_model", "model", "pytorch_model")
@@ -38,6 +42,7 @@ _SAFETENSORS_DTYPES = {
 }
 # The format's own limit; a larger number means that the first eight bytes are not a length.
 _MAX_HEADER = 100 * 2**20
+_METADATA = "__metadata__"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
 
@@ -45,7 +50,7 @@ _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 class Reader(Protocol):
     """Tensors by their PyTorch names."""
 
-    source: pathlib.Path
+    source: Path
 
     def names(self) -> list[str]:
         """All tensor names, sorted."""
@@ -57,7 +62,7 @@ class Reader(Protocol):
         """One tensor, in its stored dtype (`ml_dtypes.bfloat16` for bfloat16)."""
 
 
-def open_weights(path: str | pathlib.Path) -> Reader:
+def open_weights(path: str | os.PathLike) -> Reader:
     """Opens a weights file, or the weights of one network's folder in diffusers or transformers layout.
 
     In a folder, full-precision files are preferred to their fp16 variants, and safetensors to pickles.
@@ -66,7 +71,7 @@ def open_weights(path: str | pathlib.Path) -> Reader:
         UserError: nothing there, no weights in the folder, shards missing, or a file that is empty, truncated,
             damaged, only a git-lfs pointer, or a pickle of something else than tensors.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     files = _weight_files(path) if path.is_dir() else [path]
     if files[0].suffix == ".safetensors":
         return SafetensorsReader(path, files)
@@ -78,7 +83,7 @@ def open_weights(path: str | pathlib.Path) -> Reader:
 class SafetensorsReader:
     """Safetensors files (all shards of one checkpoint)."""
 
-    def __init__(self, source: pathlib.Path, files: Iterable[pathlib.Path]):
+    def __init__(self, source: Path, files: Iterable[Path]):
         self.source = source
         self._entries = {name: entry for file in files for name, entry in _read_header(file).items()}
 
@@ -96,57 +101,88 @@ class SafetensorsReader:
                 "use a float32, float16 or bfloat16 checkpoint."
             )
         dtype = np.dtype(_SAFETENSORS_DTYPES[entry.dtype])
-        array = np.fromfile(entry.file, np.uint8, math.prod(entry.shape) * dtype.itemsize, offset=entry.offset)
+        size = math.prod(entry.shape) * dtype.itemsize
+        if in_bucket(entry.file):
+            with entry.file.open("rb") as stream:
+                stream.seek(entry.offset)
+                array = np.frombuffer(stream.read(size), np.uint8)
+        else:
+            array = np.fromfile(entry.file, np.uint8, size, offset=entry.offset)
         return array.view(dtype).reshape(entry.shape)
 
 
 @dataclasses.dataclass(frozen=True)
 class _Entry:
-    file: pathlib.Path
+    file: Path
     dtype: str
     shape: tuple[int, ...]
     offset: int
 
 
-def _read_header(file: pathlib.Path) -> dict[str, _Entry]:
+def safetensors_metadata(file: Path) -> dict[str, str]:
+    """The texts that a safetensors file holds beside its tensors.
+
+    Raises:
+        UserError: as `open_weights`.
+    """
+    metadata = _read_table(file)[0].get(_METADATA) or {}
+    if not isinstance(metadata, dict):
+        raise _damaged(file)
+    return metadata
+
+
+def _read_table(file: Path) -> tuple[dict[str, Any], int]:
+    """A file's table of contents, and where the tensors begin [bytes]."""
     _check_file(file)
-    size = file.stat().st_size
-    damaged = UserError(
-        f"{file} is not a readable safetensors file: it is damaged or something else; download it again."
-    )
     with file.open("rb") as stream:
         start = stream.read(8)
         length = struct.unpack("<Q", start)[0] if len(start) == 8 else _MAX_HEADER + 1
         if length > _MAX_HEADER:
-            raise damaged
+            raise _damaged(file)
         header = stream.read(length)
     if len(header) < length:
         raise UserError(
-            f"{file} is truncated: it has {size} bytes and not even its header is whole; download it again."
+            f"{file} is truncated: it has {paths.size_of(file)} bytes and not even its header is whole; download it"
+            " again."
         )
-    entries, end = {}, 8 + length
     try:
-        for name, value in json.loads(header).items():
-            if name == "__metadata__":
+        table = json.loads(header)
+    except ValueError as error:
+        raise _damaged(file) from error
+    if not isinstance(table, dict):
+        raise _damaged(file)
+    return table, 8 + length
+
+
+def _damaged(file: Path) -> UserError:
+    return UserError(f"{file} is not a readable safetensors file: it is damaged or something else; download it again.")
+
+
+def _read_header(file: Path) -> dict[str, _Entry]:
+    table, data = _read_table(file)
+    size, entries, end = paths.size_of(file), {}, data
+    try:
+        for name, value in table.items():
+            if name == _METADATA:
                 continue
             begin, stop = value["data_offsets"]
             shape = tuple(int(n) for n in value["shape"])
             dtype = _SAFETENSORS_DTYPES.get(value["dtype"])
             if dtype is not None and math.prod(shape) * np.dtype(dtype).itemsize != stop - begin:
                 raise ValueError(name)
-            entries[name] = _Entry(file, value["dtype"], shape, 8 + length + begin)
-            end = max(end, 8 + length + stop)
+            entries[name] = _Entry(file, value["dtype"], shape, data + begin)
+            end = max(end, data + stop)
     except (ValueError, KeyError, TypeError, AttributeError) as error:
-        raise damaged from error
+        raise _damaged(file) from error
     if size < end:
         raise UserError(f"{file} is truncated: it has {size} bytes of {end}; download it again.")
     return entries
 
 
 class PickleReader:
-    """PyTorch's .bin and .pth files (all shards of one checkpoint), memory-mapped, tensors only."""
+    """PyTorch's .bin and .pth files (all shards of one checkpoint), tensors only; local ones are memory-mapped."""
 
-    def __init__(self, source: pathlib.Path, files: Iterable[pathlib.Path]):
+    def __init__(self, source: Path, files: Iterable[Path]):
         self.source = source
         self._tensors = {name: tensor for file in files for name, tensor in _unpickle(file).items()}
 
@@ -165,7 +201,7 @@ class PickleReader:
         return tensor.numpy()
 
 
-def _unpickle(file: pathlib.Path) -> dict:
+def _unpickle(file: Path) -> dict:
     _check_file(file)
     try:
         import torch
@@ -182,7 +218,9 @@ def _unpickle(file: pathlib.Path) -> dict:
         )
     try:
         # Only the zip format (PyTorch 1.6 and later) can be mapped; older files are read whole.
-        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=zipfile.is_zipfile(file))
+        mmap = not in_bucket(file) and zipfile.is_zipfile(file)
+        with file.open("rb") if in_bucket(file) else contextlib.nullcontext(file) as source:
+            tensors = torch.load(source, map_location="cpu", weights_only=True, mmap=mmap)
     except pickle.UnpicklingError as error:
         raise UserError(
             f"{file} was refused, because it is not a plain PyTorch file of tensors (it is damaged, or holds objects "
@@ -197,17 +235,17 @@ def _unpickle(file: pathlib.Path) -> dict:
     return tensors
 
 
-def _check_file(file: pathlib.Path) -> None:
+def _check_file(file: Path) -> None:
     if not file.is_file():
         raise UserError(f"{file} does not exist: check the path, or download the checkpoint again.")
-    if file.stat().st_size == 0:
+    if paths.size_of(file) == 0:
         raise UserError(f"{file} is empty: download it again.")
     with file.open("rb") as stream:
         if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
             raise UserError(f"{file} is a git-lfs pointer, not the weights: run `git lfs pull` in its repository.")
 
 
-def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
+def _weight_files(folder: Path) -> list[Path]:
     # Where a variant's "fp16" stands in the name differs between libraries and over time.
     for suffixes in (
         (".safetensors", ".safetensors.index.json"),
@@ -226,7 +264,7 @@ def _weight_files(folder: pathlib.Path) -> list[pathlib.Path]:
     )
 
 
-def _shards(index: pathlib.Path) -> list[pathlib.Path]:
+def _shards(index: Path) -> list[Path]:
     _check_file(index)
     try:
         names = sorted(set(json.loads(index.read_text())["weight_map"].values()))

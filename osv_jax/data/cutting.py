@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import functools
 import io
-import os
 import zipfile
 import zlib
 from collections.abc import Sequence
@@ -14,6 +13,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from osv_jax.data import video
+from osv_jax.runtime.paths import as_path, in_bucket, size_of
 
 # Clips handed over at a time: more would fill the memory with clips that wait.
 CLIPS_AT_ONCE = 4
@@ -191,15 +191,16 @@ def open_location(location: Location, name: str) -> video.VideoFile:
 @functools.lru_cache(maxsize=2)
 def open_archive(files: tuple[str, ...]) -> zipfile.ZipFile:
     """A zip archive that may have been split into parts."""
-    return zipfile.ZipFile(files[0] if len(files) == 1 else io.BufferedReader(_Joined(files)))
+    whole = len(files) == 1 and not in_bucket(files[0])
+    return zipfile.ZipFile(files[0] if whole else io.BufferedReader(_Joined(files)))
 
 
 class _Joined(io.RawIOBase):
     """Several files, one after the other, as one that can be read."""
 
     def __init__(self, files: Sequence[str]):
-        self._files = [open(file, "rb") for file in files]  # noqa: SIM115
-        self._ends = np.cumsum([os.path.getsize(file) for file in files]).tolist()
+        self._files = [as_path(file).open("rb") for file in files]
+        self._ends = np.cumsum([size_of(as_path(file)) for file in files]).tolist()
         self._position = 0
 
     def readable(self) -> bool:

@@ -13,6 +13,7 @@ from jaxtyping import UInt8
 from osv_jax.convert import weights
 from osv_jax.data.image import read_image
 from osv_jax.errors import UserError
+from osv_jax.runtime.paths import Path, as_path
 
 _NAMES = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 
@@ -29,9 +30,9 @@ def held_out_clips() -> tuple[UInt8[np.ndarray, "n f h w 3"], float]:
     return np.array(clips), size["fps"]
 
 
-def video_folder(name: str) -> pathlib.Path:
+def video_folder(name: str) -> Path:
     """The folder that a configuration or a command line names: `demo` stands for `demo_videos`."""
-    return demo_videos() if name == "demo" else pathlib.Path(name)
+    return demo_videos() if name == "demo" else as_path(name)
 
 
 def demo_videos() -> pathlib.Path:

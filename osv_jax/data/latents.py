@@ -11,8 +11,9 @@ from __future__ import annotations
 import dataclasses
 import functools
 import json
+import os
 import pathlib
-import shutil
+import tempfile
 from collections.abc import Iterator, Mapping
 from typing import Any
 
@@ -23,6 +24,8 @@ from absl import flags
 
 from osv_jax.data import order
 from osv_jax.errors import UserError
+from osv_jax.runtime import paths
+from osv_jax.runtime.paths import Path, as_path
 
 NAME = "osv_latents"
 FORMAT = 1
@@ -86,7 +89,7 @@ def serialize(features: Any, record: Mapping[str, Any]) -> bytes:
 
 
 def write_info(
-    folder: pathlib.Path,
+    folder: Path,
     schema: Schema,
     shard_lengths: Mapping[str, list[int]],
     num_bytes: Mapping[str, int],
@@ -116,13 +119,10 @@ def write_info(
         for split, lengths in shard_lengths.items()
     ]
     info.set_splits(tfds.core.SplitDict(splits))
-    temporary = folder / "info.tmp"
-    shutil.rmtree(temporary, ignore_errors=True)
-    temporary.mkdir()
-    info.write_to_directory(temporary)
-    for file in sorted(temporary.iterdir(), key=lambda file: file.name == "dataset_info.json"):
-        file.replace(folder / file.name)
-    temporary.rmdir()
+    with tempfile.TemporaryDirectory() as made:
+        info.write_to_directory(made)
+        for file in sorted(pathlib.Path(made).iterdir(), key=lambda file: file.name == "dataset_info.json"):
+            paths.write_text(folder / file.name, file.read_text())
 
 
 def shard_name(split: str, index: int, count: int) -> str:
@@ -141,7 +141,7 @@ class LatentDataset:
         files: paths and numbers of records.
     """
 
-    folder: pathlib.Path
+    folder: Path
     schema: Schema
     metadata: Mapping[str, Any]
     files: tuple[tuple[str, int], ...]
@@ -161,20 +161,20 @@ class LatentDataset:
         return record | {name: record[name].decode() for name in ("caption", "source")}
 
 
-def open_dataset(folder: str | pathlib.Path, split: str = "train") -> LatentDataset:
+def open_dataset(folder: str | os.PathLike, split: str = "train") -> LatentDataset:
     """Opens what `osv_jax.prepare` wrote.
 
     Raises:
         UserError: if the folder is something else or unfinished, a file is missing or cut short, or there is no such
             split.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     metadata = read_metadata(folder)
     import tensorflow_datasets as tfds
 
     for name, size in metadata["files"].items():
         file = folder / name
-        if not file.is_file() or file.stat().st_size != size:
+        if not file.is_file() or paths.size_of(file) != size:
             raise UserError(f"{folder} is incomplete: {name} is missing or cut short; copy it again.")
     splits = tfds.builder_from_directory(folder).info.splits
     if split not in splits:
@@ -183,7 +183,7 @@ def open_dataset(folder: str | pathlib.Path, split: str = "train") -> LatentData
     return LatentDataset(folder, Schema(**metadata["schema"]), metadata, files)
 
 
-def read_metadata(folder: pathlib.Path) -> dict[str, Any]:
+def read_metadata(folder: Path) -> dict[str, Any]:
     """The `metadata.json` of a finished dataset.
 
     Raises:

@@ -8,7 +8,6 @@ import json
 import os
 import pathlib
 import sys
-import uuid
 
 import grain
 import numpy as np
@@ -19,6 +18,7 @@ from osv_jax.data import order, video
 from osv_jax.data.cutting import Cutting, motion_of
 from osv_jax.data.video import EXTENSIONS
 from osv_jax.errors import UserError
+from osv_jax.runtime.paths import Path, absolute, as_path, files_below, in_bucket, write_text
 
 _NAMED_REASONS = 10
 
@@ -38,7 +38,7 @@ class ClipIndex:
     `content_hash` covers what decides which clip a position means: file names and sizes, clip length and rate.
     """
 
-    folder: pathlib.Path
+    folder: Path
     clips: tuple[Clip, ...]
     skipped: tuple[tuple[str, str], ...]
     num_frames: int
@@ -61,12 +61,12 @@ class ClipIndex:
 
 
 def index_clips(
-    folder: str | pathlib.Path,
+    folder: str | os.PathLike,
     num_frames: int,
     fps: float,
     height: int,
     width: int,
-    cache_file: str | pathlib.Path | None = None,
+    cache_file: str | os.PathLike | None = None,
     stride: float | None = None,
 ) -> ClipIndex:
     """Finds the videos below a folder, decodes each once, and cuts those that can be used into clips.
@@ -84,24 +84,19 @@ def index_clips(
     Raises:
         UserError: if the folder is missing or no folder, or holds no video, or none that can be used.
     """
-    folder = pathlib.Path(folder)
+    folder = as_path(folder)
     if not folder.exists():
         raise UserError(f"The video folder {folder} does not exist; give the path of a folder with videos.")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file, but a folder with videos is needed; give the folder it is in.")
-    paths = sorted(
-        pathlib.Path(root, name).relative_to(folder).as_posix()
-        for root, _, names in os.walk(folder)
-        for name in names
-        if pathlib.PurePath(name).suffix.lower() in EXTENSIONS
-    )
-    if not paths:
+    names = [name for name in files_below(folder) if pathlib.PurePath(name).suffix.lower() in EXTENSIONS]
+    if not names:
         known = " ".join(EXTENSIONS)
         raise UserError(f"The folder {folder} holds no videos; put files in it that end in one of {known}.")
 
     cutting = Cutting(num_frames, fps, height, width, stride=num_frames / fps if stride is None else stride)
     clips, skipped, contents = [], [], []
-    for path, (size, result) in zip(paths, _probe_all(folder, paths, cache_file), strict=True):
+    for path, (size, result) in zip(names, _probe_all(folder, names, cache_file), strict=True):
         reason = result if isinstance(result, str) else cutting.unfit(result)
         if reason:
             skipped.append((path, reason))
@@ -120,7 +115,7 @@ def index_clips(
 
 
 def spread_clips(
-    folder: str | pathlib.Path,
+    folder: str | os.PathLike,
     count: int,
     num_frames: int,
     fps: float,
@@ -155,58 +150,57 @@ def _spread(available: int, count: int | None) -> list[int]:
 
 
 def _probe_all(
-    folder: pathlib.Path, paths: list[str], cache_file: str | pathlib.Path | None
+    folder: Path, names: list[str], cache_file: str | os.PathLike | None
 ) -> list[tuple[int, video.VideoInfo | str]]:
     """For each path its size [bytes] and its timeline, or else the reason why it has none."""
     cache = _read_cache(cache_file)
     known: dict[str, dict] = {}
-    stats = {path: _size_and_time(folder / path) for path in paths}
-    for path in paths:
-        entry = cache.get(str(folder.absolute() / path))
-        if entry and entry["stat"] == stats[path]:
-            known[path] = entry
-    new = [path for path in paths if path not in known]
+    stats = {name: _size_and_time(folder / name) for name in names}
+    for name in names:
+        entry = cache.get(str(absolute(folder) / name))
+        if entry and entry["stat"] == stats[name]:
+            known[name] = entry
+    new = [name for name in names if name not in known]
     try:
-        for path in tqdm(new, desc="Checking videos", unit="video", file=sys.stderr, disable=not new):
+        for name in tqdm(new, desc="Checking videos", unit="video", file=sys.stderr, disable=not new):
             try:
-                known[path] = {"stat": stats[path], "info": dataclasses.asdict(video.probe(folder / path))}
+                known[name] = {"stat": stats[name], "info": dataclasses.asdict(video.probe(folder / name))}
             except video.VideoError as error:
-                known[path] = {"stat": stats[path], "reason": error.reason}
+                known[name] = {"stat": stats[name], "reason": error.reason}
     finally:
         # Also when interrupted: what has been decoded need not be decoded again.
         if cache_file is not None and new:
-            cache.update({str(folder.absolute() / path): entry for path, entry in known.items()})
-            _write_cache(pathlib.Path(cache_file), cache)
-    results = (known[path] for path in paths)
+            cache.update({str(absolute(folder) / name): entry for name, entry in known.items()})
+            _write_cache(as_path(cache_file), cache)
+    results = (known[name] for name in names)
     return [
         (entry["stat"][0], entry["reason"] if "reason" in entry else video.VideoInfo(**entry["info"]))
         for entry in results
     ]
 
 
-def _size_and_time(path: pathlib.Path) -> list[int]:
+def _size_and_time(path: Path) -> list[int]:
     """Size [bytes] and modification time [ns]; zeros for a dangling link, which decoding then reports."""
     if not path.exists():
         return [0, 0]
     stat = path.stat()
+    if in_bucket(path):
+        return [stat.length, stat.mtime * 10**9]
     return [stat.st_size, stat.st_mtime_ns]
 
 
-def _read_cache(cache_file: str | pathlib.Path | None) -> dict[str, dict]:
+def _read_cache(cache_file: str | os.PathLike | None) -> dict[str, dict]:
     if cache_file is None:
         return {}
     try:
-        return json.loads(pathlib.Path(cache_file).read_text())
+        return json.loads(as_path(cache_file).read_text())
     except (FileNotFoundError, json.JSONDecodeError):
         return {}
 
 
-def _write_cache(cache_file: pathlib.Path, cache: dict[str, dict]) -> None:
+def _write_cache(cache_file: Path, cache: dict[str, dict]) -> None:
     cache_file.parent.mkdir(parents=True, exist_ok=True)
-    # Processes that share the disk may write at once: each writes its own file and renames it.
-    temporary = cache_file.with_name(f"{cache_file.name}.{uuid.uuid4().hex}")
-    temporary.write_text(json.dumps(cache))
-    temporary.replace(cache_file)
+    write_text(cache_file, json.dumps(cache))
 
 
 def pixel_dataset(

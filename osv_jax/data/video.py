@@ -20,6 +20,7 @@ from jaxtyping import Float, UInt8
 from PIL import Image
 
 from osv_jax.errors import UserError
+from osv_jax.runtime.paths import as_path, in_bucket
 
 EXTENSIONS = (
     *(".3gp", ".avi", ".flv", ".m2ts", ".m4v", ".mkv", ".mov", ".mp4"),
@@ -183,14 +184,9 @@ def read_clip(
 @contextlib.contextmanager
 def _opened(file: VideoFile) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
     """The open file and its main video stream; ffmpeg's errors inside the block become `VideoError`."""
-    if isinstance(file, NamedBytes):
-        file.seek(0)
-        source, options = file, {"format_whitelist": _FORMATS, "protocol_whitelist": ""}
-    else:
-        # An absolute path, or else a name such as `concat:a.mp4` would be taken for a protocol.
-        source, options = os.path.abspath(file), {"format_whitelist": _FORMATS, "protocol_whitelist": "file"}
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file" if _is_local(file) else ""}
     try:
-        with av.open(source, metadata_errors="replace", options=options) as container:
+        with _source(file) as source, av.open(source, metadata_errors="replace", options=options) as container:
             stream = container.streams.best("video")
             if stream is None:
                 raise VideoError(file, "has no video stream")
@@ -199,6 +195,21 @@ def _opened(file: VideoFile) -> Iterator[tuple[av.container.InputContainer, av.V
             yield container, stream
     except (av.FFmpegError, OSError) as error:
         raise VideoError(file, f"cannot be decoded ({error.strerror})") from error
+
+
+def _is_local(file: VideoFile) -> bool:
+    return not isinstance(file, NamedBytes) and not in_bucket(file)
+
+
+def _source(file: VideoFile) -> contextlib.AbstractContextManager:
+    """What ffmpeg is given."""
+    if _is_local(file):
+        # An absolute path, or else a name such as `concat:a.mp4` would be taken for a protocol.
+        return contextlib.nullcontext(os.path.abspath(file))
+    if isinstance(file, NamedBytes):
+        file.seek(0)
+        return contextlib.nullcontext(file)
+    return as_path(file).open("rb")
 
 
 def _wanted(start: float, num_frames: int, fps: float, stream: av.VideoStream) -> Float[np.ndarray, " f"]:

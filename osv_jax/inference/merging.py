@@ -2,8 +2,7 @@
 
 from __future__ import annotations
 
-import pathlib
-import shutil
+import os
 from collections.abc import Mapping
 from typing import Any
 
@@ -16,14 +15,16 @@ from osv_jax.convert.exporters import new_folder
 from osv_jax.convert.importers import DTYPES
 from osv_jax.errors import UserError
 from osv_jax.inference.trained import Trained
+from osv_jax.runtime import paths
+from osv_jax.runtime.paths import as_path
 from osv_jax.training import setup
 
 
 def merge_run(
     trained: Trained,
-    source: str | pathlib.Path,
-    output: str | pathlib.Path,
-    base: str | pathlib.Path | None = None,
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    base: str | os.PathLike | None = None,
     dtype: str = "bfloat16",
     overwrite: bool = False,
 ) -> list[str]:
@@ -52,16 +53,16 @@ def merge_run(
         made = setup.random_frozen(random, DTYPES[config["dtype"]]) if random else {}
         params = made["unet"] if "unet" in made else weights.load_params(folder, "unet", dtype=np.float32)
         merged = trained.merge_into(jax.tree.map(lambda x: np.asarray(x).astype(np.float32), params))
-        weights.save_component(partial / "unet", "unet", architecture, _cast(merged, dtype), pathlib.Path(source))
+        weights.save_component(partial / "unet", "unet", architecture, _cast(merged, dtype), as_path(source))
         written = ["unet"]
         for name in ARCHITECTURES:
             if name == "unet":
                 continue
             if name in made:
-                weights.save_component(partial / name, name, random[name], made[name], pathlib.Path(source))
+                weights.save_component(partial / name, name, random[name], made[name], as_path(source))
             elif folder and (weights.locate(folder) / name).is_dir():
                 weights.load_config(folder, name)  # Complains about an incomplete one.
-                shutil.copytree(weights.locate(folder) / name, partial / name)
+                paths.copy_folder(weights.locate(folder) / name, partial / name)
             else:
                 continue
             written.append(name)
@@ -70,7 +71,7 @@ def merge_run(
 
 
 def pack_weights(
-    source: str | pathlib.Path, output: str | pathlib.Path, dtype: str = "bfloat16", overwrite: bool = False
+    source: str | os.PathLike, output: str | os.PathLike, dtype: str = "bfloat16", overwrite: bool = False
 ) -> list[str]:
     """Writes the networks of a weights folder as one file each; see `convert.weights`.
 
@@ -90,7 +91,7 @@ def pack_weights(
         for name in components:
             config = weights.load_config(source, name)
             params = _cast(weights.load_params(source, name), dtype)
-            weights.save_packed(partial / name, name, config, params, pathlib.Path(source))
+            weights.save_packed(partial / name, name, config, params, as_path(source))
         weights.save_video(partial, weights.load_video(source))
     return components
 

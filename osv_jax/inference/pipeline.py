@@ -12,7 +12,6 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import os
-import pathlib
 import time
 from collections.abc import Callable, Hashable, Mapping, Sequence
 from types import MappingProxyType
@@ -390,7 +389,7 @@ def _load_trained(path: str | os.PathLike | None, ema: bool, config: UNetConfig)
     """What `--lora` names, or nothing, and what there is to know about it."""
     if path is None:
         return Trained(Student(lora={}, tuned={})), ""
-    shapes, path = expected_params("unet", config), pathlib.Path(weights.locate(path))
+    shapes, path = expected_params("unet", config), weights.locate(path)
     if is_workdir(path):
         trained = load_trained(path, ema)
         trained.check_fits(shapes, path)

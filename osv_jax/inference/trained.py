@@ -5,7 +5,6 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
-import pathlib
 from collections.abc import Mapping
 from typing import Any
 
@@ -19,8 +18,9 @@ from osv_jax.convert.naming import Path, torch_name
 from osv_jax.errors import UserError
 from osv_jax.models.lora import merge_lora, scale_lora
 from osv_jax.objectives.players import Student
-from osv_jax.runtime import checkpoint
+from osv_jax.runtime import checkpoint, paths
 from osv_jax.runtime.finite import check_finite
+from osv_jax.runtime.paths import as_path
 from osv_jax.training import keys
 
 Params = Mapping[str, Any]
@@ -75,7 +75,7 @@ class Trained:
 
 def is_workdir(path: str | os.PathLike) -> bool:
     """Whether `path` looks like the workdir of a training run."""
-    return (pathlib.Path(path) / "checkpoints").is_dir()
+    return (as_path(path) / "checkpoints").is_dir()
 
 
 def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
@@ -91,7 +91,7 @@ def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
     Raises:
         UserError: not a workdir, no checkpoint in it yet, or a damaged one; numbers that are not in their range.
     """
-    workdir = pathlib.Path(workdir)
+    workdir = as_path(workdir)
     try:
         config = json.loads((workdir / "config.json").read_text())
         keys.check_numbers(config, f"{workdir / 'config.json'}: ")
@@ -108,7 +108,7 @@ def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
     return Trained(Student(lora=scale_lora(student["lora"], scale), tuned=student["tuned"]), step, config)
 
 
-def _read(workdir: pathlib.Path, step: int, part: str) -> dict[str, Any]:
+def _read(workdir: paths.Path, step: int, part: str) -> dict[str, Any]:
     """One field of a saved `TrainState` as NumPy arrays."""
     folder = workdir / "checkpoints" / str(step)
     try:
@@ -119,7 +119,7 @@ def _read(workdir: pathlib.Path, step: int, part: str) -> dict[str, Any]:
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             # (A field without arrays is not there.)
-            return {"lora": {}, "tuned": {}} | checkpointer.restore((folder / "state").absolute(), args=args)[part]
+            return {"lora": {}, "tuned": {}} | checkpointer.restore(paths.absolute(folder / "state"), args=args)[part]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"The checkpoint {folder} is damaged: restore it, or delete it to use the one before."

@@ -9,7 +9,6 @@ import collections
 import concurrent.futures
 import dataclasses
 import itertools
-import pathlib
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
@@ -23,6 +22,7 @@ from osv_jax.preparation import shards
 from osv_jax.preparation.decoding import Decoder
 from osv_jax.preparation.shards import Chunk, Progress
 from osv_jax.preparation.sources import Skipped, SourceVideo
+from osv_jax.runtime.paths import Path
 
 # (clips, [(name of the video, number of the clip)]) -> arrays of `latents.Schema`, for all clips.
 Encode = Callable[[UInt8[np.ndarray, "n f h w 3"], Sequence[tuple[str, int]]], Mapping[str, np.ndarray]]
@@ -121,7 +121,7 @@ def encode_batches(
     encode: Encode,
     features: Any,
     fps: float,
-    output: pathlib.Path,
+    output: Path,
     on_commit: Callable[[Tally], None],
 ) -> Tally:
     """Encodes and commits batches in their order, one batch ahead of the one that is written.

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import csv
 import dataclasses
+import io
 import pathlib
 import re
 import zipfile
@@ -16,6 +17,7 @@ from osv_jax.data.cutting import Location, open_archive
 from osv_jax.data.video import EXTENSIONS
 from osv_jax.errors import UserError
 from osv_jax.preparation.sources import Skipped, SourceVideo, printable
+from osv_jax.runtime.paths import Path, files_below
 
 SCORES = ("aesthetic score", "motion score", "temporal consistency score")
 _COLUMNS = ("video", "caption", *SCORES)
@@ -32,7 +34,7 @@ class Row:
 
 
 def read_openvid(
-    folder: pathlib.Path, minimum: Mapping[str, float], maximum: Mapping[str, float]
+    folder: Path, minimum: Mapping[str, float], maximum: Mapping[str, float]
 ) -> tuple[list[SourceVideo], Skipped]:
     """The videos that have a row and whose scores lie within bounds, in the order of the archives.
 
@@ -79,25 +81,27 @@ def read_openvid(
     return list(videos.values()), skipped
 
 
-def find_archives(folder: pathlib.Path) -> Iterator[tuple[str, tuple[str, ...]]]:
+def find_archives(folder: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
     """Names and files of the archives; the numbers in names count as numbers."""
-    archives: dict[str, list[pathlib.Path]] = {}
-    for path in sorted(folder.rglob("*")):
+    archives: dict[str, list[Path]] = {}
+    sizes = files_below(folder)
+    for name, size in sizes.items():
+        path = pathlib.PurePosixPath(name)
         part = _PART.match(path.name)
-        if path.is_file() and (path.suffix.lower() == ".zip" or part):
+        if size >= 0 and (path.suffix.lower() == ".zip" or part):
             whole = path.with_name(part["archive"] + ".zip") if part else path
             # The joined archive, where somebody has made it, serves instead of its parts.
-            if not (part and whole.is_file()):
-                archives.setdefault(printable(whole.relative_to(folder).as_posix()), []).append(path)
+            if not (part and sizes.get(whole.as_posix(), -1) >= 0):
+                archives.setdefault(printable(whole.as_posix()), []).append(folder / name)
     for name in sorted(archives, key=lambda name: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", name)]):
         yield name, tuple(str(path) for path in archives[name])
 
 
-def read_rows(file: pathlib.Path) -> tuple[dict[str, Row], Skipped]:
+def read_rows(file: Path) -> tuple[dict[str, Row], Skipped]:
     """The rows by the video's file name; of several about one video the first."""
     rows: dict[str, Row] = {}
     skipped: Skipped = []
-    with file.open(newline="", encoding="utf-8-sig", errors="replace") as opened:
+    with _open_csv(file) as opened:
         reader = csv.DictReader(opened)
         while True:
             try:
@@ -120,17 +124,21 @@ def read_rows(file: pathlib.Path) -> tuple[dict[str, Row], Skipped]:
     return rows, skipped
 
 
-def _find_csv(folder: pathlib.Path) -> pathlib.Path:
+def _find_csv(folder: Path) -> Path:
     """The CSV with the columns; OpenVid-1M.csv, which has all videos, before any other."""
     if not folder.is_dir():
         raise UserError(f"{folder} is not a folder; give the one with OpenVid-1M's archives and its CSV.")
-    files = sorted(folder.rglob("*.csv"), key=lambda path: (path.name != "OpenVid-1M.csv", path))
-    for file in files:
-        with file.open(newline="", encoding="utf-8-sig", errors="replace") as opened:
+    files = [folder / name for name in files_below(folder) if name.endswith(".csv")]
+    for file in sorted(files, key=lambda path: (path.name != "OpenVid-1M.csv", path)):
+        with _open_csv(file) as opened:
             header = next(csv.reader(opened), [])
         if set(_COLUMNS) <= set(header):
             return file
     raise UserError(f"{folder} holds no CSV with the columns {', '.join(_COLUMNS)}; put OpenVid-1M.csv there.")
+
+
+def _open_csv(file: Path) -> io.TextIOWrapper:
+    return io.TextIOWrapper(file.open("rb"), newline="", encoding="utf-8-sig", errors="replace")
 
 
 def _unusable(member: zipfile.ZipInfo) -> str | None:

@@ -6,8 +6,6 @@ import argparse
 import contextlib
 import hashlib
 import json
-import pathlib
-import shutil
 import sys
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -17,7 +15,6 @@ import jax.numpy as jnp
 import numpy as np
 from absl import logging
 from ml_collections import ConfigDict
-from PIL import Image
 from tqdm import tqdm
 
 from osv_jax.convert import weights
@@ -31,6 +28,9 @@ from osv_jax.preparation.decoding import Decoder
 from osv_jax.preparation.encoder import Encoder, noise_key
 from osv_jax.preparation.openvid import SCORES, read_openvid
 from osv_jax.preparation.sources import Source, read_folder, split_videos
+from osv_jax.runtime import paths
+from osv_jax.runtime.media import write_picture
+from osv_jax.runtime.paths import Path, as_path
 from osv_jax.training import setup
 
 _OPENVID = "openvid:"
@@ -55,7 +55,7 @@ def prepare(args: argparse.Namespace) -> None:
     own = [chunk for chunk in shards.chunks_of(source, args.videos_per_file) if chunk.index % count == index]
     if not own:
         raise UserError(f"--shard={args.shard} has nothing to do: use fewer shards, or a smaller --videos_per_file.")
-    output = pathlib.Path(args.output)
+    output = as_path(args.output)
     plan = {
         "shard": f"{index}/{count}",
         "videos": {split: len(videos) for split, videos in source.splits.items()},
@@ -65,7 +65,7 @@ def prepare(args: argparse.Namespace) -> None:
     with shards.locked(output):
         shards.check_plan(output, plan)
         if (output / "dataset_info.json").exists():
-            shutil.rmtree(output / shards.UNFINISHED, ignore_errors=True)
+            paths.remove_folder(output / shards.UNFINISHED)
             print(f"{output} is complete.\n{report.describe(output)}")
             return
         shards.write_source_chunk(output, source.skipped)
@@ -86,7 +86,7 @@ def _run(
     progress: Mapping[int, shards.Progress],
     encoder: Encoder,
     settings: Mapping[str, Any],
-    output: pathlib.Path,
+    output: Path,
 ) -> batches.Tally:
     """Decodes, encodes and commits what `progress` leaves to do."""
     total = sum(len(chunk.videos) for chunk in chunks)
@@ -122,8 +122,8 @@ def merge(args: argparse.Namespace) -> None:
         UserError: parts that do not belong together, or of which one is missing or unfinished.
     """
     logging.set_verbosity(logging.ERROR)
-    output = pathlib.Path(args.output)
-    shards.merge([pathlib.Path(part) for part in args.merge], output)
+    output = as_path(args.output)
+    shards.merge([as_path(part) for part in args.merge], output)
     print(report.describe(output))
 
 
@@ -134,7 +134,7 @@ def inspect(args: argparse.Namespace) -> None:
         UserError: if it is no finished dataset.
     """
     logging.set_verbosity(logging.ERROR)
-    folder = pathlib.Path(args.inspect)
+    folder = as_path(args.inspect)
     print(report.describe(folder))
     if not (args.weights or args.config):
         print(f"Give --weights (or --config) to draw decoded samples, {_SHEET}, too.")
@@ -147,10 +147,10 @@ def inspect(args: argparse.Namespace) -> None:
     _draw_sheet(folder, _encoder(weights_folder, config, networks, settings))
 
 
-def _draw_sheet(folder: pathlib.Path, encoder: Encoder) -> None:
+def _draw_sheet(folder: Path, encoder: Encoder) -> None:
     split = report.splits(folder)[0]
     sheet = report.contact_sheet(latents.open_dataset(folder, split), encoder.decode)
-    Image.fromarray(sheet).save(folder / _SHEET)
+    write_picture(folder / _SHEET, sheet)
     print(f"Decoded samples: {folder / _SHEET}")
 
 
@@ -166,7 +166,7 @@ def read_source(args: argparse.Namespace) -> Source:
     )
     is_openvid = args.source.startswith(_OPENVID)
     if is_openvid:
-        videos, skipped = read_openvid(pathlib.Path(args.source.removeprefix(_OPENVID)), minimum, maximum)
+        videos, skipped = read_openvid(as_path(args.source.removeprefix(_OPENVID)), minimum, maximum)
     elif minimum or maximum:
         raise UserError("Bounds on scores need --source=openvid:FOLDER: a folder of videos has no scores.")
     else:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import collections
-import pathlib
 import re
 from collections.abc import Callable, Iterable, Sequence
 from typing import Any
@@ -15,6 +14,7 @@ from osv_jax.data import latents
 from osv_jax.preparation import shards
 from osv_jax.preparation.batches import Tally
 from osv_jax.runtime.media import sample_grid
+from osv_jax.runtime.paths import Path
 
 # Upper ends of the bins of motion (mean change of brightness from frame to frame, 0 to 255).
 _MOTION_BINS = (0.5, 1, 2, 4, 8, 16, 32, 64, 256)
@@ -22,7 +22,7 @@ _BAR = 40
 _NAMED_REASONS = 12
 
 
-def describe(folder: pathlib.Path) -> str:
+def describe(folder: Path) -> str:
     """Clips, bytes, what was skipped and why, and a histogram of motion.
 
     Raises:
@@ -47,12 +47,12 @@ def describe(folder: pathlib.Path) -> str:
     return "\n".join(lines)
 
 
-def splits(folder: pathlib.Path) -> list[str]:
+def splits(folder: Path) -> list[str]:
     """The splits that have records."""
     return list(dict.fromkeys(chunk["split"] for chunk in shards.read_chunks(folder) if chunk["records"]))
 
 
-def _skipped_lines(folder: pathlib.Path, skipped: Iterable[Sequence[str]]) -> list[str]:
+def _skipped_lines(folder: Path, skipped: Iterable[Sequence[str]]) -> list[str]:
     """Counts of reasons; those that differ in a number or in what stands in brackets are one."""
     kinds: dict[str, list[str]] = collections.defaultdict(list)
     for name, reason in skipped:

@@ -16,6 +16,7 @@ import json
 import os
 import pathlib
 import shutil
+import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
@@ -25,6 +26,8 @@ from osv_jax.data import latents
 from osv_jax.data.latents import Schema
 from osv_jax.errors import UserError
 from osv_jax.preparation.sources import Skipped, Source, SourceVideo
+from osv_jax.runtime import paths
+from osv_jax.runtime.paths import Path, in_bucket, write_text
 
 UNFINISHED = "unfinished"
 # In the list of chunks, the one that holds what was left out before any video was opened.
@@ -66,15 +69,17 @@ def chunks_of(source: Source, videos_per_chunk: int) -> list[Chunk]:
 
 
 @contextlib.contextmanager
-def locked(output: pathlib.Path) -> Iterator[None]:
+def locked(output: Path) -> Iterator[None]:
     """Keeps other processes from writing to `output`; a kill unlocks it.
+
+    Nothing in a bucket can be locked: for one, only processes of this machine are kept away.
 
     Raises:
         UserError: if one is writing there, or the folder cannot be written to.
     """
     try:
         output.mkdir(parents=True, exist_ok=True)
-        lock = (output / ".lock").open("w")
+        lock = _lock_file(output).open("w")
     except OSError as error:
         raise UserError(f"{output} cannot be written to ({error.strerror}); choose another --output.") from error
     with lock:
@@ -85,7 +90,14 @@ def locked(output: pathlib.Path) -> Iterator[None]:
         yield
 
 
-def check_plan(output: pathlib.Path, plan: Mapping[str, Any]) -> None:
+def _lock_file(output: Path) -> Path:
+    if in_bucket(output):
+        name = hashlib.sha256(str(output).encode()).hexdigest()[:16]
+        return pathlib.Path(tempfile.gettempdir(), f"osv_jax-{name}.lock")
+    return output / ".lock"
+
+
+def check_plan(output: Path, plan: Mapping[str, Any]) -> None:
     """Compares a plan with the one that `output` was started with, and writes it there if it is the first.
 
     Raises:
@@ -93,9 +105,9 @@ def check_plan(output: pathlib.Path, plan: Mapping[str, Any]) -> None:
     """
     file = output / "plan.json"
     if not file.exists():
-        if any(path.name != ".lock" for path in output.iterdir()):
+        if output.is_dir() and any(path.name != ".lock" for path in output.iterdir()):
             raise UserError(f"{output} holds other files; give an empty folder, or one that does not exist yet.")
-        _write_text(file, json.dumps(plan, indent=2) + "\n")
+        write_text(file, json.dumps(plan, indent=2) + "\n")
         return
     before = read_plan(output)
     differing = [
@@ -110,7 +122,7 @@ def check_plan(output: pathlib.Path, plan: Mapping[str, Any]) -> None:
         )
 
 
-def read_plan(folder: pathlib.Path) -> dict[str, Any]:
+def read_plan(folder: Path) -> dict[str, Any]:
     """The plan of a dataset, finished or not.
 
     Raises:
@@ -122,7 +134,7 @@ def read_plan(folder: pathlib.Path) -> dict[str, Any]:
         raise UserError(f"{folder} has no intact plan.json; it was not made by osv_jax.prepare.") from error
 
 
-def progress_of(output: pathlib.Path, chunk: int) -> Progress:
+def progress_of(output: Path, chunk: int) -> Progress:
     """What the last committed batch of a chunk says."""
     folder = _chunk_folder(output, chunk)
     numbers = sorted(int(path.stem) for path in folder.glob("*.array_record")) if folder.is_dir() else []
@@ -132,7 +144,7 @@ def progress_of(output: pathlib.Path, chunk: int) -> Progress:
     return Progress(len(numbers), *header["next"], header["complete"])
 
 
-def resume(output: pathlib.Path, chunks: Sequence[Chunk]) -> dict[int, Progress]:
+def resume(output: Path, chunks: Sequence[Chunk]) -> dict[int, Progress]:
     """How far each chunk has come; the files of those that a kill left complete are made up for."""
     progress = {}
     for chunk in chunks:
@@ -145,7 +157,7 @@ def resume(output: pathlib.Path, chunks: Sequence[Chunk]) -> dict[int, Progress]
 
 
 def commit_batch(
-    output: pathlib.Path,
+    output: Path,
     chunk: Chunk,
     progress: Progress,
     records: Sequence[bytes],
@@ -172,46 +184,46 @@ def commit_batch(
         finish_chunk(output, chunk)
 
 
-def finish_chunk(output: pathlib.Path, chunk: Chunk) -> None:
+def finish_chunk(output: Path, chunk: Chunk) -> None:
     """Joins the batches of a complete chunk. Started again after a kill, it begins anew."""
     folder = _chunk_folder(output, chunk.index)
-    paths = sorted(folder.glob("*.array_record"))
-    headers = [_read_header(path) for path in paths]
+    files = sorted(folder.glob("*.array_record"))
+    headers = [_read_header(file) for file in files]
     digest, count = hashlib.sha256(), 0
 
     def records() -> Iterator[bytes]:
         nonlocal count
-        for path in paths:
-            for record in _read_records(path)[1:]:
+        for file in files:
+            for record in _read_records(file)[1:]:
                 digest.update(record)
                 count += 1
                 yield record
 
-    file = folder.with_suffix(".array_record")
-    _write_records(file, records())
+    joined = folder.with_suffix(".array_record")
+    _write_records(joined, records())
     _write_chunk_info(
         output,
         {
             "index": chunk.index,
             "split": chunk.split,
             "records": count,
-            "bytes": file.stat().st_size,
+            "bytes": paths.size_of(joined),
             "sha256": digest.hexdigest(),
             "videos": len(chunk.videos),
             "motions": [motion for header in headers for motion in header["motions"]],
             "skipped": [entry for header in headers for entry in header["skipped"]],
         },
     )
-    shutil.rmtree(folder)
+    paths.remove_folder(folder)
 
 
-def write_source_chunk(output: pathlib.Path, skipped: Skipped) -> None:
+def write_source_chunk(output: Path, skipped: Skipped) -> None:
     """Records what was left out before any video was opened."""
     info = {"index": SOURCE_CHUNK, "split": "", "records": 0, "bytes": 0, "videos": 0, "motions": []}
     _write_chunk_info(output, info | {"sha256": "", "skipped": skipped})
 
 
-def publish(output: pathlib.Path, indices: Iterable[int], schema: Schema, metadata: Mapping[str, Any]) -> None:
+def publish(output: Path, indices: Iterable[int], schema: Schema, metadata: Mapping[str, Any]) -> None:
     """Turns finished chunks into a dataset. Started again after a kill, it goes on."""
     infos = [json.loads(_chunk_info(output, index).read_text()) for index in indices]
     named = _named(infos)
@@ -220,10 +232,10 @@ def publish(output: pathlib.Path, indices: Iterable[int], schema: Schema, metada
         if file.exists():
             file.replace(output / name)
     _finish_dataset(output, infos, named, schema, metadata)
-    shutil.rmtree(output / UNFINISHED)
+    paths.remove_folder(output / UNFINISHED)
 
 
-def merge(parts: Sequence[pathlib.Path], output: pathlib.Path) -> None:
+def merge(parts: Sequence[Path], output: Path) -> None:
     """Joins the datasets of all shards of a preparation. Files are linked where that is possible, else copied.
 
     Raises:
@@ -244,7 +256,7 @@ def merge(parts: Sequence[pathlib.Path], output: pathlib.Path) -> None:
         raise UserError(f"{len(parts)} parts are given, but there are {count} shards.")
     with locked(output):
         check_plan(output, plans[0] | {"shard": "0/1"})
-        origins: dict[int, pathlib.Path] = {}
+        origins: dict[int, Path] = {}
         infos: dict[int, dict[str, Any]] = {}
         for part in parts:
             for info in read_chunks(part):
@@ -259,7 +271,7 @@ def merge(parts: Sequence[pathlib.Path], output: pathlib.Path) -> None:
         _finish_dataset(output, ordered, named, Schema(**metadata[0]["schema"]), own)
 
 
-def read_chunks(folder: pathlib.Path) -> list[dict[str, Any]]:
+def read_chunks(folder: Path) -> list[dict[str, Any]]:
     """The chunks of a finished dataset, with the names of their files."""
     return [json.loads(line) for line in (folder / "chunks.jsonl").read_text().splitlines()]
 
@@ -278,7 +290,7 @@ def _named(infos: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
 
 
 def _finish_dataset(
-    output: pathlib.Path,
+    output: Path,
     infos: Sequence[Mapping[str, Any]],
     named: Mapping[str, Mapping[str, Any]],
     schema: Schema,
@@ -288,7 +300,7 @@ def _finish_dataset(
         raise UserError(f"Not one clip could be made; see {_write_skipped(output, infos)} for the reasons.")
     files = {info["index"]: name for name, info in named.items()}
     lines = [json.dumps({**info, "file": files.get(info["index"], "")}) + "\n" for info in infos]
-    _write_text(output / "chunks.jsonl", "".join(lines))
+    write_text(output / "chunks.jsonl", "".join(lines))
     _write_skipped(output, infos)
     lengths: dict[str, list[int]] = {}
     sizes: dict[str, int] = {}
@@ -311,64 +323,58 @@ def _finish_dataset(
     )
 
 
-def _write_skipped(output: pathlib.Path, infos: Iterable[Mapping[str, Any]]) -> pathlib.Path:
+def _write_skipped(output: Path, infos: Iterable[Mapping[str, Any]]) -> Path:
     """One line each for what was left out, for people."""
     lines = [" ".join(f"{name} {reason}".split()) + "\n" for info in infos for name, reason in info["skipped"]]
-    _write_text(output / "skipped.txt", "".join(lines))
+    write_text(output / "skipped.txt", "".join(lines))
     return output / "skipped.txt"
 
 
-def _chunk_folder(output: pathlib.Path, index: int) -> pathlib.Path:
+def _chunk_folder(output: Path, index: int) -> Path:
     return output / UNFINISHED / f"{index:06d}"
 
 
-def _chunk_info(output: pathlib.Path, index: int) -> pathlib.Path:
+def _chunk_info(output: Path, index: int) -> Path:
     return output / UNFINISHED / (f"{index:06d}.json" if index >= 0 else "source.json")
 
 
-def _write_chunk_info(output: pathlib.Path, info: Mapping[str, Any]) -> None:
+def _write_chunk_info(output: Path, info: Mapping[str, Any]) -> None:
     file = _chunk_info(output, info["index"])
     file.parent.mkdir(exist_ok=True)
-    _write_text(file, json.dumps(info))
+    write_text(file, json.dumps(info))
 
 
-def _write_text(file: pathlib.Path, text: str) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    temporary.write_text(text)
-    temporary.replace(file)
+def _write_records(file: Path, records: Iterable[bytes]) -> None:
+    with paths.new_file(file) as temporary:
+        writer = ArrayRecordWriter(str(temporary), latents.WRITER_OPTIONS)
+        for record in records:
+            writer.write(record)
+        writer.close()
+        # On the disk before the name says so: a machine may lose power too.
+        with temporary.open("rb") as written:
+            os.fsync(written.fileno())
 
 
-def _write_records(file: pathlib.Path, records: Iterable[bytes]) -> None:
-    temporary = file.with_name(file.name + ".tmp")
-    writer = ArrayRecordWriter(str(temporary), latents.WRITER_OPTIONS)
-    for record in records:
-        writer.write(record)
-    writer.close()
-    # On the disk before the name says so: a machine may lose power too.
-    with temporary.open("rb") as written:
-        os.fsync(written.fileno())
-    temporary.replace(file)
-
-
-def _read_records(file: pathlib.Path) -> list[bytes]:
+def _read_records(file: Path) -> list[bytes]:
     reader = ArrayRecordReader(str(file))
     records = reader.read_all()
     reader.close()
     return records
 
 
-def _read_header(file: pathlib.Path) -> dict[str, Any]:
+def _read_header(file: Path) -> dict[str, Any]:
     reader = ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")
     (header,) = reader.read([0])
     reader.close()
     return json.loads(header)
 
 
-def _link_or_copy(source: pathlib.Path, target: pathlib.Path) -> None:
-    temporary = target.with_name(target.name + ".tmp")
-    temporary.unlink(missing_ok=True)
-    try:
-        temporary.hardlink_to(source.resolve())
-    except OSError:
-        shutil.copyfile(source, temporary)
-    temporary.replace(target)
+def _link_or_copy(source: Path, target: Path) -> None:
+    if in_bucket(source) or in_bucket(target):
+        paths.copy_file(source, target)
+        return
+    with paths.new_file(target) as temporary:
+        try:
+            temporary.hardlink_to(source.resolve())
+        except OSError:
+            shutil.copyfile(source, temporary)

@@ -5,13 +5,12 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-import os
-import pathlib
 from collections.abc import Sequence
 
 from osv_jax.data.cutting import Location
 from osv_jax.data.video import EXTENSIONS
 from osv_jax.errors import UserError
+from osv_jax.runtime.paths import Path, absolute, files_below
 
 # (name, reason) of what cannot be used.
 Skipped = list[tuple[str, str]]
@@ -49,7 +48,7 @@ class Source:
         return digest.hexdigest()[:16]
 
 
-def read_folder(folder: pathlib.Path) -> tuple[list[SourceVideo], Skipped]:
+def read_folder(folder: Path) -> tuple[list[SourceVideo], Skipped]:
     """The videos below a folder, sorted; links to files are followed, links to folders are not.
 
     Raises:
@@ -59,21 +58,18 @@ def read_folder(folder: pathlib.Path) -> tuple[list[SourceVideo], Skipped]:
         raise UserError(f"The video folder {folder} does not exist; give the path of a folder with videos.")
     if not folder.is_dir():
         raise UserError(f"{folder} is a file, but a folder with videos is needed; give the folder it is in.")
-    paths = sorted(
-        pathlib.Path(root, name).relative_to(folder).as_posix() for root, _, names in os.walk(folder) for name in names
-    )
     videos: list[SourceVideo] = []
     skipped: Skipped = []
-    for path in paths:
-        file, name = folder.absolute() / path, printable(path)
+    for path, size in files_below(folder).items():
+        file, name = absolute(folder) / path, printable(path)
         if file.suffix.lower() not in EXTENSIONS:
             skipped.append((name, "does not end in the extension of a video, such as .mp4"))
-        elif not file.is_file():
+        elif size < 0:
             skipped.append((name, "is a link to nowhere, or no file"))
-        elif file.stat().st_size == 0:
+        elif size == 0:
             skipped.append((name, "is empty"))
         else:
-            videos.append(SourceVideo(name, Location((str(file),)), file.stat().st_size))
+            videos.append(SourceVideo(name, Location((str(file),)), size))
     if not videos:
         known = " ".join(EXTENSIONS)
         raise UserError(f"The folder {folder} holds no videos; put files in it that end in one of {known}.")

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import pathlib
 from typing import Any
 
 import jax
@@ -11,17 +10,22 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict
 
 from osv_jax.errors import UserError
+from osv_jax.runtime import paths
+from osv_jax.runtime.paths import Path, in_bucket
 
 # What every device holds can be written in slices, one by each. Orbax would do so with the smallest array, and cutting
 # thousands of those stops a run for seconds at every save.
 _MIN_SLICE_BYTES = 4 * 2**20
+
+# The last file that Orbax writes of a checkpoint in a bucket.
+_COMMITTED = "commit_success.txt"
 
 # What may differ from the run that wrote a workdir: it changes how long and where, not what is computed.
 _INTERVALS = ("log_every", "checkpoint_every", "picture_every")
 _FREE_TO_CHANGE = ("num_steps", *_INTERVALS, "keep_checkpoints", "mesh", "data.num_workers")
 
 
-def check_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
     """Compares the configuration with the one the workdir was started with.
 
     Raises:
@@ -51,15 +55,13 @@ def check_workdir(workdir: pathlib.Path, config: dict[str, Any]) -> None:
         )
 
 
-def write_config(workdir: pathlib.Path, config: dict[str, Any]) -> None:
+def write_config(workdir: Path, config: dict[str, Any]) -> None:
     """Writes `config.json`, whole or not at all."""
     workdir.mkdir(parents=True, exist_ok=True)
-    temporary = workdir / "config.json.tmp"
-    temporary.write_text(json.dumps(config, indent=2) + "\n")
-    temporary.replace(workdir / "config.json")
+    paths.write_text(workdir / "config.json", json.dumps(config, indent=2) + "\n")
 
 
-def open_checkpoints(workdir: pathlib.Path, keep: int) -> ocp.CheckpointManager:
+def open_checkpoints(workdir: Path, keep: int) -> ocp.CheckpointManager:
     """Orbax's manager for the run's checkpoints; saves go on in the background.
 
     A save that was cut short lies under a temporary name, is never taken for a checkpoint, and is removed here.
@@ -67,7 +69,7 @@ def open_checkpoints(workdir: pathlib.Path, keep: int) -> ocp.CheckpointManager:
     handler = ocp.type_handlers.ArrayHandler(min_slice_bytes_for_replica_parallel=_MIN_SLICE_BYTES)
     ocp.type_handlers.register_type_handler(jax.Array, handler, override=True)
     options = ocp.CheckpointManagerOptions(max_to_keep=keep, cleanup_tmp_directories=True)
-    return ocp.CheckpointManager((workdir / "checkpoints").absolute(), options=options)
+    return ocp.CheckpointManager(paths.absolute(workdir / "checkpoints"), options=options)
 
 
 def save(checkpoints: ocp.CheckpointManager, step: int, state: Any, data: dict[str, Any]) -> None:
@@ -101,24 +103,31 @@ def _restore(checkpoints: ocp.CheckpointManager, step: int, **items: Any) -> Any
     try:
         return checkpoints.restore(step, args=ocp.args.Composite(**items))
     except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        folder = pathlib.Path(str(checkpoints.directory)) / str(step)
+        folder = checkpoints.directory / str(step)
         earlier = [s for s in checkpoints.all_steps() if s < step]
         fallback = f"to continue from step {max(earlier)}" if earlier else "and start again"
         raise UserError(f"The checkpoint {folder} is damaged; delete that folder {fallback}.") from error
 
 
-def latest_step(workdir: pathlib.Path) -> int | None:
-    """The last complete checkpoint of a run, without opening it (one being written has another name)."""
-    return max((int(p.name) for p in (workdir / "checkpoints").glob("*") if p.name.isdigit()), default=None)
+def latest_step(workdir: Path) -> int | None:
+    """The last complete checkpoint of a run, without opening it.
+
+    One being written has another name, or in a bucket, where nothing can be renamed, lacks the file that Orbax ends
+    with.
+    """
+    steps = sorted(int(path.name) for path in (workdir / "checkpoints").glob("*") if path.name.isdigit())
+    if in_bucket(workdir):
+        steps = [step for step in steps if (workdir / "checkpoints" / str(step) / _COMMITTED).exists()]
+    return max(steps, default=None)
 
 
-def stored_shapes(workdir: pathlib.Path, step: int) -> dict[str, Any]:
+def stored_shapes(workdir: Path, step: int) -> dict[str, Any]:
     """What a checkpoint's state holds: nested dicts, the leaves having a `shape`.
 
     Raises:
         UserError: when it cannot be read.
     """
-    folder = (workdir / "checkpoints" / str(step) / "state").absolute()
+    folder = paths.absolute(workdir / "checkpoints" / str(step) / "state")
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
             return dict(checkpointer.metadata(folder).item_metadata.tree)
@@ -126,7 +135,7 @@ def stored_shapes(workdir: pathlib.Path, step: int) -> dict[str, Any]:
             raise UserError(f"The checkpoint {folder.parent} is damaged; restore it from a copy.") from error
 
 
-def restore_parts(workdir: pathlib.Path, step: int, like: Any) -> Any:
+def restore_parts(workdir: Path, step: int, like: Any) -> Any:
     """Some parts of another run's state, each process reading its own shards.
 
     Args:
@@ -146,7 +155,7 @@ def restore_parts(workdir: pathlib.Path, step: int, like: Any) -> Any:
             f"The checkpoint of step {step} in {workdir} does not fit this run: {'; '.join(wrong[:10])}"
             f" ({len(wrong)} in all); use the configuration it was trained with."
         )
-    folder = (workdir / "checkpoints" / str(step) / "state").absolute()
+    folder = paths.absolute(workdir / "checkpoints" / str(step) / "state")
     restore = ocp.checkpoint_utils.construct_restore_args(like)
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:

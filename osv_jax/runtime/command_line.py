@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import pathlib
 import sys
 from collections.abc import Callable
 
@@ -48,8 +47,8 @@ def parse(argv: list[str]) -> list[str]:
     """
     for argument in argv:
         if argument.startswith("--config="):
-            file = pathlib.Path(argument.removeprefix("--config=").split(":")[0])
-            if not file.is_file():
+            file = argument.removeprefix("--config=").split(":")[0]
+            if not as_path(file).is_file():
                 raise UserError(f"The configuration file {file} does not exist; see the folder configs/.")
     try:
         return flags.FLAGS(argv)

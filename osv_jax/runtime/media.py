@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import fractions
 import math
+import os
 import pathlib
 import textwrap
 from collections.abc import Mapping
@@ -15,7 +16,9 @@ from jaxtyping import Array, Float, UInt8
 from PIL import Image, ImageDraw, ImageFont
 
 from osv_jax.errors import UserError
+from osv_jax.runtime import paths
 from osv_jax.runtime.finite import NotFinite, is_finite
+from osv_jax.runtime.paths import as_path
 
 _MIN_FRAME_WIDTH = 96
 # Of a video with labels, and letters of a label that fit beside each other.
@@ -123,13 +126,13 @@ def beside_each_other(
     return film
 
 
-def check_rate(path: str | pathlib.Path, fps: float) -> None:
+def check_rate(path: str | os.PathLike, fps: float) -> None:
     """Raises UserError if the file at `path` cannot be played at this rate."""
     if str(path).lower().endswith(".gif") and fps > _GIF_MAX_FPS:
         raise UserError(f"fps={fps:g} is too fast for {path}: a GIF has at most {_GIF_MAX_FPS}; write an .mp4.")
 
 
-def write_video(path: str | pathlib.Path, frames: UInt8[np.ndarray, "f h w 3"], fps: float) -> None:
+def write_video(path: str | os.PathLike, frames: UInt8[np.ndarray, "f h w 3"], fps: float) -> None:
     """Writes frames as .mp4 (H.264, yuv420p, BT.709) or .gif.
 
     yuv420p needs even sizes: an odd last row or column is doubled.
@@ -137,19 +140,24 @@ def write_video(path: str | pathlib.Path, frames: UInt8[np.ndarray, "f h w 3"], 
     Raises:
         UserError: if the name ends in something else, or the rate is too fast for a GIF.
     """
-    path = pathlib.Path(path)
+    path = as_path(path)
     check_rate(path, fps)
-    if path.suffix.lower() == ".mp4":
-        _write_mp4(path, frames, fps)
-    elif path.suffix.lower() == ".gif":
-        _write_gif(path, frames, fps)
-    else:
+    write = {".mp4": _write_mp4, ".gif": _write_gif}.get(path.suffix.lower())
+    if write is None:
         raise UserError(f"Videos are written as .mp4 or .gif, not as {path.name!r}; choose one of these endings.")
+    with paths.new_file(path) as file:
+        write(file, frames, fps)
+
+
+def write_picture(path: str | os.PathLike, picture: UInt8[np.ndarray, "h w 3"]) -> None:
+    """Writes a .png file."""
+    with paths.new_file(as_path(path)) as file:
+        Image.fromarray(picture).save(file, "PNG")
 
 
 def _write_mp4(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
-    with av.open(str(path), "w") as container:
+    with av.open(str(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fractions.Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"
@@ -167,4 +175,4 @@ def _write_gif(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
     ends = np.round(np.arange(len(frames) + 1) * 100 / fps)
     durations = (10 * np.diff(ends)).astype(int).tolist()
     first, *rest = (Image.fromarray(picture) for picture in frames)
-    first.save(path, save_all=True, append_images=rest, duration=durations, loop=0)
+    first.save(path, "GIF", save_all=True, append_images=rest, duration=durations, loop=0)

@@ -4,16 +4,27 @@ from __future__ import annotations
 
 import json
 import math
+import os
 import pathlib
+import tempfile
+import time
 from collections.abc import Mapping, Sequence
 from typing import SupportsFloat
 
 import numpy as np
 from jaxtyping import UInt8
-from PIL import Image
 
 from osv_jax.errors import UserError
+from osv_jax.runtime import paths
 from osv_jax.runtime.finite import strict_json
+from osv_jax.runtime.media import write_picture
+from osv_jax.runtime.paths import as_path, in_bucket
+
+_LINES = "metrics.jsonl"
+_BOARD = "tensorboard"
+# In a bucket, what grows is uploaded whole, again and again: after this time [s] at the earliest, and so that it takes
+# no more than this share of the time.
+_UPLOAD_SECONDS, _UPLOAD_SHARE = 60, 0.05
 
 
 class MetricsWriter:
@@ -26,23 +37,25 @@ class MetricsWriter:
         process_index: only process 0 writes.
     """
 
-    def __init__(self, workdir: str | pathlib.Path, step: int = 0, process_index: int = 0):
+    def __init__(self, workdir: str | os.PathLike, step: int = 0, process_index: int = 0):
         self._active = process_index == 0
         if not self._active:
             return
         # It imports torch where there is one, which takes longer than all else.
         from tensorboardX import SummaryWriter
 
-        self._pictures = pathlib.Path(workdir) / "pictures"
-        self._pictures.mkdir(parents=True, exist_ok=True)
-        path = pathlib.Path(workdir) / "metrics.jsonl"
-        if path.exists():
-            kept = [row for row in read_metrics(path) if row["step"] <= step]
-            temporary = path.with_suffix(".tmp")
-            temporary.write_text("".join(strict_json(row) + "\n" for row in kept))
-            temporary.replace(path)
-        self._file = path.open("a")
-        self._board = SummaryWriter(str(pathlib.Path(workdir) / "tensorboard"), purge_step=step + 1, flush_secs=10)
+        self._workdir = as_path(workdir)
+        (self._workdir / "pictures").mkdir(parents=True, exist_ok=True)
+        # Nothing in a bucket can be appended to: what grows is written here, and uploaded by `flush`.
+        self._scratch = tempfile.TemporaryDirectory() if in_bucket(self._workdir) else None
+        self._folder = pathlib.Path(self._scratch.name) if self._scratch else self._workdir
+        self._flushed, self._flush_seconds = time.monotonic(), 0.0
+        lines = self._workdir / _LINES
+        if lines.exists():
+            kept = [row for row in read_metrics(lines) if row["step"] <= step]
+            paths.write_text(self._folder / _LINES, "".join(strict_json(row) + "\n" for row in kept))
+        self._file = (self._folder / _LINES).open("a")
+        self._board = SummaryWriter(str(self._folder / _BOARD), purge_step=step + 1, flush_secs=10)
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Appends one line `{"step": step, **metrics}`. JSON has no NaN or infinity: they are written as null."""
@@ -53,27 +66,44 @@ class MetricsWriter:
         self._file.flush()
         for name, value in values.items():
             self._board.add_scalar(name, value, step)
+        if time.monotonic() - self._flushed > max(_UPLOAD_SECONDS, self._flush_seconds / _UPLOAD_SHARE):
+            self.flush()
 
     def write_picture(self, name: str, step: int, image: UInt8[np.ndarray, "h w 3"]) -> None:
         """Saves `pictures/{name}_{step}.png`, the step in seven digits so that the files sort, and shows it."""
         if not self._active:
             return
-        Image.fromarray(image).save(self._pictures / f"{name}_{step:07d}.png")
+        write_picture(self._workdir / "pictures" / f"{name}_{step:07d}.png", image)
         self._board.add_image(name, image, step, dataformats="HWC")
 
+    def flush(self) -> None:
+        """To be called before others read what has been written: uploads it, if the run's folder is in a bucket."""
+        if not self._active or not self._scratch:
+            return
+        begin = time.monotonic()
+        self._board.flush()
+        for name in paths.files_below(self._folder):
+            paths.copy_file(self._folder / name, self._workdir / name)
+        self._flushed = time.monotonic()
+        self._flush_seconds = self._flushed - begin
+
     def close(self) -> None:
-        if self._active:
-            self._file.close()
-            self._board.close()
+        if not self._active:
+            return
+        self._file.close()
+        self._board.close()
+        self.flush()
+        if self._scratch:
+            self._scratch.cleanup()
 
 
-def read_metrics(jsonl: str | pathlib.Path) -> list[dict[str, float | None]]:
+def read_metrics(jsonl: str | os.PathLike) -> list[dict[str, float | None]]:
     """The rows of a `metrics.jsonl`, without an incomplete last one.
 
     Raises:
         UserError: if the file is missing, or a line before the last is no JSON.
     """
-    path = pathlib.Path(jsonl)
+    path = as_path(jsonl)
     if not path.is_file():
         raise UserError(f"{path} does not exist; give the metrics.jsonl in the folder of a run.")
     lines = path.read_text().splitlines()
@@ -87,7 +117,7 @@ def read_metrics(jsonl: str | pathlib.Path) -> list[dict[str, float | None]]:
     return rows
 
 
-def loss_curves(jsonl: str | pathlib.Path, png: str | pathlib.Path, names: Sequence[str]) -> None:
+def loss_curves(jsonl: str | os.PathLike, png: str | os.PathLike, names: Sequence[str]) -> None:
     """Draws each chosen metric over the steps, one panel below the other. Values that are not finite leave gaps.
 
     Raises:
@@ -116,7 +146,8 @@ def loss_curves(jsonl: str | pathlib.Path, png: str | pathlib.Path, names: Seque
         panel.grid(alpha=0.3)
     figure.align_ylabels(panels)
     panels[-1].set_xlabel("step")
-    figure.savefig(png, dpi=120)
+    with paths.new_file(as_path(png)) as file:
+        figure.savefig(file, dpi=120, format="png")
 
 
 def progress_line(

@@ -8,9 +8,11 @@ folder is there as long as an object is in it. Imports no JAX, for the processes
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import pathlib
 import re
+import shutil
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -22,7 +24,7 @@ from osv_jax.errors import UserError
 
 Path = pathlib.Path | epath.Path
 # The one kind of bucket that all that read and write here know: Orbax, TensorStore and ArrayRecord have no other.
-_BUCKET = "gs://"
+_SCHEME = "gs://"
 # epath would go through TensorFlow wherever that happens to be installed.
 os.environ.setdefault("EPATH_USE_TF", "0")
 
@@ -31,31 +33,112 @@ def as_path(name: str | os.PathLike) -> Path:
     """What a name stands for; `~` is the user's home.
 
     Raises:
-        UserError: a bucket for which the driver is missing or that has no name, another kind of URL, or `~` of nobody.
+        UserError: a bucket without a name, one that cannot be reached or for which the driver is missing; another kind
+            of URL; `~` of nobody.
     """
     text = os.fspath(name)
-    if text.startswith(_BUCKET):
-        if not re.match(r"gs://[^/]+", text):
+    if text.startswith(_SCHEME):
+        bucket = text.removeprefix(_SCHEME).split("/")[0]
+        if not bucket:
             raise UserError(f"{text} names no bucket; write gs://BUCKET/FOLDER.")
-        try:
-            fsspec.get_filesystem_class("gs")
-        except ImportError as error:
-            raise UserError(f"{text} is in a bucket, for which gcsfs is missing; run `pip install gcsfs`.") from error
-        return epath.Path(name)
+        _check_bucket(bucket)
+        return epath.Path(text)
     if re.match(r"\w[\w+.-]*://", text):
         raise UserError(f"{text} is neither a local path nor in a bucket of Google Cloud Storage (gs://BUCKET/FOLDER).")
     if text.startswith("gs:/"):
         # pathlib makes one slash of two; a local folder called `gs:` is never meant.
         raise UserError(f"{text} has lost a slash of gs://; give it as a string.")
     try:
-        return pathlib.Path(name).expanduser()
+        return pathlib.Path(text).expanduser()
     except RuntimeError as error:
         raise UserError(f"{text} begins with the home of a user who has none here; write the path in full.") from error
 
 
-def in_bucket(path: Path) -> bool:
+@functools.lru_cache
+def _check_bucket(bucket: str) -> None:
+    """Once in a process, before any work: that the driver is there, and that it can list the bucket."""
+    try:
+        _file_system()
+    except ImportError as error:
+        raise UserError(
+            f"gs://{bucket} is a bucket, for which gcsfs is missing; run `pip install osv_jax[gcs]`."
+        ) from error
+    try:
+        epath.Path(f"{_SCHEME}{bucket}/osv_jax").exists()
+    except Exception as error:  # gcsfs', aiohttp's and Google's own have no base in common
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise UserError(
+            f"gs://{bucket} cannot be reached ({reason}); check the name, the network, and that you are logged in"
+            " (`gcloud auth application-default login`)."
+        ) from error
+
+
+def _file_system() -> fsspec.AbstractFileSystem:
+    """What epath goes through (the same object, as it remembers listings), for what it has no methods for."""
+    return fsspec.filesystem("gcs", finalize_on_close=True)
+
+
+def in_bucket(path: str | os.PathLike) -> bool:
     """Whether a path is in a bucket."""
-    return os.fspath(path).startswith(_BUCKET)
+    return os.fspath(path).startswith(_SCHEME)
+
+
+def absolute(path: Path) -> Path:
+    """`path.absolute()`, which would put a bucket into the current folder."""
+    return path if in_bucket(path) else path.absolute()
+
+
+def size_of(file: Path) -> int:
+    """Of a file [bytes]."""
+    stat = file.stat()
+    return stat.length if isinstance(file, epath.Path) else stat.st_size
+
+
+def files_below(folder: Path) -> dict[str, int]:
+    """The files in a folder and in those inside it, sorted: the name relative to it -> size [bytes].
+
+    Links to files are followed, links to folders are not. The size of a link to nowhere, or of what is no file, is -1.
+    """
+    if in_bucket(folder):
+        root = os.fspath(folder).removeprefix(_SCHEME) + "/"
+        found = _file_system().find(os.fspath(folder), detail=True)
+        sizes = {name.removeprefix(root): info["size"] for name, info in found.items()}
+    else:
+        files = (pathlib.Path(root, name) for root, _, names in os.walk(folder) for name in names)
+        sizes = {file.relative_to(folder).as_posix(): file.stat().st_size if file.is_file() else -1 for file in files}
+    return dict(sorted(sizes.items()))
+
+
+def remove_folder(folder: Path) -> None:
+    """Deletes a folder and all that is in it, if it is there."""
+    if in_bucket(folder):
+        folder.rmtree(missing_ok=True)
+    elif folder.exists():
+        shutil.rmtree(folder)
+
+
+def copy_file(source: Path, target: Path) -> None:
+    """Copies a file over another, or to where none is; between buckets no bytes pass through this machine."""
+    if in_bucket(source) and in_bucket(target):
+        _file_system().cp_file(os.fspath(source), os.fspath(target))
+    elif in_bucket(source) or in_bucket(target):
+        epath.Path(source).copy(target, overwrite=True)
+    else:
+        shutil.copyfile(source, target)
+
+
+def copy_folder(source: Path, target: Path) -> None:
+    """Copies what is in a folder into a new one; a file whose name ends in config.json, which readers ask for, last."""
+    for name in sorted(files_below(source), key=lambda name: (name.endswith("config.json"), name)):
+        if not in_bucket(target):
+            (target / name).parent.mkdir(parents=True, exist_ok=True)
+        copy_file(source / name, target / name)
+
+
+def write_text(file: Path, text: str) -> None:
+    """Writes a file, whole or not at all."""
+    with new_file(file) as temporary:
+        temporary.write_text(text)
 
 
 @contextlib.contextmanager
@@ -69,7 +152,7 @@ def new_file(path: Path) -> Iterator[pathlib.Path]:
         with tempfile.TemporaryDirectory() as folder:
             temporary = pathlib.Path(folder, "new")
             yield temporary
-            epath.Path(temporary).copy(path, overwrite=True)
+            copy_file(temporary, path)
         return
     # Of its own for every writer, as several processes may write the same.
     temporary = path.with_name(f".{uuid.uuid4().hex}.tmp")
@@ -78,3 +161,36 @@ def new_file(path: Path) -> Iterator[pathlib.Path]:
         temporary.replace(path)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def new_folder(path: Path) -> Iterator[pathlib.Path]:
+    """A local folder to fill, which at the end of the block takes the place of `path` and of what was there.
+
+    On this machine it never exists half full under that name. To a bucket the files are uploaded one after the other;
+    see `copy_folder`. If the block raises, `path` stays what it was.
+    """
+    if in_bucket(path):
+        with tempfile.TemporaryDirectory() as folder:
+            yield pathlib.Path(folder)
+            remove_folder(path)
+            copy_folder(pathlib.Path(folder), path)
+        return
+    partial = path.with_name(f".{path.name}.partial")
+    try:
+        remove_folder(partial)
+        partial.mkdir(parents=True)
+        yield partial
+        replace_folder(partial, path)
+    finally:
+        shutil.rmtree(partial, ignore_errors=True)
+
+
+def replace_folder(new: pathlib.Path, target: pathlib.Path) -> None:
+    """Renames `new` to `target`; what was there before goes away last."""
+    old = target.with_name(f".{target.name}.old")
+    shutil.rmtree(old, ignore_errors=True)
+    if target.exists():
+        target.rename(old)
+    new.rename(target)
+    shutil.rmtree(old, ignore_errors=True)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import pathlib
 import sys
 from collections.abc import Mapping
 from typing import Any
@@ -16,6 +15,7 @@ from ml_collections import ConfigDict
 from osv_jax.data import demo, latents, order, pixels
 from osv_jax.errors import UserError
 from osv_jax.objectives.networks import Networks
+from osv_jax.runtime.paths import Path
 from osv_jax.training.setup import Phase, phases_of
 
 
@@ -93,7 +93,7 @@ class LatentClips:
         return self.datasets[phase.height, phase.width]
 
 
-def open_clips(config: ConfigDict, networks: Networks, workdir: pathlib.Path) -> PixelClips | LatentClips:
+def open_clips(config: ConfigDict, networks: Networks, workdir: Path) -> PixelClips | LatentClips:
     """The clips that a configuration names.
 
     Raises:
@@ -104,13 +104,13 @@ def open_clips(config: ConfigDict, networks: Networks, workdir: pathlib.Path) ->
     return LatentClips(config, {(p.height, p.width): _open_dataset(config, networks, p) for p in phases_of(config)})
 
 
-def index_videos(config: ConfigDict, workdir: pathlib.Path) -> pixels.ClipIndex:
+def index_videos(config: ConfigDict, workdir: Path) -> pixels.ClipIndex:
     """The clips of `config.data.videos`, at the first resolution; see `index_folder`."""
     first = phases_of(config)[0]
     return index_folder(config.data.videos, config.data, first.height, first.width, workdir / "clips.json")
 
 
-def index_folder(name: str, data: ConfigDict, height: int, width: int, cache_file: pathlib.Path) -> pixels.ClipIndex:
+def index_folder(name: str, data: ConfigDict, height: int, width: int, cache_file: Path) -> pixels.ClipIndex:
     """The clips of a folder, or of `demo`, with a line about each file that was left out.
 
     Args:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import json
-import pathlib
+import os
 import runpy
 from collections.abc import Callable, Mapping
 from typing import Any
@@ -30,6 +30,7 @@ from osv_jax.objectives.pixels import encode_batch
 from osv_jax.objectives.players import Student, TrainState, init_state, make_optimizer, start_state
 from osv_jax.runtime import checkpoint, mesh
 from osv_jax.runtime.finite import check_finite
+from osv_jax.runtime.paths import Path, as_path
 from osv_jax.runtime.ranges import PIXELS, WHOLE
 from osv_jax.training import keys
 
@@ -55,9 +56,9 @@ def read_config(name: str) -> ConfigDict:
         UserError: if the file does not exist, or has no such variant.
     """
     file, _, variant = name.partition(":")
-    if not pathlib.Path(file).is_file():
+    if not as_path(file).is_file():
         raise UserError(f"The configuration file {file} does not exist; see the folder configs/.")
-    get_config = runpy.run_path(file)["get_config"]
+    get_config = runpy.run_path(os.fspath(as_path(file)))["get_config"]
     try:
         return get_config(variant) if variant else get_config()
     except ValueError as error:
@@ -272,7 +273,7 @@ def make_init(config: ConfigDict, networks: Networks, optimizers: Optimizers) ->
     return init
 
 
-def start_from(workdir: pathlib.Path, state: TrainState, optimizers: Optimizers) -> TrainState:
+def start_from(workdir: Path, state: TrainState, optimizers: Optimizers) -> TrainState:
     """`state`, with the student's LoRA, its tuned parameters and the discriminator of another run's last checkpoint.
 
     The optimizers start afresh, and so does the average, from the student (OSV section 4). What the other run did not
@@ -318,7 +319,7 @@ def _begin(state: TrainState, student: Student, disc: dict[str, Params], optimiz
     return begin(student, disc)
 
 
-def read_lora(path: pathlib.Path, config: ConfigDict, networks: Networks) -> lora_files.LoraFile:
+def read_lora(path: Path, config: ConfigDict, networks: Networks) -> lora_files.LoraFile:
     """A LoRA trained elsewhere, for `start_from_lora`.
 
     Args:
@@ -361,7 +362,7 @@ def start_from_lora(given: Params, config: ConfigDict, state: TrainState, optimi
     return _begin(state, state.student.replace(lora=unflatten_dict(own)), state.disc, optimizers)
 
 
-def check_origin(workdir: pathlib.Path, config: ConfigDict) -> None:
+def check_origin(workdir: Path, config: ConfigDict) -> None:
     """Whether the run in `workdir` can be continued from with this configuration.
 
     Raises:

@@ -321,7 +321,8 @@ def test_a_killed_conversion_leaves_nothing_that_loads(svd, tmp_path):
     program = """
         import os, signal, sys
         from osv_jax.convert import importers
-        importers.replace_folder = lambda new, target: os.kill(os.getpid(), signal.SIGKILL)
+        from osv_jax.runtime import paths
+        paths.replace_folder = lambda new, target: os.kill(os.getpid(), signal.SIGKILL)
         importers.import_svd(sys.argv[1], sys.argv[2], components=["vae"])
     """
     command = [sys.executable, "-c", textwrap.dedent(program), svd, tmp_path / "out"]

@@ -94,7 +94,7 @@ def test_no_tensorflow_and_a_quick_start(folder):
     program = (
         "import sys, osv_jax.train\n"
         "assert 'tensorflow_datasets' not in sys.modules\n"
-        "from osv_jax.data import latents, shards\n"
+        "from osv_jax.data import latents\n"
         f"dataset = latents.open_dataset({str(folder)!r})\n"
         "latents.serialize(dataset.schema.features(), dataset.read(0))\n"
         "next(iter(latents.latent_batches(dataset, 2, seed=0)))\n"

@@ -1,21 +1,30 @@
 """Names of files and folders, here and in buckets."""
 
-import importlib
 import pathlib
 import sys
 
 import pytest
+from bucket import OBJECTS, stand_in
 from etils import epath
-from fsspec.implementations.memory import MemoryFileSystem
 
 from osv_jax.errors import UserError
-from osv_jax.runtime.paths import as_path, in_bucket, new_file
+from osv_jax.runtime.paths import (
+    as_path,
+    copy_file,
+    copy_folder,
+    files_below,
+    in_bucket,
+    new_file,
+    new_folder,
+    remove_folder,
+    size_of,
+)
 
 
 @pytest.fixture
-def driver(monkeypatch):
-    """Something that reads and writes `gs://`."""
-    monkeypatch.setitem(importlib.import_module("fsspec.registry")._registry, "gs", MemoryFileSystem)
+def bucket(monkeypatch):
+    stand_in(monkeypatch)
+    return as_path("gs://bucket")
 
 
 def test_local_names_are_pathlibs_and_the_tilde_is_home(monkeypatch, tmp_path):
@@ -27,7 +36,7 @@ def test_local_names_are_pathlibs_and_the_tilde_is_home(monkeypatch, tmp_path):
     assert not in_bucket(as_path("runs"))
 
 
-def test_names_in_buckets_stay_what_they_are(driver):
+def test_names_in_buckets_stay_what_they_are(bucket):
     path = as_path("gs://bucket/runs/a")
     assert str(path / "config.json") == "gs://bucket/runs/a/config.json"
     assert in_bucket(path)
@@ -45,27 +54,67 @@ def test_names_in_buckets_stay_what_they_are(driver):
         ("~nobody-of-this-name/x", "home of a user who has none here"),
     ],
 )
-def test_other_names_are_refused_in_a_sentence(name, message, driver):
+def test_other_names_are_refused_in_a_sentence(name, message, bucket):
     with pytest.raises(UserError, match=message):
         as_path(name)
 
 
 def test_a_missing_driver_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(UserError, match=r"gs://bucket/x is in a bucket, for which gcsfs is missing; run `pip"):
+    with pytest.raises(UserError, match=r"gs://bucket is a bucket, for which gcsfs is missing; run `pip install"):
         as_path("gs://bucket/x")
 
 
-def test_a_new_file_is_there_whole_or_not_at_all(tmp_path):
-    file = tmp_path / "a.txt"
+@pytest.fixture(params=["here", "in a bucket"])
+def folder(request, tmp_path, monkeypatch):
+    """A place to write to, and no local folder called `gs:` afterwards."""
+    monkeypatch.chdir(tmp_path)
+    stand_in(monkeypatch)
+    (tmp_path / "here").mkdir()
+    yield tmp_path / "here" if request.param == "here" else as_path("gs://bucket/there")
+    assert [path.name for path in tmp_path.iterdir()] == ["here"]
+
+
+def test_a_new_file_is_there_whole_or_not_at_all(folder):
+    file = folder / "a.txt"
     with new_file(file) as temporary:
         temporary.write_text("first")
         assert not file.exists()
     with pytest.raises(KeyboardInterrupt), new_file(file) as temporary:
         temporary.write_text("sec")
         raise KeyboardInterrupt
-    assert file.read_text() == "first"
-    assert list(tmp_path.iterdir()) == [file]
+    assert file.read_text() == "first" and size_of(file) == 5
+    assert list(folder.iterdir()) == [file]
+
+
+def test_a_new_folder_takes_the_place_of_the_old_one(folder):
+    for names in (("config.json", "a/b"), ("c",)):
+        with new_folder(folder / "made") as filled:
+            for name in names:
+                (filled / name).parent.mkdir(exist_ok=True)
+                (filled / name).write_text(name)
+            assert "c" not in files_below(folder / "made")
+        assert files_below(folder / "made") == {name: len(name) for name in sorted(names)}
+    with pytest.raises(KeyboardInterrupt), new_folder(folder / "made") as filled:
+        (filled / "d").write_text("d")
+        raise KeyboardInterrupt
+    assert files_below(folder) == {"made/c": 1}
+    remove_folder(folder / "made")
+    remove_folder(folder / "made")
+    assert not (folder / "made").exists()
+
+
+def test_files_are_copied_to_and_from_buckets_and_what_readers_ask_for_comes_last(bucket, tmp_path):
+    made = tmp_path / "made"
+    (made / "params").mkdir(parents=True)
+    for name in ("config.json", "params/a", "z"):
+        (made / name).write_text(name)
+    copy_folder(made, bucket / "one")
+    assert list(OBJECTS) == ["bucket/one/params/a", "bucket/one/z", "bucket/one/config.json"]
+    copy_folder(bucket / "one", tmp_path / "back")
+    assert files_below(tmp_path / "back") == files_below(made) == files_below(bucket / "one")
+    copy_file(bucket / "one" / "z", bucket / "two")
+    assert (bucket / "two").read_text() == "z"
 
 
 def test_a_local_path_of_epath_becomes_pathlibs():
