@@ -37,7 +37,7 @@ class FakeModel(ImageToVideo):
     """Makes of noise a multiple of it, and of latents grey frames; remembers what it was asked for."""
 
     def __init__(self, factors):
-        self.factors, self.seen = factors, []
+        self.factors, self.seen, self.params = factors, [], {}
 
     def complete(self, options):
         return options
@@ -104,6 +104,13 @@ def test_what_is_measured(models, clips):
     # The untrained student's distance is 4 times the power, that of one step the power itself.
     row = next(line for line in compare.table(measured).splitlines() if line.startswith(f"{ONE_STEP}  "))
     assert "4.00 x" in row
+
+
+def test_samples_that_are_not_finite_are_not_measured(models, clips):
+    teacher, students = models
+    students["student"].factors["tts", 1] = np.nan
+    with pytest.raises(UserError, match="The frames that were made have values that are NaN or infinite"):
+        compare.sample_all(teacher, students, clips, VIDEO, seed=1)
 
 
 def test_pictures_hold_every_kind(models, clips, tmp_path):
