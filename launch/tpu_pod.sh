@@ -4,11 +4,11 @@
 #   NAME=osv ZONE=us-west4-a TYPE=v5litepod-16 launch/tpu_pod.sh create    # and wait until it is ACTIVE:
 #   NAME=osv ZONE=us-west4-a launch/tpu_pod.sh status
 #   NAME=osv ZONE=us-west4-a launch/tpu_pod.sh setup https://github.com/you/osv_jax
-#   NAME=osv ZONE=us-west4-a launch/tpu_pod.sh train --config=configs/stage1.py --workdir=/mnt/shared/stage1 ...
+#   NAME=osv ZONE=us-west4-a launch/tpu_pod.sh train --config=configs/stage1.py --workdir=gs://my-bucket/stage1 ...
 #   NAME=osv ZONE=us-west4-a launch/tpu_pod.sh delete
 #
 # Every host runs the same command; on a TPU they find each other by themselves. The workdir, the weights and the videos or
-# datasets must lie on a disk that all of them see (Filestore, mounted on each).
+# datasets must lie where all of them see them: in a bucket, or on a disk that is mounted on each (Filestore).
 set -euo pipefail
 : "${NAME:?the name of the slice}" "${ZONE:?its zone}"
 action=${1:?create, status, setup, train or delete}
@@ -29,7 +29,7 @@ setup)
     # The hosts' own Python is older than the 3.11 that is needed; uv brings one.
     on_all_hosts "git clone ${1:?the address of the repository} osv_jax && cd osv_jax && python3 -m pip install --quiet uv &&
         python3 -m uv venv --quiet --python 3.11 .venv &&
-        python3 -m uv pip install --quiet --python .venv/bin/python -c constraints.txt -e . 'jax[tpu]'"
+        python3 -m uv pip install --quiet --python .venv/bin/python -c constraints.txt -e '.[gcs]' 'jax[tpu]'"
     ;;
 train)
     # 143: SIGTERM came and the last step is saved. Any other failure of one host ends them all.

@@ -2,10 +2,10 @@
 # The same on a GKE cluster, through xpk (`pip install xpk`), which restarts a preempted job:
 #
 #   CLUSTER=tpus TYPE=v5litepod-16 IMAGE=region-docker.pkg.dev/project/osv/osv:1 launch/xpk.sh stage1 \
-#       --config=configs/stage1.py --workdir=/mnt/shared/stage1 ...
+#       --config=configs/stage1.py --workdir=gs://my-bucket/stage1 ...
 #
-# The image holds this repository at /osv_jax, installed with jax[tpu]; the workdir, the weights and the videos or datasets
-# lie on a volume that all of its hosts mount.
+# The image holds this repository at /osv_jax, installed with .[gcs] and jax[tpu]; the workdir, the weights and the videos or
+# datasets lie in a bucket, or on a volume that all of its hosts mount.
 set -euo pipefail
 : "${CLUSTER:?the GKE cluster}" "${TYPE:?e.g. v5litepod-16}" "${IMAGE:?the image with osv_jax in it}"
 workload=${1:?a name for the job}

@@ -155,16 +155,16 @@ def _server() -> str:
     return f"http://127.0.0.1:{http.server_port}"
 
 
-def stand_in(monkeypatch):
+def stand_in(monkeypatch, file_system=BucketFileSystem):
     """From here to the end of the test `gs://` means `OBJECTS`, which is empty at first."""
     OBJECTS.clear()
     for variable in ("TENSORSTORE_GCS_HTTP_URL", "CLOUD_STORAGE_EMULATOR_ENDPOINT"):
         monkeypatch.setenv(variable, _server())
     registry = importlib.import_module("fsspec.registry")._registry
     for name in BucketFileSystem.protocol:
-        monkeypatch.setitem(registry, name, BucketFileSystem)
+        monkeypatch.setitem(registry, name, file_system)
     # What remembers another file system, or that there is none.
     monkeypatch.setattr(backend._FileSystemSpecBackend, "_get_filesystem", lambda self, name: fsspec.filesystem(name))
-    monkeypatch.setattr(paths, "_check_bucket", lambda bucket: None)
+    monkeypatch.setattr(paths, "_check_bucket", paths._check_bucket.__wrapped__)
     # Orbax asks Google's own client what kind of bucket it is.
     monkeypatch.setattr(gcs_utils, "get_bucket", lambda name: types.SimpleNamespace())

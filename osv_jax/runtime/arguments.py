@@ -9,6 +9,7 @@ from collections.abc import Callable
 from typing import NoReturn
 
 from osv_jax.errors import UserError
+from osv_jax.runtime.paths import as_path
 
 # Where compiled programs are kept unless JAX_COMPILATION_CACHE_DIR says otherwise.
 COMPILED_PROGRAMS = pathlib.Path("~/.cache/osv_jax/jax").expanduser()
@@ -36,3 +37,15 @@ def run(main: Callable[[], None]) -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+
+
+def config_file(name: str) -> pathlib.Path:
+    """A configuration file, which is Python code.
+
+    Raises:
+        UserError: there is none of that name.
+    """
+    file = as_path(name)
+    if not file.is_file():
+        raise UserError(f"The configuration file {file} does not exist; see the folder configs/.")
+    return file

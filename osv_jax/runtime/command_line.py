@@ -45,15 +45,19 @@ def parse(argv: list[str]) -> list[str]:
     Raises:
         UserError: a flag, a key of the configuration or a value that does not exist.
     """
-    for argument in argv:
-        if argument.startswith("--config="):
-            file = argument.removeprefix("--config=").split(":")[0]
-            if not as_path(file).is_file():
-                raise UserError(f"The configuration file {file} does not exist; see the folder configs/.")
     try:
-        return flags.FLAGS(argv)
+        return flags.FLAGS([_locate_config(argument) for argument in argv])
     except AttributeError as error:
         raise UserError(f"The configuration has no key {error}; see the file given with --config.") from error
     except (flags.Error, ValueError) as error:
         # What a configuration file raises arrives as a whole traceback, its last line being the message.
         raise UserError(str(error).strip().splitlines()[-1]) from error
+
+
+def _locate_config(argument: str) -> str:
+    """`--config=FILE` or `--config=FILE:VARIANT` with the file's whole name; other arguments as they are."""
+    option, _, name = argument.partition("=")
+    if option != "--config":
+        return argument
+    file, *variant = name.split(":", 1)
+    return f"{option}={':'.join([os.fspath(arguments.config_file(file)), *variant])}"

@@ -58,13 +58,12 @@ def as_path(name: str | os.PathLike) -> Path:
 def _check_bucket(bucket: str) -> None:
     """Once in a process, before any work: that the driver is there, and that it can list the bucket."""
     try:
-        _file_system()
+        with contextlib.suppress(FileNotFoundError):
+            _file_system().info(f"{bucket}/osv_jax")
     except ImportError as error:
         raise UserError(
             f"gs://{bucket} is a bucket, for which gcsfs is missing; run `pip install osv_jax[gcs]`."
         ) from error
-    try:
-        epath.Path(f"{_SCHEME}{bucket}/osv_jax").exists()
     except Exception as error:  # gcsfs', aiohttp's and Google's own have no base in common
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
         raise UserError(

@@ -28,9 +28,9 @@ from osv_jax.objectives.latents import batch_of_records
 from osv_jax.objectives.networks import Networks, Params, build_networks, random_params
 from osv_jax.objectives.pixels import encode_batch
 from osv_jax.objectives.players import Student, TrainState, init_state, make_optimizer, start_state
-from osv_jax.runtime import checkpoint, mesh
+from osv_jax.runtime import arguments, checkpoint, mesh
 from osv_jax.runtime.finite import check_finite
-from osv_jax.runtime.paths import Path, as_path
+from osv_jax.runtime.paths import Path
 from osv_jax.runtime.ranges import PIXELS, WHOLE
 from osv_jax.training import keys
 
@@ -56,9 +56,7 @@ def read_config(name: str) -> ConfigDict:
         UserError: if the file does not exist, or has no such variant.
     """
     file, _, variant = name.partition(":")
-    if not as_path(file).is_file():
-        raise UserError(f"The configuration file {file} does not exist; see the folder configs/.")
-    get_config = runpy.run_path(os.fspath(as_path(file)))["get_config"]
+    get_config = runpy.run_path(os.fspath(arguments.config_file(file)))["get_config"]
     try:
         return get_config(variant) if variant else get_config()
     except ValueError as error:

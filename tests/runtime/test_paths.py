@@ -4,10 +4,13 @@ import pathlib
 import sys
 
 import pytest
-from bucket import OBJECTS, stand_in
+from bucket import OBJECTS, BucketFileSystem, stand_in
 from etils import epath
 
+from osv_jax import sample
+from osv_jax.convert import weights
 from osv_jax.errors import UserError
+from osv_jax.runtime import command_line
 from osv_jax.runtime.paths import (
     as_path,
     copy_file,
@@ -61,8 +64,20 @@ def test_other_names_are_refused_in_a_sentence(name, message, bucket):
 
 def test_a_missing_driver_is_named(monkeypatch):
     monkeypatch.setitem(sys.modules, "gcsfs", None)
-    with pytest.raises(UserError, match=r"gs://bucket is a bucket, for which gcsfs is missing; run `pip install"):
-        as_path("gs://bucket/x")
+    for scheme in ("gs", "gcs"):
+        monkeypatch.delitem(sys.modules["fsspec.registry"]._registry, scheme, raising=False)
+    with pytest.raises(UserError, match=r"gs://one is a bucket, for which gcsfs is missing; run `pip install osv_jax"):
+        as_path("gs://one/x")
+
+
+def test_a_bucket_that_cannot_be_reached_is_told_once_before_any_work(monkeypatch):
+    class Refusing(BucketFileSystem):
+        def info(self, path, **_):
+            raise OSError("Forbidden: storage.googleapis.com\nAnonymous caller does not have access.")
+
+    stand_in(monkeypatch, Refusing)
+    with pytest.raises(UserError, match=r"gs://two cannot be reached \(Forbidden: [a-z.]+\); check the name"):
+        as_path("gs://two/x")
 
 
 @pytest.fixture(params=["here", "in a bucket"])
@@ -119,3 +134,13 @@ def test_files_are_copied_to_and_from_buckets_and_what_readers_ask_for_comes_las
 
 def test_a_local_path_of_epath_becomes_pathlibs():
     assert type(as_path(epath.Path("runs"))) is type(pathlib.Path())
+
+
+def test_the_tilde_in_what_programs_are_told(monkeypatch, tmp_path):
+    """For what programs hand to `as_path` themselves; a configuration's file is opened by others."""
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "a.py").touch()
+    assert command_line._locate_config("--config=~/a.py:tiny") == f"--config={tmp_path}/a.py:tiny"
+    assert command_line._locate_config("--workdir=~/a.py") == "--workdir=~/a.py"
+    assert weights.locate("~/weights") == tmp_path / "weights"
+    assert sample.plan_outputs([tmp_path / "a.png"], "~/made/{name}.mp4") == [tmp_path / "made" / "a.mp4"]
