@@ -195,6 +195,7 @@ def write_damaged_inputs(folder: pathlib.Path) -> dict[str, int | str]:
     add("loop.mp4", "is a link to nowhere").symlink_to(folder / "loop.mp4")
     (folder / "up").symlink_to(folder, target_is_directory=True)  # not followed
     synthetic_video.write_damaged(add("overwritten.mp4", "cannot be decoded"))
+    synthetic_video.write_unknown(add("unknown.mp4", "is encoded in a way that ffmpeg does not know"))
     still = add("still.mp4", "does not move")
     synthetic_video.write(still, [0.0, 0.4], rate=10)
     expected["still.mp4"] = "frames a second"

@@ -6,7 +6,6 @@ import dataclasses
 import functools
 import io
 import zipfile
-import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -123,11 +122,6 @@ def cut(task: Task) -> Cut:
         return _cut(task)
     except video.VideoError as error:
         return Cut(reason=error.reason)
-    except (ValueError, RuntimeError, NotImplementedError, ArithmeticError, MemoryError, EOFError, OSError) as error:
-        # What PyAV, Pillow and zipfile say about damage that ffmpeg does not see.
-        return Cut(reason=f"cannot be decoded ({type(error).__name__}: {error})")
-    except (zipfile.BadZipFile, zlib.error) as error:
-        return Cut(reason=f"cannot be unpacked ({error})")
 
 
 def _cut(task: Task) -> Cut:
@@ -172,25 +166,28 @@ def open_location(location: Location, name: str) -> video.VideoFile:
     """A file as ffmpeg reads it; a member of an archive is unpacked into memory, never onto a disk.
 
     Raises:
-        VideoError: for a member that is encrypted or too large.
-        zipfile.BadZipFile, zlib.error, OSError: damage.
+        VideoError: for a member that is encrypted, too large or damaged, also if the archive has changed.
     """
     if location.member is None:
         return location.files[0]
-    archive = open_archive(location.files)
-    member = archive.infolist()[location.member]
-    if member.flag_bits & 1:
-        raise video.VideoError(name, "is encrypted")
-    if member.file_size > _MAX_MEMBER_BYTES:
-        raise video.VideoError(
-            name, f"is {member.file_size / 2**20:.0f} MiB long, and at most {_MAX_MEMBER_BYTES / 2**20:.0f} are read"
-        )
-    return video.NamedBytes(archive.read(member), name)
+    try:
+        archive = open_archive(location.files)
+        member = archive.infolist()[location.member]
+        if member.flag_bits & 1:
+            raise video.VideoError(name, "is encrypted")
+        if member.file_size > _MAX_MEMBER_BYTES:
+            length, most = member.file_size / 2**20, _MAX_MEMBER_BYTES / 2**20
+            raise video.VideoError(name, f"is {length:.0f} MiB long, and at most {most:.0f} are read")
+        return video.NamedBytes(archive.read(member), name)
+    except video.VideoError:
+        raise
+    except Exception as error:  # Python's unpackers meet damage with exceptions of all kinds.
+        raise video.VideoError(name, f"cannot be unpacked ({type(error).__name__}: {error})") from error
 
 
 @functools.lru_cache(maxsize=2)
 def open_archive(files: tuple[str, ...]) -> zipfile.ZipFile:
-    """A zip archive that may have been split into parts."""
+    """A zip archive that may have been split into parts. A damaged one raises exceptions of all kinds."""
     whole = len(files) == 1 and not in_bucket(files[0])
     return zipfile.ZipFile(files[0] if whole else io.BufferedReader(_Joined(files)))
 

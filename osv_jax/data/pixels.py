@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import concurrent.futures
 import dataclasses
 import hashlib
 import json
@@ -161,40 +162,51 @@ def _probe_all(
         if entry and entry["stat"] == stats[name]:
             known[name] = entry
     new = [name for name in names if name not in known]
+    pool = concurrent.futures.ThreadPoolExecutor(os.cpu_count())
     try:
-        for name in tqdm(new, desc="Checking videos", unit="video", file=sys.stderr, disable=not new):
+        probes = [pool.submit(video.probe, folder / name) for name in new]
+        bar = tqdm(new, desc="Checking videos", unit="video", file=sys.stderr, disable=not new)
+        for name, probe in zip(bar, probes, strict=True):
             try:
-                known[name] = {"stat": stats[name], "info": dataclasses.asdict(video.probe(folder / name))}
+                known[name] = {"stat": stats[name], "info": dataclasses.asdict(probe.result())}
             except video.VideoError as error:
                 known[name] = {"stat": stats[name], "reason": error.reason}
     finally:
+        pool.shutdown(cancel_futures=True)
         # Also when interrupted: what has been decoded need not be decoded again.
         if cache_file is not None and new:
             cache.update({str(absolute(folder) / name): entry for name, entry in known.items()})
             _write_cache(as_path(cache_file), cache)
-    results = (known[name] for name in names)
-    return [
-        (entry["stat"][0], entry["reason"] if "reason" in entry else video.VideoInfo(**entry["info"]))
-        for entry in results
-    ]
+    return [_size_and_result(known[name]) for name in names]
+
+
+def _size_and_result(entry: dict) -> tuple[int, video.VideoInfo | str]:
+    """What an entry of the cache says: the size [bytes] of a file, and its timeline or the reason why it has none."""
+    size, _ = entry["stat"]
+    return size, str(entry["reason"]) if "reason" in entry else video.VideoInfo(**entry["info"])
 
 
 def _size_and_time(path: Path) -> list[int]:
-    """Size [bytes] and modification time [ns]; zeros for a dangling link, which decoding then reports."""
-    if not path.exists():
+    """Size [bytes] and modification time [ns]; zeros where nothing can be read, which decoding then reports."""
+    try:
+        stat = path.stat()
+    except OSError:
         return [0, 0]
-    stat = path.stat()
     if in_bucket(path):
         return [stat.length, stat.mtime * 10**9]
     return [stat.st_size, stat.st_mtime_ns]
 
 
 def _read_cache(cache_file: str | os.PathLike | None) -> dict[str, dict]:
+    """The entries by absolute path; none if the file is missing or damaged."""
     if cache_file is None:
         return {}
     try:
-        return json.loads(as_path(cache_file).read_text())
-    except (FileNotFoundError, json.JSONDecodeError):
+        cache = json.loads(as_path(cache_file).read_text())
+        for entry in cache.values():
+            _size_and_result(entry)
+        return cache
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
         return {}
 
 

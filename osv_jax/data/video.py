@@ -29,7 +29,10 @@ EXTENSIONS = (
 # Containers only. ffmpeg also plays lists (HLS, concat, DASH) that name other files and addresses: a file that somebody
 # else wrote must not choose what is read here.
 _FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,h264,hevc,m4v,mjpeg,gif,ivf,nut,swf,rm,dv,mxf"
+# Of a frame. 8K has half as many; beyond, a small damaged file could ask for gigabytes.
 _MAX_PIXELS = 2**26
+# Of a pixel. Broadcast formats have up to 2.
+_MAX_ASPECT = 16
 
 
 class NamedBytes(io.BytesIO):
@@ -106,11 +109,11 @@ def probe_and_read(
         if first is None:
             timeline.info()  # raises
         clips: list[list[np.ndarray]] = [[] for _ in offsets]
-        times = np.array([_wanted(first[0] + offset, num_frames, fps, stream) for offset in offsets])
+        times = np.array([_wanted(first.time + offset, num_frames, fps, stream) for offset in offsets])
         times = times.reshape(-1)
         order = np.argsort(times, kind="stable")
-        shown = _on_screen(itertools.chain([first], frames), times[order], stream)
-        for number, picture in zip(order, _pictures(file, shown, stream, height, width), strict=False):
+        shown = _on_screen(itertools.chain([first], frames), times[order])
+        for number, picture in zip(order, _pictures(file, shown, height, width), strict=False):
             clips[number // num_frames].append(picture)
         for _ in frames:
             pass
@@ -118,34 +121,31 @@ def probe_and_read(
 
 
 class _Timeline:
-    """The frames of a file with their times [s], in order, none of them damaged; once through, what they told."""
+    """The frames of a file in order, none of them damaged; once through, what they told."""
 
     def __init__(self, file: VideoFile, container: av.container.InputContainer, stream: av.VideoStream):
-        self._file, self._container, self._stream = file, container, stream
-        self._first = self._last = self._frame = None
+        self._file, self._frames = file, _frames(file, container, stream)
+        self._first = self._last = None
         self._num_frames = 0
-        stream.thread_type = "AUTO"
 
-    def __iter__(self) -> Iterator[tuple[float, av.VideoFrame]]:
-        for time, frame in _timed_frames(self._container, self._stream):
-            if frame.is_corrupt:
-                raise VideoError(self._file, f"has a damaged frame at {time:.2f} s")
-            if self._last is not None and time < self._last:
-                raise VideoError(self._file, f"has timestamps that go back at {time:.2f} s")
-            self._first = time if self._first is None else self._first
-            self._last, self._frame = time, frame
+    def __iter__(self) -> Iterator[_Frame]:
+        for frame in self._frames:
+            if frame.picture.is_corrupt:
+                raise VideoError(self._file, f"has a damaged frame at {frame.time:.2f} s")
+            if self._last is not None and frame.time < self._last.time:
+                raise VideoError(self._file, f"has timestamps that go back at {frame.time:.2f} s")
+            self._first, self._last = self._first or frame, frame
             self._num_frames += 1
-            yield time, frame
+            yield frame
 
     def info(self) -> VideoInfo:
-        frame, stream = self._frame, self._stream
-        if frame is None:
+        first, last = self._first, self._last
+        if last is None:
             raise VideoError(self._file, "has a video stream without a frame")
-        height, width = frame.height, frame.width * float(stream.sample_aspect_ratio or 1)
-        if frame.rotation % 180:
+        height, width = last.picture.height, last.picture.width * last.pixel_aspect
+        if last.quarter_turns % 2:
             height, width = width, height
-        end = self._last + _duration(frame, stream)
-        return VideoInfo(self._first, end, self._num_frames, round(height), round(width))
+        return VideoInfo(first.time, last.end, self._num_frames, round(height), round(width))
 
 
 def read_clip(
@@ -156,45 +156,77 @@ def read_clip(
     Frame i is the one on screen at `start_seconds` + i / fps: the last whose timestamp is not later. This holds for
     variable frame rates too, and repeats frames where the file has fewer than `fps`. A time before the first frame
     takes the first. Rotation metadata and pixel aspect ratio are applied; then the picture is scaled (bicubic,
-    antialiased) to cover `height` x `width` [px] and cropped at the centre.
+    antialiased) to cover `height` x `width` [px] and cropped at the centre, also where frames differ in size.
 
     Raises:
         VideoError: if the file does not decode, or ends before the last frame.
     """
-    # Seeking is only a short cut: an index can be missing, or lead past the wanted frame.
-    for seek in (True, False) if start_seconds > 0 else (False,):
-        with _opened(file) as (container, stream):
-            times = _wanted(start_seconds, num_frames, fps, stream)
-            if seek:
-                with contextlib.suppress(av.FFmpegError):
-                    container.seek(int(times[0] / stream.time_base) + (stream.start_time or 0), stream=stream)
-            frames = _timed_frames(container, stream)
-            first = next(frames, None)
-            if seek and (first is None or first[0] > times[0]):
-                continue
-            shown = _on_screen(itertools.chain([first] if first else [], frames), times, stream)
-            clip = list(_pictures(file, shown, stream, height, width))
-        if len(clip) < num_frames:
-            seconds = num_frames / fps
-            raise VideoError(file, f"ends before the {seconds:.2f} s from {start_seconds:.2f} s that are wanted")
-        return np.stack(clip)
-    raise AssertionError("the pass without seeking always returns or raises")
+    if start_seconds > 0:
+        # Seeking is only a short cut: an index can be missing, lead past the wanted frame, or into damage.
+        with contextlib.suppress(VideoError):
+            return _read_clip(file, start_seconds, num_frames, fps, height, width, seek=True)
+    return _read_clip(file, start_seconds, num_frames, fps, height, width, seek=False)
+
+
+def _read_clip(
+    file: VideoFile, start: float, num_frames: int, fps: float, height: int, width: int, seek: bool
+) -> UInt8[np.ndarray, "f h w 3"]:
+    with _opened(file) as (container, stream):
+        times = _wanted(start, num_frames, fps, stream)
+        if seek:
+            with _decoding(file):
+                container.seek(int(times[0] / stream.time_base) + (stream.start_time or 0), stream=stream)
+        frames = _frames(file, container, stream)
+        first = next(frames, None)
+        if seek and (first is None or first.time > times[0]):
+            raise VideoError(file, f"has no index that leads to {start:.2f} s")
+        shown = _on_screen(itertools.chain([first] if first else [], frames), times)
+        clip = list(_pictures(file, shown, height, width))
+    if len(clip) < num_frames:
+        raise VideoError(file, f"ends before the {num_frames / fps:.2f} s from {start:.2f} s that are wanted")
+    return np.stack(clip)
+
+
+@contextlib.contextmanager
+def _decoding(file: VideoFile) -> Iterator[None]:
+    """Whatever PyAV raises inside becomes a `VideoError`: only some of the damage reaches it as an error of ffmpeg."""
+    try:
+        yield
+    except UserError:
+        raise
+    except Exception as error:
+        reason = getattr(error, "strerror", None) or f"{type(error).__name__}: {error}"
+        raise VideoError(file, f"cannot be decoded ({reason})") from error
 
 
 @contextlib.contextmanager
 def _opened(file: VideoFile) -> Iterator[tuple[av.container.InputContainer, av.VideoStream]]:
-    """The open file and its main video stream; ffmpeg's errors inside the block become `VideoError`."""
-    options = {"format_whitelist": _FORMATS, "protocol_whitelist": "file" if _is_local(file) else ""}
-    try:
-        with _source(file) as source, av.open(source, metadata_errors="replace", options=options) as container:
+    """The open file and its main video stream.
+
+    Raises:
+        VideoError: if it does not open, or ffmpeg has no decoder for the stream.
+    """
+    # ffmpeg looks into some frames when it opens a file, and has another decoder for that: the limit is for both.
+    limit = {"max_pixels": str(_MAX_PIXELS)}
+    protocols = "file" if _is_local(file) else ""
+    options = {"format_whitelist": _FORMATS, "protocol_whitelist": protocols, **limit}
+    with contextlib.ExitStack() as stack:
+        with _decoding(file):
+            source = stack.enter_context(_source(file))
+            container = stack.enter_context(av.open(source, metadata_errors="replace", options=options))
             stream = container.streams.best("video")
             if stream is None:
                 raise VideoError(file, "has no video stream")
-            if stream.width * stream.height > _MAX_PIXELS:
-                raise VideoError(file, f"has frames of {stream.width} x {stream.height}, too many pixels")
-            yield container, stream
-    except (av.FFmpegError, OSError) as error:
-        raise VideoError(file, f"cannot be decoded ({error.strerror})") from error
+            if stream.codec_context is None:
+                raise VideoError(file, "is encoded in a way that ffmpeg does not know")
+            if not stream.width * stream.height:
+                raise VideoError(file, f"has frames of unknown size, or of more than {_MAX_PIXELS:,} pixels")
+            if not stream.time_base:
+                raise VideoError(file, "has no unit of time")
+            stream.codec_context.options = limit
+            # Where frames are decoded at once, ffmpeg loses the errors of the last ones, as many as there are cores.
+            stream.thread_type = "SLICE"
+        yield container, stream
 
 
 def _is_local(file: VideoFile) -> bool:
@@ -219,56 +251,79 @@ def _wanted(start: float, num_frames: int, fps: float, stream: av.VideoStream) -
     return start + slack + np.arange(num_frames) / fps
 
 
-def _timed_frames(
-    container: av.container.InputContainer, stream: av.VideoStream
-) -> Iterator[tuple[float, av.VideoFrame]]:
-    """Frames in the order they are shown, with their times [s] from the first timestamp of the stream."""
-    first_tick = stream.start_time or 0
-    for frame in container.decode(stream):
-        tick = frame.dts if frame.pts is None else frame.pts
-        if tick is not None:
-            yield float((tick - first_tick) * stream.time_base), frame
+@dataclasses.dataclass(frozen=True)
+class _Frame:
+    """A decoded frame, and how it is shown.
+
+    Attributes:
+        time, end: when it is on screen [s], from the first timestamp of the stream; the next frame may come earlier.
+        quarter_turns: that set it upright, counter-clockwise.
+        pixel_aspect: width / height of a pixel of `picture`.
+    """
+
+    picture: av.VideoFrame
+    time: float
+    end: float
+    quarter_turns: int
+    pixel_aspect: float
 
 
-def _on_screen(
-    timed_frames: Iterable[tuple[float, av.VideoFrame]], times: Float[np.ndarray, " n"], stream: av.VideoStream
-) -> Iterator[av.VideoFrame]:
+def _frames(file: VideoFile, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[_Frame]:
+    """Frames in the order they are shown.
+
+    Raises:
+        VideoError: if one does not decode, or cannot be shown.
+    """
+    pictures = container.decode(stream)
+    while True:
+        with _decoding(file):
+            picture = next(pictures, None)
+            if picture is None:
+                return
+            tick = picture.dts if picture.pts is None else picture.pts
+            if tick is None:
+                continue
+            time = float((tick - (stream.start_time or 0)) * stream.time_base)
+            # As long as the file says, or else by its average rate.
+            ticks, rate = picture.duration or 0, stream.average_rate or 0
+            seconds = float(ticks * stream.time_base) if ticks > 0 else float(1 / rate) if rate > 0 else 1.0
+            pixel_aspect = float(stream.sample_aspect_ratio or 1)
+            if not 1 / _MAX_ASPECT <= pixel_aspect <= _MAX_ASPECT:
+                raise VideoError(file, f"has pixels that are {pixel_aspect:.3g} times as wide as high")
+            # The rotation is in degrees; cameras write multiples of 90.
+            turns = round(picture.rotation / 90)
+        yield _Frame(picture, time, time + seconds, turns, pixel_aspect)
+
+
+def _on_screen(frames: Iterable[_Frame], times: Float[np.ndarray, " n"]) -> Iterator[_Frame]:
     """The frame that is shown at each of the ascending `times`, as long as the video lasts."""
     waiting = collections.deque(times)
-    shown = end = None
-    for time, frame in timed_frames:
-        while shown is not None and waiting and waiting[0] < time:
+    shown = None
+    for frame in frames:
+        while shown is not None and waiting and waiting[0] < frame.time:
             waiting.popleft()
             yield shown
         if not waiting:
             return
-        shown, end = frame, time + _duration(frame, stream)
-    while shown is not None and waiting and waiting[0] < end:
+        shown = frame
+    while shown is not None and waiting and waiting[0] < shown.end:
         waiting.popleft()
         yield shown
 
 
-def _duration(frame: av.VideoFrame, stream: av.VideoStream) -> float:
-    """How long a frame is shown [s]: as the file says, or else by its average rate."""
-    if frame.duration:
-        return float(frame.duration * stream.time_base)
-    return float(1 / (stream.average_rate or 1))
-
-
 def _pictures(
-    file: VideoFile, frames: Iterable[av.VideoFrame], stream: av.VideoStream, height: int, width: int
+    file: VideoFile, frames: Iterable[_Frame], height: int, width: int
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     reformatter = VideoReformatter()
     previous = picture = None
     for frame in frames:
-        if frame.is_corrupt:
-            raise VideoError(file, "has a damaged frame")
         if frame is not previous:
-            rgb = reformatter.reformat(frame, format="rgb24").to_ndarray()
-            # The rotation is counter-clockwise, in degrees; cameras write multiples of 90.
-            turns = round(frame.rotation / 90)
-            aspect = float(stream.sample_aspect_ratio or 1)
-            picture = cover(np.rot90(rgb, turns), height, width, 1 / aspect if turns % 2 else aspect)
+            if frame.picture.is_corrupt:
+                raise VideoError(file, f"has a damaged frame at {frame.time:.2f} s")
+            with _decoding(file):
+                rgb = reformatter.reformat(frame.picture, format="rgb24").to_ndarray()
+            aspect = 1 / frame.pixel_aspect if frame.quarter_turns % 2 else frame.pixel_aspect
+            picture = cover(np.rot90(rgb, frame.quarter_turns), height, width, aspect)
         yield picture
         previous = frame
 

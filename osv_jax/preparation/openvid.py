@@ -5,13 +5,16 @@ Videos are read straight from the archives. A member's name serves to look up it
 
 from __future__ import annotations
 
+import contextlib
 import csv
 import dataclasses
 import io
+import itertools
 import pathlib
 import re
+import string
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from osv_jax.data.cutting import Location, open_archive
 from osv_jax.data.video import EXTENSIONS
@@ -21,8 +24,8 @@ from osv_jax.runtime.paths import Path, files_below
 
 SCORES = ("aesthetic score", "motion score", "temporal consistency score")
 _COLUMNS = ("video", "caption", *SCORES)
-# OpenVid_part73_partaa, OpenVid_part73_partab, ...: one archive in parts.
-_PART = re.compile(r"(?P<archive>.+)_part(?P<part>[a-z]{2})$")
+# OpenVid_part73_partaa, OpenVid_part73_partab, ... or OpenVidHD_part_15_part_aa, ...: one archive in parts.
+_PART = re.compile(r"(?P<parts>(?P<archive>.+)_part_?)[a-z]{2}$")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,14 +54,10 @@ def read_openvid(
         raise UserError(f"{folder} holds no archive of OpenVid-1M (OpenVid_part0.zip, ...); give the folder with them.")
     videos: dict[str, SourceVideo] = {}
     rejected: set[str] = set()
-    for name, files in archives:
-        try:
-            members = open_archive(files).infolist()
-        except (zipfile.BadZipFile, OSError, ValueError, NotImplementedError) as error:
-            skipped.append((name, f"cannot be opened as a zip archive ({error})"))
-            continue
+    for name, copies in archives:
+        files, members = _open_first(name, copies, skipped)
         for index, member in enumerate(members):
-            if member.is_dir():
+            if member.filename.endswith("/"):
                 continue
             source, key = f"{name}/{printable(member.filename)}", member.filename.rsplit("/", 1)[-1]
             row = rows.get(key)
@@ -81,20 +80,53 @@ def read_openvid(
     return list(videos.values()), skipped
 
 
-def find_archives(folder: Path) -> Iterator[tuple[str, tuple[str, ...]]]:
-    """Names and files of the archives; the numbers in names count as numbers."""
-    archives: dict[str, list[Path]] = {}
-    sizes = files_below(folder)
-    for name, size in sizes.items():
+def find_archives(folder: Path) -> Iterator[tuple[str, list[tuple[str, ...]]]]:
+    """Names of the archives, and the files of each: whole, in parts, or both. Numbers in names count as numbers."""
+    archives: dict[str, dict[str, list[str]]] = {}
+    # In the order of their names `a.zip` comes before `a_partaa`.
+    for name, size in files_below(folder).items():
         path = pathlib.PurePosixPath(name)
         part = _PART.match(path.name)
         if size >= 0 and (path.suffix.lower() == ".zip" or part):
             whole = path.with_name(part["archive"] + ".zip") if part else path
-            # The joined archive, where somebody has made it, serves instead of its parts.
-            if not (part and sizes.get(whole.as_posix(), -1) >= 0):
-                archives.setdefault(printable(whole.as_posix()), []).append(folder / name)
+            copies = archives.setdefault(printable(whole.as_posix()), {})
+            copies.setdefault(part["parts"] if part else path.name, []).append(str(folder / name))
     for name in sorted(archives, key=lambda name: [int(s) if s.isdigit() else s for s in re.split(r"(\d+)", name)]):
-        yield name, tuple(str(path) for path in archives[name])
+        yield name, [tuple(files) for files in archives[name].values()]
+
+
+def _open_first(
+    name: str, copies: Iterable[tuple[str, ...]], skipped: Skipped
+) -> tuple[tuple[str, ...], list[zipfile.ZipInfo]]:
+    """Files and directory of the first copy of an archive that opens; the others before it are added to `skipped`.
+
+    A failed download leaves a whole archive that is empty or cut short beside its parts.
+    """
+    reasons: list[str] = []
+    for files in copies:
+        missing = _missing_part(files)
+        if missing:
+            reasons.append(f"cannot be joined from its parts, of which {missing} is missing")
+            continue
+        try:
+            members = open_archive(files).infolist()
+        except Exception as error:  # zipfile meets damage with exceptions of all kinds.
+            reasons.append(f"cannot be opened as a zip archive ({error})")
+            continue
+        skipped += [(name, f"{reason}; {pathlib.Path(files[0]).name} beside it serves") for reason in reasons]
+        return files, members
+    skipped += [(name, reason) for reason in reasons]
+    return (), []
+
+
+def _missing_part(files: Sequence[str]) -> str | None:
+    """The first part that is not there, though later ones are."""
+    letters = map("".join, itertools.product(string.ascii_lowercase, repeat=2))
+    for file, expected in zip(files, letters, strict=False):
+        part = _PART.match(pathlib.PurePosixPath(file).name)
+        if part and not file.endswith(expected):
+            return part["parts"] + expected
+    return None
 
 
 def read_rows(file: Path) -> tuple[dict[str, Row], Skipped]:
@@ -130,10 +162,9 @@ def _find_csv(folder: Path) -> Path:
         raise UserError(f"{folder} is not a folder; give the one with OpenVid-1M's archives and its CSV.")
     files = [folder / name for name in files_below(folder) if name.endswith(".csv")]
     for file in sorted(files, key=lambda path: (path.name != "OpenVid-1M.csv", path)):
-        with _open_csv(file) as opened:
-            header = next(csv.reader(opened), [])
-        if set(_COLUMNS) <= set(header):
-            return file
+        with contextlib.suppress(OSError, csv.Error), _open_csv(file) as opened:
+            if set(_COLUMNS) <= set(next(csv.reader(opened), [])):
+                return file
     raise UserError(f"{folder} holds no CSV with the columns {', '.join(_COLUMNS)}; put OpenVid-1M.csv there.")
 
 

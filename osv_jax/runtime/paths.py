@@ -104,7 +104,10 @@ def files_below(folder: Path) -> dict[str, int]:
         sizes = {name.removeprefix(root): info["size"] for name, info in found.items()}
     else:
         files = (pathlib.Path(root, name) for root, _, names in os.walk(folder) for name in names)
-        sizes = {file.relative_to(folder).as_posix(): file.stat().st_size if file.is_file() else -1 for file in files}
+        # `isfile` is false also where nobody may look, for which pathlib's raises.
+        sizes = {
+            file.relative_to(folder).as_posix(): os.path.getsize(file) if os.path.isfile(file) else -1 for file in files
+        }
     return dict(sorted(sizes.items()))
 
 

@@ -10,9 +10,20 @@ MAX_FRAMES = 46
 
 
 def write(
-    path, times, *, width=32, height=24, codec="libx264", pix_fmt="yuv420p", rate=30, rotation=None, red_corner=False
+    path,
+    times,
+    *,
+    width=32,
+    height=24,
+    codec="libx264",
+    pix_fmt="yuv420p",
+    rate=30,
+    rotation=None,
+    red_corner=False,
+    pixel_aspect=None,
+    first=0,
 ):
-    """A video whose frame i is uniformly grey, brighter with i, and shown from `times[i]` [s] on.
+    """A video whose frame i, counted from `first`, is uniformly grey, brighter with i, and shown from its time [s] on.
 
     `rate` [1/s] decides how long the last one is shown, and no more.
     """
@@ -25,9 +36,11 @@ def write(
         stream.codec_context.gop_size = 10
         if codec == "libx264":
             stream.codec_context.max_b_frames = 2
+        if pixel_aspect is not None:
+            stream.codec_context.sample_aspect_ratio = pixel_aspect
         if rotation is not None:
             stream.set_display_rotation(rotation)
-        for number, time in enumerate(times):
+        for number, time in enumerate(times, first):
             picture = np.full((height, width, 3), _DARKEST + _STEP * number, np.uint8)
             if red_corner:
                 picture[: height // 2, : width // 2] = (250, 0, 0)
@@ -67,4 +80,21 @@ def write_damaged(path, where=0.33, num_bytes=200, **options):
     middle = begin + int(where * (end - begin))
     data[middle : middle + num_bytes] = bytes(np.random.default_rng(0).integers(0, 256, num_bytes, np.uint8))
     path.write_bytes(data)
+    return path
+
+
+def write_unknown(path):
+    """A video whose codec has a name that nobody knows."""
+    data = write_constant(path, 12, 10).read_bytes()
+    path.write_bytes(data.replace(b"avc1", b"zzzz"))
+    return path
+
+
+def write_growing(path):
+    """Twelve frames at 10 fps, of which the last six are 16 times as wide. MPEG-TS can be joined as it is."""
+    small, large = (path.with_name(f"{path.stem}_{name}.ts") for name in ("small", "large"))
+    write(small, [i / 10 for i in range(6)], codec="mpeg4", rate=10)
+    write(large, [i / 10 for i in range(6, 12)], codec="mpeg4", rate=10, width=512, height=384, first=6)
+    path.write_bytes(small.read_bytes() + large.read_bytes())
+    small.unlink(), large.unlink()
     return path

@@ -1,6 +1,7 @@
 """Clips come out the same in one pass and by seeking, in the order of the videos, and no video stops the others."""
 
 import os
+import zipfile
 
 import numpy as np
 import pytest
@@ -82,6 +83,24 @@ def test_static_clips_are_named(tmp_path):
     still = cutting.cut(task(path, min_motion=8.0))
     assert still.clips[1].frames is None
     assert still.clips[1].reason.startswith("does not move from 0.20 s on (motion ")
+
+
+def test_an_archive_that_changes_later_is_told(tmp_path):
+    """It was listed with two members, and has one when a worker opens it."""
+    data = synthetic_video.write_constant(tmp_path / "a.mp4", 4, 10).read_bytes()
+    with zipfile.ZipFile(tmp_path / "a.zip", "w") as archive:
+        archive.writestr("a.mp4", data)
+    size = Cutting(num_frames=2, fps=10.0, **SIZE, stride=0.2)
+    reasons = [
+        cutting.cut(Task((0, 0), "a.zip/b.mp4", Location((str(tmp_path / name),), member), size)).reason
+        for name, member in (("a.zip", 0), ("a.zip", 1), ("gone.zip", 0), ("a.mp4", 0))
+    ]
+    assert [reason and reason[: len("cannot be unpacked (IndexError")] for reason in reasons] == [
+        None,
+        "cannot be unpacked (IndexError",
+        "cannot be unpacked (FileNotFou",
+        "cannot be unpacked (BadZipFile",
+    ]
 
 
 def cut_or_die(t):

@@ -44,6 +44,64 @@ def test_every_video_with_a_row_is_found_and_cut(folder):
         assert numbers == [[0, 1, 2, 3], [4, 5, 6, 7], [8, 9, 10, 11]]
 
 
+def sources_in(folder):
+    """The videos that are found in a folder, all of which can be cut, and what was left out of it but rows."""
+    videos, skipped = openvid.read_openvid(folder, {}, {})
+    assert all(cut(video).num_clips == 3 for video in videos)
+    return [video.name for video in videos], [entry for entry in skipped if "in no archive" not in entry[1]]
+
+
+def write_parts(folder, names="OpenVid_part10_part{}"):
+    tiny_openvid.write_openvid(folder)
+    for path in sorted(folder.glob("OpenVid_part10_part*")):
+        path.rename(folder / names.format(path.name[-2:]))
+    for name in ("OpenVid_part0.zip", "OpenVid_part2.zip"):
+        (folder / name).unlink()
+
+
+@pytest.mark.parametrize(
+    ("names", "archive"),
+    [
+        ("OpenVid_part10_part{}", "OpenVid_part10.zip"),
+        ("OpenVidHD_part_15_part_{}", "OpenVidHD_part_15.zip"),
+        ("OpenVidHD/OpenVidHD_part_15_part_{}", "OpenVidHD/OpenVidHD_part_15.zip"),
+    ],
+)
+def test_parts_are_joined_by_either_name(tmp_path, names, archive):
+    (tmp_path / "OpenVidHD").mkdir()
+    write_parts(tmp_path, names)
+    found, skipped = sources_in(tmp_path)
+    assert found == [f"{archive}/video 02_é.mp4", f"{archive}/videos/video 03_é.mp4"]
+    assert skipped == []
+
+
+@pytest.mark.parametrize("whole", [b"", b"PK\3\4 and nothing more", b"<html>Service unavailable</html>"])
+def test_a_failed_download_does_not_hide_the_parts_beside_it(tmp_path, whole):
+    write_parts(tmp_path)
+    name = "OpenVid_part10.zip"
+    (tmp_path / name).write_bytes(whole)
+    found, skipped = sources_in(tmp_path)
+    assert found == [f"{name}/video 02_é.mp4", f"{name}/videos/video 03_é.mp4"]
+    reason = "cannot be opened as a zip archive (File is not a zip file); OpenVid_part10_partaa beside it serves"
+    assert skipped == [(name, reason)]
+    # Where both are good, the parts are not asked for.
+    parts = sorted(tmp_path.glob("OpenVid_part10_part*"))
+    (tmp_path / name).write_bytes(b"".join(part.read_bytes() for part in parts))
+    assert sources_in(tmp_path) == (found, [])
+    parts[0].unlink()
+    assert sources_in(tmp_path) == (found, [])
+
+
+@pytest.mark.parametrize(
+    ("lost", "reason"), [("aa", "_partaa is missing"), ("ab", "_partab is missing"), ("ac", "zip")]
+)
+def test_a_part_that_is_missing_is_named(tmp_path, lost, reason):
+    write_parts(tmp_path)
+    (tmp_path / f"OpenVid_part10_part{lost}").unlink()
+    with pytest.raises(UserError, match=f"OpenVid_part10.zip cannot be (opened|joined) .*{reason}"):
+        openvid.read_openvid(tmp_path, {}, {})
+
+
 def test_scores_filter(folder):
     videos, skipped = openvid.read_openvid(folder, {"aesthetic score": 5}, {"aesthetic score": 7})
     assert sorted(video.name[-8:-6] for video in videos) == ["01", "02", "03"]
@@ -102,6 +160,8 @@ def test_folders_that_are_not_openvid(tmp_path):
     with pytest.raises(UserError, match="is not a folder"):
         openvid.read_openvid(tmp_path / "nowhere", {}, {})
     (tmp_path / "other.csv").write_text("a,b\n1,2\n")
+    (tmp_path / "folder.csv").mkdir()
+    (tmp_path / "binary.csv").write_bytes(b'"' + bytes(range(256)) * 1000)
     with pytest.raises(UserError, match="no CSV with the columns video, caption"):
         openvid.read_openvid(tmp_path, {}, {})
     tiny_openvid.write_csv(tmp_path / "good.csv", [tiny_openvid.row("a.mp4")])

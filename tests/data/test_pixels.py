@@ -61,17 +61,20 @@ def test_bad_files_are_skipped_with_the_reason(tmp_path):
     synthetic_video.write_constant(tmp_path / "slow.mp4", 8, 2)
     synthetic_video.write_sound(tmp_path / "sound.mp4")
     synthetic_video.write_damaged(tmp_path / "broken.mp4")
+    synthetic_video.write_unknown(tmp_path / "unknown.mp4")
     (tmp_path / "dangling.mp4").symlink_to(tmp_path / "nowhere.mp4")
     (tmp_path / "linked.mov").symlink_to(tmp_path / "good.mp4")
     (tmp_path / "notes.txt").write_text("not a video")
     index = pixels.index_clips(tmp_path, **CLIPS)
     assert [clip.path for clip in index.clips] == ["good.mp4", "linked.mov"]
     reasons = dict(index.skipped)
-    assert list(reasons) == ["broken.mp4", "dangling.mp4", "short.mp4", "slow.mp4", "sound.mp4"]
+    assert list(reasons) == ["broken.mp4", "dangling.mp4", "short.mp4", "slow.mp4", "sound.mp4", "unknown.mp4"]
     assert reasons["sound.mp4"] == "has no video stream"
     assert reasons["short.mp4"] == "is 0.60 s long, and a clip takes 0.80 s"
     assert reasons["slow.mp4"] == "has 2.00 frames a second, and clips have 5"
     assert "No such file" in reasons["dangling.mp4"]
+    assert reasons["unknown.mp4"] == "is encoded in a way that ffmpeg does not know"
+    assert len(pixels.spread_clips(tmp_path, 10, **CLIPS, shift=2)) == 2 * 2
 
 
 def test_folders_that_cannot_be_used(tmp_path):
@@ -106,9 +109,13 @@ def test_a_second_run_decodes_only_what_changed(tmp_path, monkeypatch, capsys):
     os.utime(paths[1], (1, 1))
     assert pixels.index_clips(tmp_path, **CLIPS, cache_file=cache) == first
     assert probed == ["b.mp4"]
-    # A cache cut short by a full disk is only a cache.
-    cache.write_text(cache.read_text()[:50])
-    assert pixels.index_clips(tmp_path, **CLIPS, cache_file=cache) == first
+    # A cache cut short by a full disk, or of another kind, is only a cache.
+    whole = json.loads(cache.read_text())
+    path = next(iter(whole))
+    for damaged in (cache.read_text()[:50], "[]", "{}", json.dumps({path: 1}), json.dumps({path: {"stat": [1, 1]}})):
+        cache.write_text(damaged)
+        assert pixels.index_clips(tmp_path, **CLIPS, cache_file=cache) == first
+        assert json.loads(cache.read_text()) == whole
 
 
 def test_an_interrupted_check_keeps_what_it_has_decoded(tmp_path, monkeypatch):

@@ -1,5 +1,9 @@
 """Frames are chosen by time, in every container, and shown upright, uncropped where possible, and unstretched."""
 
+import contextlib
+import itertools
+from unittest import mock
+
 import av
 import numpy as np
 import pytest
@@ -160,3 +164,134 @@ def test_a_truncated_stream_ends_where_its_data_end(tmp_path):
 def test_names_with_spaces_and_other_scripts(tmp_path):
     path = synthetic_video.write_constant(tmp_path / "été à l'eau 日本 %d #1.mp4", 10, 10)
     assert video.probe(path).num_frames == 10
+
+
+def test_a_codec_that_ffmpeg_does_not_know(tmp_path):
+    path = synthetic_video.write_unknown(tmp_path / "unknown.mp4")
+    with pytest.raises(video.VideoError, match="is encoded in a way that ffmpeg does not know; replace it"):
+        video.probe(path)
+
+
+def read_all_ways(path):
+    """What each way to read a video makes of it, by name."""
+    ways = {
+        "probe": lambda: video.probe(path),
+        "probe_and_read": lambda: video.probe_and_read(path, [0.0, 0.4], 4, 10.0, **SIZE),
+        "read_clip": lambda: video.read_clip(path, 0.4, 4, 10.0, **SIZE),
+    }
+    results = {}
+    for name, read in ways.items():
+        try:
+            results[name] = read()
+        except video.VideoError as error:
+            results[name] = error.reason
+    return results
+
+
+def reasons_of(path):
+    """Why a video cannot be read, in whatever way."""
+    results = read_all_ways(path).values()
+    assert all(isinstance(result, str) for result in results), results
+    return set(results)
+
+
+def fail(*_, **__):
+    raise IndexError("of a damaged table")
+
+
+def failing_container(container, where):
+    """An open file of which `streams.best`, or `decode` after five frames, fails as PyAV does on some damage."""
+
+    def decode(stream):
+        yield from itertools.islice(container.decode(stream), 5)
+        fail()
+
+    double = mock.MagicMock(spec=container, seek=container.seek)
+    double.__enter__.return_value = double
+    double.__exit__.side_effect = lambda *_: container.close()
+    double.decode = decode if where == "decode" else container.decode
+    double.streams = mock.Mock(best=fail) if where == "best" else container.streams
+    return double
+
+
+@pytest.mark.parametrize("where", ["open", "best", "decode", "reformat"])
+def test_whatever_pyav_raises_is_one_sentence(tmp_path, monkeypatch, where):
+    path = synthetic_video.write_constant(tmp_path / "a.mp4", 12, 10)
+    real_open = av.open
+    if where == "reformat":
+        monkeypatch.setattr(video, "VideoReformatter", lambda: mock.Mock(reformat=fail))
+    elif where == "open":
+        monkeypatch.setattr(av, "open", fail)
+    else:
+        monkeypatch.setattr(av, "open", lambda *args, **options: failing_container(real_open(*args, **options), where))
+    results = read_all_ways(path)
+    if where == "reformat":  # which checking a video does without
+        assert results.pop("probe").num_frames == 12
+    assert set(results.values()) == {"cannot be decoded (IndexError: of a damaged table)"}
+
+
+def test_our_own_mistakes_are_not_taken_for_damage(tmp_path, monkeypatch):
+    path = synthetic_video.write_constant(tmp_path / "a.mp4", 12, 10)
+    monkeypatch.setattr(video, "cover", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        video.read_clip(path, 0.4, 4, 10.0, **SIZE)
+
+
+def test_damage_to_the_last_frame_is_found(tmp_path):
+    """As in reading, so in checking: or else a run would end at a clip that its index calls good."""
+    path = synthetic_video.write_constant(tmp_path / "a.avi", 12, 10, codec="mpeg4")
+    with av.open(str(path)) as container:
+        last = [packet for packet in container.demux(video=0) if packet.size][-1]
+        begin, size = last.pos + 8, last.size
+    data = bytearray(path.read_bytes())
+    data[begin : begin + size] = b"\xff" * size
+    path.write_bytes(data)
+    results = read_all_ways(path)
+    assert results["probe"] == results["probe_and_read"]
+    assert results["probe"].startswith("cannot be decoded")
+
+
+def test_frames_may_change_their_size(tmp_path):
+    path = synthetic_video.write_growing(tmp_path / "a.ts")
+    results = read_all_ways(path)
+    info, clips = results["probe_and_read"]
+    assert info == results["probe"] and (info.num_frames, info.width, info.height) == (12, 512, 384)
+    np.testing.assert_array_equal(clips[1], results["read_clip"])
+    # Each frame is brighter than the one before by 5; this codec is not exact.
+    np.testing.assert_allclose(results["read_clip"].mean((1, 2, 3)), [40, 45, 50, 55], atol=4)
+
+
+def test_frames_of_too_many_pixels_are_not_decoded(tmp_path, monkeypatch):
+    paths = [synthetic_video.write_constant(tmp_path / f"a.{end}", 12, 10, codec="mpeg4") for end in ("mp4", "avi")]
+    grows = synthetic_video.write_growing(tmp_path / "grows.ts")
+    monkeypatch.setattr(video, "_MAX_PIXELS", 512 * 384 - 1)
+    for path in paths:
+        assert video.probe(path).num_frames == 12
+    # Some of its frames fit; ffmpeg finds words of its own for the others, and does not begin with them.
+    (reason,) = reasons_of(grows)
+    assert reason.startswith("cannot be decoded (")
+    monkeypatch.setattr(video, "_MAX_PIXELS", 32 * 24 - 1)
+    for path in paths:
+        assert reasons_of(path) == {"has frames of unknown size, or of more than 767 pixels"}
+
+
+def test_pixels_of_an_impossible_shape(tmp_path):
+    path = synthetic_video.write_constant(tmp_path / "a.mkv", 12, 10, pixel_aspect=20)
+    assert reasons_of(path) == {"has pixels that are 20 times as wide as high"}
+
+
+def test_absurd_times_are_told_or_refused(tmp_path):
+    """Sixty thousand years between two frames: more seconds than clips could be cut from, and no number overflows."""
+    whole = synthetic_video.write_constant(tmp_path / "a.mkv", 12, 10, codec="mpeg4")
+    with av.open(str(whole)) as source, av.open(str(tmp_path / "late.mkv"), "w") as target:
+        stream = target.add_stream_from_template(source.streams.video[0])
+        for number, packet in enumerate(source.demux(video=0)):
+            if packet.dts is not None:
+                shift = 0 if number < 6 else 2**50
+                packet.pts, packet.dts, packet.stream = packet.pts + shift, packet.dts + shift, stream
+                target.mux(packet)
+    info = video.probe(tmp_path / "late.mkv")
+    assert info.num_frames == 12 and info.end > 1e12
+    for start in (0.4, 1e13, 1e300):
+        with contextlib.suppress(video.VideoError):
+            assert video.read_clip(tmp_path / "late.mkv", start, 4, 10.0, **SIZE).shape == (4, 24, 32, 3)
