@@ -12,19 +12,22 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
+from osv_jax.convert.adapter_config import AdapterConfig, parse_adapter_config
+from osv_jax.convert.json_files import parse_json, read_json
 from osv_jax.convert.naming import Path, flax_shape_to_torch, module_path, to_flax, to_torch, torch_module
 from osv_jax.convert.readers import Reader, open_weights, safetensors_metadata
 from osv_jax.errors import UserError
 from osv_jax.runtime import paths
 from osv_jax.runtime.finite import check_finite
 from osv_jax.runtime.paths import as_path
+from osv_jax.runtime.ranges import POSITIVE
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 DIFFUSERS_WEIGHTS = "pytorch_lora_weights.safetensors"
@@ -104,8 +107,8 @@ def read_lora(path: str | os.PathLike, shapes: Mapping[Path, Any]) -> LoraFile:
     the metadata that diffusers writes, and is the rank where none of them has it.
 
     Raises:
-        UserError: nothing to read there, another kind of adapter, keys, shapes or ranks that do not match, or a value
-            that is not finite.
+        UserError: nothing to read there; another kind of adapter, or one that is more than its A and B (see
+            `adapter_config`); keys, shapes or ranks that do not match; a value that is no float, or not finite.
     """
     path = as_path(path)
     file, config = _locate(path)
@@ -125,28 +128,53 @@ def read_lora(path: str | os.PathLike, shapes: Mapping[Path, Any]) -> LoraFile:
             f"{path} has no LoRA in it: expected keys such as mid_block.attentions.0.proj_in.lora_A.weight."
         )
 
-    scale_of = _scales(config)
-    lora, dropped, misshapen = {}, [], []
+    lora, dropped, misshapen, uncovered = {}, [], [], []
     for module, names in sorted(halves.items()):
         target = module_path(module)
-        kernel = flax_shape_to_torch((*target, "kernel"), shapes[(*target, "kernel")].shape)
-        rank = reader.shape(names["a"])[0]
-        if reader.shape(names["b"])[1:2] != (rank,):
+        a, b = reader.shape(names["a"]), reader.shape(names["b"])
+        out_features, *rest = flax_shape_to_torch((*target, "kernel"), shapes[(*target, "kernel")].shape)
+        rank = a[0] if a else 0
+        if not rank:
+            raise UserError(f"{path}: the LoRA of {module} has rank 0, and so no values: export it again.")
+        if b[1:2] not in ((), (rank,)):
             raise UserError(
-                f"{path}: the ranks of A and B of {module} are {rank} and {reader.shape(names['b'])[1]}; they must be"
-                " equal: export the LoRA again."
+                f"{path}: the ranks of A and B of {module} are {rank} and {b[1]}; they must be equal: export the LoRA"
+                " again."
             )
-        wanted = (rank, *kernel[1:]), (kernel[0], rank, *[1] * len(kernel[2:]))
-        if (reader.shape(names["a"]), reader.shape(names["b"])) != wanted:
+        if (a, b) != ((rank, *rest), (out_features, rank, *[1] * len(rest[1:]))):
             misshapen.append(module)
+        elif config is not None and not config.covers(module):
+            uncovered.append(module)
         elif _NO_EFFECT.search("/".join(target)):
             dropped.append(module)
         else:
-            scale = float(reader.read(names["alpha"])) / rank if "alpha" in names else scale_of(module, rank)
-            check_finite(np.float32(scale), f"{path}: the scale of {module} (alpha / rank)")
+            scale = _scale(reader, names, module, rank, config)
             lora[(*target, "a")], lora[(*target, "b")] = _to_flax(reader, names, scale)
-    _complain(path, {"modules of other sizes than this UNet's": misshapen})
+    complaints = {"modules of other sizes than this UNet's": misshapen, "modules that its config leaves out": uncovered}
+    _complain(path, complaints)
     return LoraFile(unflatten_dict(lora), dropped)
+
+
+def _scale(reader: Reader, names: Mapping[str, str], module: str, rank: int, config: AdapterConfig | None) -> float:
+    """What A B is multiplied by: by the config, by alpha among the tensors, or 1."""
+    if config is not None:
+        if config.rank(module) != rank:
+            raise UserError(
+                f"{reader.source}: {module} has rank {rank}, but {config.rank(module)} by its config: they are of two"
+                " adapters."
+            )
+        if "alpha" in names:
+            raise UserError(
+                f"{reader.source}: {module} has an alpha among the tensors and one in its config: remove one."
+            )
+        return config.scale(module)
+    if "alpha" not in names:
+        return 1.0
+    alpha = reader.read(names["alpha"])
+    if alpha.size != 1:
+        raise UserError(f"{reader.source}: {names['alpha']} must be one number, not of shape {list(alpha.shape)}.")
+    POSITIVE.check(f"{reader.source}: {names['alpha']}", float(alpha.reshape(())))
+    return float(alpha.reshape(())) / rank
 
 
 def write_peft(folder: pathlib.Path, lora: Params) -> None:
@@ -202,7 +230,10 @@ def torch_tensors(lora: Params) -> dict[str, np.ndarray]:
 def _to_flax(reader: Reader, names: Mapping[str, str], scale: float) -> tuple[np.ndarray, np.ndarray]:
     a = to_flax(("kernel",), _read_finite(reader, names["a"]))
     b = _read_finite(reader, names["b"])
-    return np.ascontiguousarray(a), np.ascontiguousarray(b.reshape(b.shape[:2]).T) * np.float32(scale)
+    with np.errstate(over="ignore"):
+        b = np.ascontiguousarray(b.reshape(b.shape[:2]).T) * np.float32(scale)
+    check_finite(b, f"{reader.source}: {names['b']} times alpha / rank = {scale:g}")
+    return np.ascontiguousarray(a), b
 
 
 def _read_finite(reader: Reader, name: str) -> np.ndarray:
@@ -213,16 +244,14 @@ def _read_finite(reader: Reader, name: str) -> np.ndarray:
     return array
 
 
-def _locate(path: paths.Path) -> tuple[paths.Path, dict[str, Any]]:
-    """The weights file, and PEFT's config of it as far as it has one."""
+def _locate(path: paths.Path) -> tuple[paths.Path, AdapterConfig | None]:
+    """The weights file, and PEFT's config of it if it has one."""
     if not path.exists():
         raise UserError(f"{path} does not exist: give a PEFT adapter folder or a LoRA .safetensors file.")
     if path.is_file():
         return path, _diffusers_config(path)
     if (path / PEFT_CONFIG).is_file():
-        config = _json((path / PEFT_CONFIG).read_text(), path / PEFT_CONFIG)
-        if config.get("peft_type") != "LORA":
-            raise UserError(f"{path} is a {config.get('peft_type')} adapter: only LORA can be used.")
+        config = parse_adapter_config(read_json(path / PEFT_CONFIG), path / PEFT_CONFIG)
         file = path / PEFT_WEIGHTS
         return (file if file.is_file() else path / "adapter_model.bin"), config
     if (path / DIFFUSERS_WEIGHTS).is_file():
@@ -230,37 +259,21 @@ def _locate(path: paths.Path) -> tuple[paths.Path, dict[str, Any]]:
     raise UserError(f"{path} holds no LoRA: expected {PEFT_CONFIG} or {DIFFUSERS_WEIGHTS} in it.")
 
 
-def _diffusers_config(file: paths.Path) -> dict[str, Any]:
-    """The adapter config that diffusers (since 0.34) keeps in the metadata of a file, with `unet.` before every key."""
+def _diffusers_config(file: paths.Path) -> AdapterConfig | None:
+    """The adapter config that diffusers (since 0.34) keeps in the metadata of a file.
+
+    A pipeline's `save_lora_weights` puts `unet.` before every key, a network's `save_lora_adapter` nothing.
+    """
     if file.suffix != ".safetensors":
-        return {}
-    config = _json(safetensors_metadata(file).get("lora_adapter_metadata", "{}"), file)
-    return {name.removeprefix("unet."): value for name, value in config.items()}
-
-
-def _json(text: str, file: paths.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"{file} has no readable JSON: get another copy of it.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} does not map options to values: get another copy of it.")
-    return content
-
-
-def _scales(config: Mapping[str, Any]) -> Callable[[str, int], float]:
-    """PEFT's rule for the scale of a module with a certain rank."""
-    patterns = config.get("alpha_pattern") or {}
-
-    def scale(module: str, rank: int) -> float:
-        alpha = config.get("lora_alpha", rank)
-        for pattern, value in patterns.items():
-            if re.match(rf"(.*\.)?({pattern})$", module):
-                alpha = value
-                break
-        return alpha / (rank**0.5 if config.get("use_rslora") else rank)
-
-    return scale
+        return None
+    metadata = safetensors_metadata(file)
+    if "lora_adapter_metadata" not in metadata:
+        return None
+    source = f"{file}: lora_adapter_metadata"
+    fields = parse_json(metadata["lora_adapter_metadata"], source)
+    prefix = "unet."
+    of_unet = {name.removeprefix(prefix): value for name, value in fields.items() if name.startswith(prefix)}
+    return parse_adapter_config(of_unet or fields, source)
 
 
 def _complain(source: Any, complaints: Mapping[str, list[str]]) -> None:

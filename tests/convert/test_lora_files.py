@@ -150,10 +150,10 @@ def assert_same(read, expected):
 def test_alpha_in_the_metadata_of_diffusers_counts_and_without_any_alpha_is_the_rank(adapter, tmp_path):
     _, tensors, expected = adapter
     file = tmp_path / "lora.safetensors"
-    # As diffusers' `save_lora_weights` with `unet_lora_adapter_metadata` writes it.
-    metadata = {"lora_adapter_metadata": json.dumps({"unet.r": 4, "unet.lora_alpha": 6})}
-    save_file(prefixed(tensors), file, metadata)
-    assert_same(read_lora(file, SHAPES), expected)
+    # As diffusers' `save_lora_weights` with `unet_lora_adapter_metadata` writes it, and as `save_lora_adapter` does.
+    for fields in ({"unet.r": 4, "unet.lora_alpha": 6, "text_encoder.r": 8}, {"r": 4, "lora_alpha": 6}):
+        save_file(prefixed(tensors), file, {"lora_adapter_metadata": json.dumps(fields)})
+        assert_same(read_lora(file, SHAPES), expected)
     save_file(prefixed(tensors), file)
     unscaled = jax.tree.map_with_path(lambda p, x: x / np.float32(1.5) if p[-1].key == "b" else x, expected.lora)
     for path, leaf in flatten_dict(read_lora(file, SHAPES).lora).items():
@@ -208,6 +208,15 @@ def test_keys_that_match_nothing_are_listed(adapter, tmp_path):
         ({f"{BLOCK}.attn2.to_v.lora_B.weight": torch.zeros(32, 3)}, ["ranks of A and B", "are 4 and 3"]),
         ({f"{BLOCK}.attn2.to_v.lora_A.weight": torch.zeros(4, 9)}, ["1 modules of other sizes", "attn2.to_v"]),
         ({f"{BLOCK}.attn2.to_v.lora_B.weight": torch.zeros(33, 4)}, ["1 modules of other sizes", "attn2.to_v"]),
+        ({f"{BLOCK}.attn2.to_v.lora_A.weight": torch.zeros(())}, ["attn2.to_v has rank 0"]),
+        ({f"{BLOCK}.attn2.to_v.lora_B.weight": torch.zeros(32)}, ["1 modules of other sizes", "attn2.to_v"]),
+        (
+            {
+                f"{BLOCK}.attn2.to_v.lora_A.weight": torch.zeros(0, 8),
+                f"{BLOCK}.attn2.to_v.lora_B.weight": torch.zeros(32, 0),
+            },
+            ["attn2.to_v has rank 0"],
+        ),
         ({f"{BLOCK}.attn2.to_v.lora_magnitude_vector": torch.zeros(32)}, ["1 keys", "lora_magnitude_vector"]),
     ],
 )
@@ -227,18 +236,35 @@ def test_values_that_are_not_finite_are_named(adapter, part, value, tmp_path):
     tensors[name].view(-1)[-1] = value
     file = tmp_path / "lora.safetensors"
     save_file(tensors, file)
-    wanted = "the scale of " + name.removesuffix(".alpha") if part == "alpha" else name
-    sentence = refused(file)
-    assert f"{file}: {wanted}" in sentence and "NaN or infinite" in sentence
+    words = f"={value} must be a finite number above 0" if part == "alpha" else " has values that are NaN or infinite"
+    assert f"{file}: {name}{words}" in refused(file)
+
+
+@pytest.mark.parametrize("alpha", [torch.tensor(0.0), torch.tensor(-6.0), torch.ones(2), torch.zeros(0)])
+def test_an_alpha_among_the_tensors_is_one_number_above_zero(adapter, alpha, tmp_path):
+    save_file(with_alphas(adapter[1]) | {f"{BLOCK}.attn2.to_v.alpha": alpha}, tmp_path / "lora.safetensors")
+    assert f"{BLOCK}.attn2.to_v.alpha" in refused(tmp_path / "lora.safetensors")
+    save_file(
+        with_alphas(adapter[1]) | {f"{BLOCK}.attn2.to_v.alpha": torch.full((1,), 6.0)}, tmp_path / "lora.safetensors"
+    )
+    assert_same(read_lora(tmp_path / "lora.safetensors", SHAPES), adapter[2])
+
+
+def test_an_alpha_said_twice_is_refused(adapter, tmp_path):
+    metadata = {"lora_adapter_metadata": json.dumps({"r": 4, "lora_alpha": 6})}
+    save_file(with_alphas(adapter[1]), tmp_path / "lora.safetensors", metadata)
+    assert "has an alpha among the tensors and one in its config" in refused(tmp_path / "lora.safetensors")
 
 
 def test_what_is_no_lora_is_refused(tmp_path):
     assert "does not exist" in refused(tmp_path / "nothing")
     assert "holds no LoRA" in refused(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LOHA"}')
-    assert "LOHA" in refused(tmp_path)
+    assert "is of a LOHA adapter" in refused(tmp_path)
+    (tmp_path / "adapter_config.json").write_bytes(b"\xff{}")
+    assert "is not readable JSON" in refused(tmp_path)
     (tmp_path / "adapter_config.json").write_text("{")
-    assert "no readable JSON" in refused(tmp_path)
+    assert "is not readable JSON" in refused(tmp_path)
     (tmp_path / "adapter_config.json").write_text("[]")
     assert "does not map" in refused(tmp_path)
     (tmp_path / "adapter_config.json").write_text('{"peft_type": "LORA"}')
