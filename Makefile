@@ -3,7 +3,7 @@ PYTHON ?= python3
 VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
 
-.PHONY: demo test test-slow lint clean
+.PHONY: demo test test-slow test-portable lint clean
 
 # XLA's other way to multiply matrices on a CPU takes 1.6 times as long for networks of this kind. The others are for
 # compiling, which is a third of the demo: less optimisation, and no pass that splits every sum of a parameter in two.
@@ -27,6 +27,10 @@ test: $(VENV)/.test lint
 # for each fake device by default; where all of them wait for one another, none is left for what they wait for.
 test-slow: $(VENV)/.test
 	NPROC=16 $(VENV)/bin/pytest -m slow
+
+# The numeric tests as other machines would run them, and how much room their bounds leave.
+test-portable: $(VENV)/.test
+	$(VENV)/bin/python tests/portable.py
 
 lint: $(VENV)/.test
 	$(VENV)/bin/ruff check

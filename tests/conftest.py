@@ -9,12 +9,13 @@ import sys
 sys.dont_write_bytecode = True
 
 # Most of a test's time is XLA's; slow code that is built fast takes a third of it. The pass that is left out splits
-# every sum in two, which is half of what compiling a step takes, with its norms of hundreds of parameters.
+# every sum in two, which is half of what compiling a step takes, with its norms of hundreds of parameters. The
+# environment's flags come after these, for the last one counts: see `portable.py`.
 _FLAGS = (
     "--xla_backend_optimization_level=0 --xla_llvm_disable_expensive_passes=true --xla_cpu_use_fusion_emitters=false"
     " --xla_cpu_parallel_codegen_split_count=1 --xla_disable_hlo_passes=tree_reduction_rewriter"
 )
-os.environ["XLA_FLAGS"] = f"{os.environ.get('XLA_FLAGS', '')} {_FLAGS}".strip()
+os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import flax.struct  # noqa: E402
 import jax  # noqa: E402

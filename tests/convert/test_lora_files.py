@@ -157,7 +157,7 @@ def test_alpha_in_the_metadata_of_diffusers_counts_and_without_any_alpha_is_the_
     save_file(prefixed(tensors), file)
     unscaled = jax.tree.map_with_path(lambda p, x: x / np.float32(1.5) if p[-1].key == "b" else x, expected.lora)
     for path, leaf in flatten_dict(read_lora(file, SHAPES).lora).items():
-        np.testing.assert_allclose(leaf, flatten_dict(unscaled)[path], rtol=1e-6)
+        np.testing.assert_allclose(leaf, flatten_dict(unscaled)[path], rtol=1e-5)
 
 
 def test_half_precision_files_are_read_as_float32(adapter, tmp_path):
@@ -167,6 +167,7 @@ def test_half_precision_files_are_read_as_float32(adapter, tmp_path):
     read = read_lora(tmp_path / "lora.safetensors", SHAPES)
     for path, leaf in flatten_dict(read.lora).items():
         assert leaf.dtype == np.float32
+        # Rounded once, by 0.2 % at most.
         assert 0 < relative_error(leaf, flatten_dict(expected.lora)[path]) < 4e-3
 
 

@@ -81,14 +81,14 @@ def test_clip_pixels_are_diffusers_resized_pixels(size, rng):
     resized = _resize_with_antialiasing(channels_first(image), (224, 224)).movedim(1, -1).numpy()
     processor = transformers.CLIPImageProcessorPil()
     expected = ((resized + 1) / 2 - np.array(processor.image_mean)) / np.array(processor.image_std)
-    assert relative_error(clip_pixels(jnp.asarray(image)), expected) <= 2e-6
+    assert relative_error(clip_pixels(jnp.asarray(image)), expected) <= 1e-5
 
 
 def test_clip_pixels_resize_to_other_sizes(rng):
     image = rng.uniform(-1, 1, (1, 80, 111, 3)).astype(np.float32)
     expected = _resize_with_antialiasing(channels_first(image), (28, 28)).movedim(1, -1)
     mean, std = np.array([0.48145466, 0.4578275, 0.40821073]), np.array([0.26862954, 0.26130258, 0.27577711])
-    assert relative_error((clip_pixels(jnp.asarray(image), 28) * std + mean) * 2 - 1, expected) <= 2e-6
+    assert relative_error((clip_pixels(jnp.asarray(image), 28) * std + mean) * 2 - 1, expected) <= 1e-5
 
 
 def test_an_axis_of_one_pixel_is_repeated():
@@ -141,14 +141,15 @@ def test_every_clip_has_its_own_strength_and_only_the_vae_sees_the_noise(rng):
     actual = condition_on_image(encode_image, encode_mode, image, noise, strength, jnp.array([7, 25]), 127, 8)
     np.testing.assert_array_equal(actual.image_embedding, clip_pixels(image, 8).reshape(2, -1))
     np.testing.assert_array_equal(actual.image_latents[0, ..., :3], image[0])
-    np.testing.assert_allclose(actual.image_latents[1, ..., :3], image[1] + 0.5 * noise[1], rtol=1e-6)
+    np.testing.assert_allclose(actual.image_latents[1, ..., :3], image[1] + 0.5 * noise[1], atol=1e-5)
     np.testing.assert_allclose(actual.added_time_ids, [[6, 127, 0], [24, 127, 0.5]])
 
 
 def test_added_time_ids_are_float32_one_row_a_clip():
-    ids = added_time_ids(7, jnp.array([30, 127, 200]), jnp.array([0.1, 0.2, 0.3], jnp.bfloat16))
+    strengths = jnp.array([0.1, 0.2, 0.3], jnp.bfloat16)
+    ids = added_time_ids(7, jnp.array([30, 127, 200]), strengths)
     assert ids.dtype == jnp.float32
-    np.testing.assert_allclose(ids, [[6, 30, 0.1], [6, 127, 0.2], [6, 200, 0.3]], rtol=5e-3)
+    np.testing.assert_array_equal(ids, np.stack([[6, 6, 6], [30, 127, 200], strengths.astype(jnp.float32)], axis=1))
 
 
 def test_conditioning_is_a_pytree():

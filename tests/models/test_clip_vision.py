@@ -96,7 +96,7 @@ def test_half_precision_stays_close(case):
     config, params, pixels, expected = case
     actual = jax.jit(CLIPVision(config, dtype=jnp.bfloat16).apply)({"params": params}, pixels)
     assert actual.dtype == jnp.bfloat16
-    assert relative_error(actual, expected) <= 3e-2
+    assert relative_error(actual, expected) <= 0.1
 
 
 def test_the_defaults_are_svds_image_encoder():

@@ -132,7 +132,7 @@ def test_half_precision_stays_close(case, expected):
     run = jax.jit(Dinov2(config, dtype=jnp.bfloat16).apply, static_argnums=2)
     for ours, theirs in zip(run({"params": params}, pixels, BLOCKS), expected[0], strict=True):
         assert ours.dtype == jnp.bfloat16
-        assert relative_error(ours, theirs) <= 3e-2
+        assert relative_error(ours, theirs) <= 0.1
 
 
 @pytest.mark.parametrize("name", DINOV2_PRESETS)

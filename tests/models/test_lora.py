@@ -184,7 +184,7 @@ def test_initial_values_are_pefts(reference):
         assert not b.any()
         # torch.nn.init.kaiming_uniform_(a, a=sqrt(5)), PEFT's default.
         bound = np.prod(kernel.shape[:-1]) ** -0.5
-        assert 0.98 * bound < np.abs(a).max() <= bound
+        assert 0.98 * bound < np.abs(a).max() <= 1.001 * bound
         assert abs(a.std() / bound - 3**-0.5) < 0.05
     sums = [float(leaf.sum()) for path, leaf in tree.items() if path[-1] == "a"]
     assert len(set(sums)) == len(sums)
@@ -206,9 +206,10 @@ def test_the_smaller_rank_is_the_closest(rng):
             assert module["a"].dtype == module["b"].dtype == np.float32
             difference = np.linalg.norm(module["a"].reshape(-1, rank) @ module["b"] - products[name])
             tail = np.sqrt((values[name][rank:] ** 2).sum())
-            np.testing.assert_allclose(difference, tail, rtol=1e-4, atol=1e-5)
+            # Of what the product was; rounding is in proportion to that, and the tail of rank 4 is zero.
+            assert abs(difference - tail) < 1e-5 * np.linalg.norm(products[name])
             lost += tail**2
         whole = sum((product**2).sum() for product in products.values())
-        np.testing.assert_allclose(error, np.sqrt(lost / whole), rtol=1e-4, atol=1e-6)
+        assert abs(error - np.sqrt(lost / whole)) < 1e-5
     with pytest.raises(ValueError, match=r"rank must be in 1 \.\. 4, got 5"):
         lora.truncate_lora(given, 5)
