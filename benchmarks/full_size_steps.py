@@ -19,6 +19,7 @@ from osv_jax.plan import CPU_OPTIONS
 from osv_jax.runtime import mesh
 from osv_jax.runtime.ranges import COUNT, PIXELS
 from osv_jax.training import setup
+from osv_jax.training.config import read_config
 
 
 def main() -> None:
@@ -29,18 +30,18 @@ def main() -> None:
     parser.add_argument("--batch-size", type=COUNT, default=1)
     parser.add_argument("--steps", type=COUNT, default=2)
     arguments = parser.parse_args()
-    config = setup.read_config(arguments.config)
+    config = read_config(arguments.config)
     config.weights, config.random_networks.unet = "", {}
     config.batch_size = arguments.batch_size
 
     devices = mesh.make_mesh(-1, 1)
     networks = setup.networks_of(config)
-    optimizers = setup.optimizers_of(config)
+    objective = setup.objective_of(config, networks)
     with jax.set_mesh(devices):
         start = time.perf_counter()
         frozen = setup.load_frozen(config, networks, devices)
-        init = setup.make_init(config, networks, optimizers)
-        state = jax.block_until_ready(jax.jit(init)(jax.random.key(0), frozen["unet"]))
+        init = setup.make_init(objective)
+        state = jax.block_until_ready(jax.jit(init)(jax.random.key(0), frozen))
         print(f"random weights and state: {time.perf_counter() - start:.0f} s, {_host_gib():.1f} GiB", flush=True)
         print(setup.describe(config, state, frozen, 0), flush=True)
 
@@ -53,7 +54,7 @@ def main() -> None:
         }
         batch = jax.device_put(batch, mesh.batch_shardings(devices, batch))
         start = time.perf_counter()
-        step = jax.jit(setup.make_train_step(config, networks, optimizers), donate_argnums=0)
+        step = jax.jit(setup.make_train_step(config, objective), donate_argnums=0)
         options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
         step = step.lower(state, frozen, batch).compile(options)
         print(f"compiled in {time.perf_counter() - start:.0f} s, {_host_gib():.1f} GiB", flush=True)

@@ -24,7 +24,8 @@ from ml_collections import ConfigDict
 from osv_jax import train
 from osv_jax.runtime import checkpoint, command_line, metrics
 from osv_jax.runtime.ranges import COUNT
-from osv_jax.training import setup
+from osv_jax.training import previews
+from osv_jax.training.config import read_config
 
 
 def main() -> None:
@@ -34,10 +35,10 @@ def main() -> None:
     parser.add_argument("--pairs", type=COUNT, default=10, help="(default %(default)s)")
     arguments = parser.parse_args()
     command_line.keep_compiled_programs()
-    config = setup.read_config(arguments.config)
+    config = read_config(arguments.config)
     intervals = {
         arguments.config: config.checkpoint_every,
-        arguments.config.partition(":")[0]: setup.read_config(arguments.config.partition(":")[0]).checkpoint_every,
+        arguments.config.partition(":")[0]: read_config(arguments.config.partition(":")[0]).checkpoint_every,
     }
     written, plain = blocks(config, arguments.block, arguments.pairs)
     extra = [w - p for w, p in zip(written, plain, strict=True)]
@@ -62,7 +63,7 @@ def blocks(config: ConfigDict, block: int, pairs: int) -> tuple[list[float], lis
         "write": metrics.MetricsWriter.write,
         "write_picture": metrics.MetricsWriter.write_picture,
         "curves": metrics.loss_curves,
-        "make_picture": train.make_picture,
+        "make_picture": previews.make_picture,
         "save": checkpoint.save,
     }
 
@@ -90,7 +91,7 @@ def blocks(config: ConfigDict, block: int, pairs: int) -> tuple[list[float], lis
 
     def make_picture(*args: object) -> object:
         draw = kept["make_picture"](*args)
-        return lambda state, frozen: draw(state, frozen) if is_event(now()) else None
+        return lambda state, frozen: draw(state, frozen) if is_event(now()) else (None, {})
 
     def save(checkpoints: object, step: int, state: object, data: object) -> None:
         if is_event(step):
@@ -105,7 +106,7 @@ def blocks(config: ConfigDict, block: int, pairs: int) -> tuple[list[float], lis
             (metrics.MetricsWriter, "write", write),
             (metrics.MetricsWriter, "write_picture", write_picture),
             (metrics, "loss_curves", curves),
-            (train, "make_picture", make_picture),
+            (previews, "make_picture", make_picture),
             (checkpoint, "save", save),
         ):
             replaced.enter_context(mock.patch.object(owner, name, function))

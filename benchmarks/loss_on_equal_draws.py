@@ -20,13 +20,14 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from osv_jax.convert import lora_files, weights
-from osv_jax.objectives.networks import Networks, Params
+from osv_jax.objectives.networks import Params
+from osv_jax.objectives.objective import Objective
 from osv_jax.objectives.players import TrainState
 from osv_jax.runtime import checkpoint, mesh
 from osv_jax.runtime.ranges import COUNT
-from osv_jax.training import setup
+from osv_jax.training import origins, setup
 from osv_jax.training.clips import open_clips
-from osv_jax.training.setup import Optimizers
+from osv_jax.training.config import phases_of
 
 # The step draws everything from its number: numbers that training has not reached are fresh draws.
 _FRESH = 1_000_000
@@ -40,33 +41,34 @@ def main() -> None:
     arguments = parser.parse_args()
     workdir = arguments.workdir
     config = ConfigDict(json.loads((workdir / "config.json").read_text()))
-    networks, optimizers = setup.networks_of(config), setup.optimizers_of(config)
+    networks = setup.networks_of(config)
+    objective = setup.objective_of(config, networks)
     devices = mesh.make_mesh(-1, 1)
-    clips, phase = open_clips(config, networks, workdir), setup.phases_of(config)[-1]
+    clips, phase = open_clips(config, networks, workdir), phases_of(config)[-1]
     batches = list(itertools.islice(clips.batches(phase, 0), arguments.batches))
     with jax.set_mesh(devices), checkpoint.open_checkpoints(workdir, config.keep_checkpoints) as checkpoints:
         frozen = setup.load_frozen(config, networks, devices)
-        first = first_state(config, networks, optimizers, frozen)
+        first = first_state(config, objective, frozen)
         like = checkpoint.abstract(first, mesh.parameter_shardings(devices, first))
         last = checkpoint.restore_state(checkpoints, checkpoints.latest_step(), like)
-        step = jax.jit(setup.make_train_step(config, networks, optimizers))
+        step = jax.jit(setup.make_train_step(config, objective))
         before, after = (np.array(losses_of(step, state, frozen, batches)) for state in (first, last))
     for name, values in {"before": before, "after": after, "after - before": after - before}.items():
         error = values.std() / len(values) ** 0.5
         print(f"{name:<15} {values.mean():.5f} +- {error:.5f} over {len(values)} batches")
 
 
-def first_state(config: ConfigDict, networks: Networks, optimizers: Optimizers, frozen: Params) -> TrainState:
+def first_state(config: ConfigDict, objective: Objective, frozen: Params) -> TrainState:
     """The state that the run began with."""
-    init = jax.jit(setup.make_init(config, networks, optimizers))
-    state = init(jax.random.key(config.seed), frozen["unet"])
+    init = jax.jit(setup.make_init(objective))
+    state = init(jax.random.key(config.seed), frozen)
     if not config.init_from:
         return state
     origin = pathlib.Path(weights.locate(config.init_from))
     if lora_files.is_lora(origin):
-        read = setup.read_lora(origin, config, networks)
-        return setup.start_from_lora(read.lora, config, state, optimizers)
-    return setup.start_from(origin, state, optimizers)
+        read = origins.read_lora(origin, config, objective.networks)
+        return origins.start_from_lora(read.lora, config, state, objective)
+    return origins.start_from(origin, state, objective)
 
 
 def losses_of(step: Callable, state: TrainState, frozen: Params, batches: Iterable[dict[str, Any]]) -> list[float]:

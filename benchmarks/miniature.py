@@ -26,8 +26,8 @@ from osv_jax.inference.pipeline import COMPONENTS, ImageToVideo, Options
 from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.objectives import finetune
 from osv_jax.objectives.autoencoder import frame_psnr
+from osv_jax.objectives.batches import encode_batch
 from osv_jax.objectives.networks import build_networks
-from osv_jax.objectives.pixels import encode_batch
 from osv_jax.runtime.finite import strict_json
 from osv_jax.runtime.media import sample_grid, to_float, to_uint8
 from osv_jax.runtime.ranges import COUNT, FPS, PIXELS, WHOLE
@@ -81,12 +81,12 @@ def denoising_losses(folder: str, clips: np.ndarray, fps: float) -> dict[str, fl
     """The weighted loss of `finetune` without dropout, by bands of sigma drawn as in training, and over all."""
     networks = build_networks({name: weights.load_config(folder, name) for name in COMPONENTS})
     frozen = {name: weights.load_params(folder, name, dtype=jnp.float32) for name in COMPONENTS}
-    options = finetune.FinetuneOptions(drop_embedding=0.0, drop_latents=0.0, drop_both=0.0)
+    options = finetune.FinetuneOptions(dropout=finetune.DropoutOptions(0.0, 0.0, 0.0))
 
     @jax.jit
     def losses(frozen: dict, clip: Array, key: jax.Array) -> tuple[Array, Array]:
         encode_key, draw_key = jax.random.split(key)
-        batch = encode_batch(networks, frozen, clip[None], jnp.array([fps]), encode_key)
+        batch = encode_batch(networks.codec, frozen, clip[None], jnp.array([fps]), encode_key)
         network = networks.unet_with({"params": frozen["unet"]})
 
         def loss(key: jax.Array) -> tuple[Array, Array]:

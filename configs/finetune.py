@@ -11,10 +11,14 @@ import runpy
 
 from ml_collections import ConfigDict
 
+from osv_jax.training.config import default_config
+
 
 def get_config(variant: str = "") -> ConfigDict:
     stage1 = runpy.run_path(str(pathlib.Path(__file__).with_name("stage1.py")))
-    config = stage1["get_config"]()
+    # All keys: osv_jax/training/config.py (RunOptions) and osv_jax/objectives/finetune.py (FinetuneOptions).
+    config = default_config("finetune")
+    config.trainable = ("lora",)  # or ("all",): every layer
     if variant == "tiny":
         stage1["make_tiny"](config)
     elif variant in ("miniature", "miniature_lora"):
@@ -23,26 +27,6 @@ def get_config(variant: str = "") -> ConfigDict:
         raise ValueError(
             f"configs/finetune.py has the variants '', 'tiny', 'miniature' and 'miniature_lora', not {variant!r}."
         )
-    _remove_distillation(config)
-
-    config.objective = "finetune"
-    # A workdir of `finetune` or a LoRA trained elsewhere to go on from; empty: from the weights.
-    config.init_from = ""
-    # Also spatial_transformer, temporal_transformer, spatial_resnet, temporal_resnet, other, all. Without lora there
-    # is none, and config.lora means nothing.
-    config.trainable = ("lora",)
-    config.ema_decay = 0.999
-
-    # P_mean and P_std of ln sigma.
-    config.sigma = ConfigDict()
-    config.sigma.log_mean = 0.7
-    config.sigma.log_std = 1.6
-    config.min_snr_gamma = 0.0  # 0: weight (sigma^2 + 1) / sigma^2; else min(1 / sigma^2, gamma)
-    # Probabilities with which a clip loses one condition alone, the other alone, or both.
-    config.dropout = ConfigDict()
-    config.dropout.embedding = 0.1
-    config.dropout.latents = 0.1
-    config.dropout.both = 0.1
 
     if variant == "tiny":
         config.trainable = ("all",)
@@ -98,13 +82,3 @@ def _make_miniature_lora(config: ConfigDict) -> None:
 def _drop_both_or_none(config: ConfigDict) -> None:
     """CLIP is random there: dropping its embedding alone teaches nothing, and guidance needs both to be dropped."""
     config.dropout.embedding = config.dropout.latents = 0.0
-
-
-def _remove_distillation(config: ConfigDict) -> None:
-    """Takes out what only a student with a discriminator has."""
-    for key in ("num_levels", "adversarial_weight", "huber_c"):
-        del config[key]
-    for key in ("discriminator_blocks", "discriminator_input", "discriminator_frames"):
-        del config[key]
-    del config.boundary
-    del config.optimizer.disc_learning_rate

@@ -7,71 +7,20 @@ a Python package, minutes on two CPU cores.
 
 from ml_collections import ConfigDict
 
+from osv_jax.training.config import default_config
+
 
 def get_config(variant: str = "") -> ConfigDict:
-    config = ConfigDict()
-    config.objective = "stage1"
-    config.seed = 0  # 0 to 2^32 - 1
-
-    # A workdir whose student and discriminator this run starts from, or a LoRA trained elsewhere (PEFT folder or
-    # .safetensors), which replaces stage 1; empty: from the teacher.
-    config.init_from = ""
-    # A folder that tools/convert_weights.py wrote: unet/, vae/, image_encoder/, dinov2/.
+    # All keys and what they mean: osv_jax/training/config.py (RunOptions) and osv_jax/objectives/adversarial.py
+    # (AdversarialOptions), whose defaults are the paper's. Those that are changed most often:
+    config = default_config("stage1")
     config.weights = "weights/svd"
-    # Architectures to fill with random parameters, instead of `weights` or of some networks in that folder.
-    config.random_networks = ConfigDict()
-
-    config.data = ConfigDict()
-    config.data.videos = "videos"  # a folder; `demo` names the clips that come with the extra osv_jax[demo]
-    # Instead of videos: a dataset of osv_jax.prepare. {height} and {width} in it stand for the size of the clips, for
-    # runs with several resolutions.
-    config.data.dataset = ""
-    config.data.num_workers = 0  # processes that read a dataset; 0: threads, which are fast enough
-    config.data.num_frames = 14
-    config.data.fps = 7.0
-    # (from step, height, width), ascending: what size clips have from which step on.
+    config.data.videos = "videos"
     config.data.resolutions = ((0, 576, 1024),)
-    config.data.motion_bucket_id = 127
-
-    config.batch_size = 8  # over all devices
-    config.grad_accum = 1
+    config.batch_size = 8
     config.num_steps = 2000
-
-    config.optimizer = ConfigDict()
-    config.optimizer.learning_rate = 5e-6
-    config.optimizer.b1 = 0.9
-    config.optimizer.b2 = 0.999
-    config.optimizer.max_grad_norm = 0.0  # 0: no clipping
-    config.optimizer.disc_learning_rate = 5e-6
-
-    config.lora = ConfigDict()
-    config.lora.rank = 64
-    config.lora.alpha = 64.0
-    config.lora.targets = "all"  # or `attention`
-
-    config.trainable = ("lora",)
-
-    config.num_levels = 100
-    config.adversarial_weight = 0.1
-    config.huber_c = 1e-3
-    config.ema_decay = 0.95
-    config.boundary = "svd"
-    config.discriminator_blocks = (2, 5, 8, 11)
-    config.discriminator_input = "latents"  # or `decoded`: through the VAE's decoder
-    config.discriminator_frames = 0  # consecutive frames of a clip that it sees, at random; 0: all
-
-    config.dtype = "bfloat16"  # or `float32`
-    config.attention = "auto"
-    config.remat = "full"
-    config.mesh = ConfigDict()
-    config.mesh.data = -1
-    config.mesh.fsdp = 1  # devices that share the parameters
-    config.mesh.context = 1  # devices that share each clip's height
-
-    config.log_every = 10
-    config.picture_every = 200
-    config.checkpoint_every = 200
-    config.keep_checkpoints = 2
+    config.optimizer.learning_rate = config.optimizer.disc_learning_rate = 5e-6
+    config.lora.rank = config.lora.alpha = 64
 
     if variant == "tiny":
         make_tiny(config)
@@ -91,11 +40,12 @@ def make_miniature(config: ConfigDict) -> None:
     config.batch_size = 2
     config.num_steps = 150
     config.optimizer.learning_rate = 1e-4
-    config.optimizer.disc_learning_rate = 1e-3
     config.lora.rank = config.lora.alpha = 8
-    # A grid as fine as the 25 steps that the teacher samples with.
-    config.num_levels = 25
-    config.discriminator_blocks = (0, 1)
+    if "num_levels" in config:
+        # A grid as fine as the 25 steps that the teacher samples with.
+        config.num_levels = 25
+        config.optimizer.disc_learning_rate = 1e-3
+        config.discriminator_blocks = (0, 1)
     config.dtype = "float32"
     config.remat = "none"
     config.log_every = 5
@@ -133,10 +83,11 @@ def make_tiny(config: ConfigDict) -> None:
     config.num_steps = 60
     # Gentle: this teacher is random, and what pulls the student to real latents pulls it away from the teacher.
     config.optimizer.learning_rate = 2e-4
-    config.optimizer.disc_learning_rate = 1e-3
     config.lora.rank = config.lora.alpha = 8
     config.lora.targets = "attention"
-    config.discriminator_blocks = (0, 1)
+    if "discriminator_blocks" in config:
+        config.optimizer.disc_learning_rate = 1e-3
+        config.discriminator_blocks = (0, 1)
     config.dtype = "float32"
     config.remat = "none"
     config.picture_every = config.checkpoint_every = 30

@@ -9,23 +9,18 @@ import runpy
 
 from ml_collections import ConfigDict
 
+from osv_jax.training.config import default_config
+
 
 def get_config(variant: str = "") -> ConfigDict:
     stage1 = runpy.run_path(str(pathlib.Path(__file__).with_name("stage1.py")))
-    config = stage1["get_config"]()
-    config.objective = "stage2"
+    # All keys: osv_jax/training/config.py (RunOptions) and osv_jax/objectives/osv_stage2.py (Stage2Options).
+    config = default_config("stage2")
     config.batch_size = 2
     config.num_steps = 20_000
     config.data.resolutions = ((0, 320, 576), (10_000, 576, 1024))
-    # Also spatial_transformer, spatial_resnet, temporal_resnet, other, all; ("lora",) alone takes the least memory.
-    config.trainable = ("lora", "temporal_transformer")
-
+    config.trainable = ("lora", "temporal_transformer")  # ("lora",) alone takes the least memory
     config.solver_steps = 5
-    config.guidance = ConfigDict()
-    config.guidance.kind = "linspace"  # over the frames, from min to max; or `constant` (max), or `range` (per clip)
-    config.guidance.min = 1.0
-    config.guidance.max = 3.0
-    config.weight_exponent = 0.1
 
     if variant == "tiny":
         stage1["make_tiny"](config)

@@ -32,11 +32,11 @@ from ml_collections import ConfigDict, config_flags
 from osv_jax.convert import weights
 from osv_jax.errors import UserError
 from osv_jax.models.groups import GROUPS
-from osv_jax.objectives.networks import Networks
+from osv_jax.objectives.objective import Objective
 from osv_jax.runtime import checkpoint, command_line, mesh
 from osv_jax.runtime.ranges import Range
 from osv_jax.training import setup
-from osv_jax.training.setup import Optimizers, Phase
+from osv_jax.training.config import Phase, check_config, phases_of
 
 _GB = 1e9
 # On CPU: XLA's default order of operations favours concurrency and holds the float32 copies of all bfloat16 weights at
@@ -155,19 +155,19 @@ def layout(config: ConfigDict, available: list[Any]) -> Mesh:
     return Mesh(np.asarray(available).reshape(sizes), mesh.AXES, axis_types=(AxisType.Auto,) * 3)
 
 
-def trace(
-    config: ConfigDict, networks: Networks, optimizers: Optimizers, phase: Phase, devices: Mesh
-) -> jax.stages.Traced:
+def trace(config: ConfigDict, objective: Objective, phase: Phase, devices: Mesh) -> jax.stages.Traced:
     """The step that training runs on clips of a phase's size, encoding included, for devices that need not be there."""
     dtype = jnp.dtype(config.dtype)
-    frozen = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), setup.frozen_shapes(config, networks))
-    state = jax.eval_shape(setup.make_init(config, networks, optimizers), jax.random.key(0), frozen["unet"])
+    frozen = jax.tree.map(
+        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), setup.frozen_shapes(config, objective.networks)
+    )
+    state = jax.eval_shape(setup.make_init(objective), jax.random.key(0), frozen)
     count, frames = config.batch_size, config.data.num_frames
     clips = {
         "video": jax.ShapeDtypeStruct((count, frames, phase.height, phase.width, 3), jnp.uint8),
         "fps": jax.ShapeDtypeStruct((count,), jnp.float32),
     }
-    step = setup.make_train_step(config, networks, optimizers)
+    step = setup.make_train_step(config, objective)
     shardings = mesh.parameter_shardings(devices, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, mesh.replicated(devices)))
     with jax.set_mesh(devices):
@@ -308,7 +308,7 @@ def plan_step(
     Raises:
         DoesNotFit: XLA gives up on a program that does not fit a TPU.
     """
-    traced = trace(config, setup.networks_of(config), setup.optimizers_of(config), phase, devices)
+    traced = trace(config, setup.objective_of(config, setup.networks_of(config)), phase, devices)
     flops = operations(traced.jaxpr.jaxpr) / devices.size
     when_traced(flops)
     try:
@@ -389,7 +389,7 @@ def make_plan(config: ConfigDict, topology: str) -> bool:
     Raises:
         UserError: a configuration that cannot run on these devices.
     """
-    setup.check_config(config)
+    check_config(config)
     if config.weights and not weights.locate(config.weights).is_dir():
         print(f"{config.weights} is not there: planning for Stable Video Diffusion's own sizes.")
         config.weights = ""
@@ -403,7 +403,7 @@ def make_plan(config: ConfigDict, topology: str) -> bool:
     print(f"{config.objective} on {len(available)} x {chip.name} ({shape}), batch {config.batch_size}, {config.dtype},")
     print(f"trains {' + '.join(config.trainable)}; remat {config.remat}, attention {config.attention}")
     all_fit = True
-    for phase in setup.phases_of(config):
+    for phase in phases_of(config):
         start = time.perf_counter()
         print(f"{config.data.num_frames} x {phase.height} x {phase.width}: compiling ...", flush=True)
         try:

@@ -10,14 +10,10 @@ from __future__ import annotations
 import contextlib
 import dataclasses
 import functools
-import math
-import time
-from collections.abc import Callable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-import optax
 from absl import flags
 from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, UInt8
@@ -29,27 +25,49 @@ from osv_jax.data import pixels
 from osv_jax.errors import UserError
 from osv_jax.models.lpips import LPIPS, SMALLEST_SIDE, load_lpips
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
-from osv_jax.objectives.autoencoder import (
-    PARTS,
-    Metrics,
-    VAEState,
-    frame_psnr,
-    make_step,
-    random_crop,
-    trained_part,
-    without_neighbours,
-)
-from osv_jax.objectives.networks import Params, random_params
+from osv_jax.objectives.autoencoder import Autoencoder, AutoencoderOptions, frame_psnr, without_neighbours
+from osv_jax.objectives.networks import Params
+from osv_jax.objectives.options import DTYPES, from_config, setting
+from osv_jax.objectives.players import TrainState, first_state
+from osv_jax.objectives.random_networks import random_params
 from osv_jax.runtime import checkpoint, command_line, media, mesh, metrics, paths
 from osv_jax.runtime.finite import check_finite
 from osv_jax.runtime.media import to_float
 from osv_jax.runtime.paths import Path, as_path
-from osv_jax.training import keys
-from osv_jax.training.clips import index_folder
+from osv_jax.runtime.ranges import COUNT, FPS, NUM_FRAMES, PIXELS, SEED
+from osv_jax.training.clips import PixelClips, index_folder
+from osv_jax.training.config import Phase, check_architectures
+from osv_jax.training.loop import Picture, Run, run_phase
 
 # Clips that reconstructions and the scaling factor are measured on, and those that are drawn.
 _MEASURED_CLIPS, _DRAWN_CLIPS = 256, 7
-_CURVES = ("loss_l1", "loss_kl")
+
+
+@dataclasses.dataclass(frozen=True)
+class VAEDataOptions:
+    """The clips, described in configs/vae.py."""
+
+    videos: str = "videos"
+    test_videos: str = ""
+    num_frames: int = setting(1, NUM_FRAMES)
+    fps: float = setting(24.0, FPS)
+    height: int = setting(64, PIXELS)
+    width: int = setting(96, PIXELS)
+    crop: tuple[int, ...] = setting((32, 48), PIXELS)
+
+
+@dataclasses.dataclass(frozen=True)
+class VAERunOptions:
+    """What a run has beside `AutoencoderOptions`, described in configs/vae.py."""
+
+    seed: int = setting(0, SEED)
+    data: VAEDataOptions = dataclasses.field(default_factory=VAEDataOptions)
+    batch_size: int = setting(8, COUNT)
+    dtype: str = setting("float32", DTYPES)
+    log_every: int = setting(20, COUNT)
+    picture_every: int = setting(500, COUNT)
+    checkpoint_every: int = setting(250, COUNT)
+    keep_checkpoints: int = setting(2, COUNT)
 
 
 def train_vae(config: ConfigDict, workdir: Path) -> None:
@@ -68,54 +86,47 @@ def train_vae(config: ConfigDict, workdir: Path) -> None:
     test = index_folder(data.test_videos or data.videos, data, data.height, data.width, workdir / "test_clips.json")
     checkpoint.write_config(workdir, config.to_dict())
 
-    vae = SVDVAE(architecture, dtype=jnp.dtype(config.dtype))
-    optimizer = optax.adam(optax.cosine_decay_schedule(config.learning_rate, config.num_steps))
+    objective = _objective(config, architecture)
     start = checkpoint.latest_step(workdir) or 0
+    phase = Phase(0, config.num_steps, data.height, data.width)
     with (
         jax.set_mesh(devices),
         checkpoint.open_checkpoints(workdir, config.keep_checkpoints) as checkpoints,
         contextlib.closing(metrics.MetricsWriter(workdir, start, jax.process_index())) as writer,
     ):
-        state = jax.device_put(_first_state(config, architecture, optimizer), mesh.replicated(devices))
+        params = jax.device_put(_first_params(config, architecture), mesh.replicated(devices))
+        state = jax.device_put(
+            first_state(objective.init(jax.random.key(0), {"vae": params})), mesh.replicated(devices)
+        )
+        rest = {name: part for name, part in params.items() if name not in state.players["vae"].params}
+        shardings = jax.tree.map(lambda leaf: leaf.sharding, state)
+        clips = PixelClips(config, index)
         if start:
-            pixels.restore_step(checkpoint.restore_data(checkpoints, start), index, config.batch_size, config.seed)
-            like = checkpoint.abstract(state, jax.tree.map(lambda x: x.sharding, state))
-            state = checkpoint.restore_state(checkpoints, start, like)
+            clips.check_position(phase, checkpoint.restore_data(checkpoints, start))
+            state = checkpoint.restore_state(checkpoints, start, checkpoint.abstract(state, shardings))
             print(f"Resuming from step {start}.")
-        size = sum(x.size for x in jax.tree.leaves(state.params))
+        size = sum(x.size for x in jax.tree.leaves(params))
         print(f"VAE of {size / 1e6:.2f} M on {len(index.clips)} clips of {config.data.num_frames} frame(s)", flush=True)
 
-        step = jax.jit(_make_step(config, vae, optimizer), donate_argnums=0)
-        process = {"process_index": jax.process_index(), "process_count": jax.process_count()}
-        local = pixels.pixel_dataset(index, config.batch_size, config.seed, start, **process)
-        batches = iter(mesh.global_batches(local, devices))
-        shown_at = (start, time.perf_counter())
-        for number in range(start + 1, config.num_steps + 1):
-            state, values = step(state, next(batches)["video"])
-            last = number == config.num_steps
-            saves = number % config.checkpoint_every == 0 or last
-            if number % config.log_every == 0 or saves:
-                row = {name: float(value) for name, value in values.items()}
-                seconds = (time.perf_counter() - shown_at[1]) / (number - shown_at[0])
-                writer.write(number, row | {"seconds_per_step": seconds})
-                _check_finite(number, row)
-                curves = {name: row[name] for name in _CURVES}
-                print(metrics.progress_line(number, config.num_steps, seconds, config.batch_size, curves), flush=True)
-            if saves:
-                checkpoint.save(
-                    checkpoints, number, state, pixels.save_position(index, config.batch_size, config.seed, number)
-                )
-            if number % config.picture_every == 0 or last:
-                psnr, picture = reconstruct(vae, state.params, test)
-                writer.write(number, {"test_psnr": psnr})
-                writer.write_picture("reconstructions", number, picture)
-                print(f"  PSNR {psnr:.2f} dB on {config.data.test_videos or config.data.videos}", flush=True)
-            if number % config.log_every == 0 or saves:
-                shown_at = (number, time.perf_counter())  # Steps are not charged for checkpoints and pictures.
-        params = jax.tree.map(np.asarray, state.params)
+        def make_picture(phase: Phase) -> Picture:
+            def picture(state: TrainState, frozen: Params) -> tuple[np.ndarray, dict[str, float]]:
+                psnr, image = reconstruct(objective.networks, {**frozen["vae"], **state.players["vae"].params}, test)
+                return image, {"test_psnr": psnr}
+
+            return picture
+
+        run = Run(
+            *(config, workdir, objective, devices, clips, {"vae": rest}, shardings, checkpoints, writer),
+            picture_name="reconstructions",
+            make_picture=make_picture,
+        )
+        if start < phase.end:
+            state = run_phase(run, phase, start, state)
+        params = jax.tree.map(np.asarray, {**rest, **state.players["vae"].params})
     if jax.process_index() == 0:
-        metrics.loss_curves(workdir / "metrics.jsonl", workdir / "losses.png", _CURVES)
-        factor = scaling_factor(vae, params, index) if config.train == "all" else architecture.scaling_factor
+        factor = (
+            scaling_factor(objective.networks, params, index) if config.train == "all" else architecture.scaling_factor
+        )
         save_vae(workdir, architecture, factor, params)
         print(f"Done: {workdir / 'vae'}, scaling_factor {factor:.5f}.")
 
@@ -126,9 +137,9 @@ def check_config(config: ConfigDict) -> VAEConfig:
     Raises:
         UserError: naming the key, its value and what is allowed.
     """
-    keys.check_keys(config.to_dict())
-    if config.train not in PARTS:
-        raise UserError(f"config.train={config.train!r} is not one of {', '.join(PARTS)}.")
+    from_config(VAERunOptions, config)
+    from_config(AutoencoderOptions, config)
+    check_architectures(config.architecture.to_dict(), "config.architecture.")
     if config.train == "decoder" and not config.init_from:
         raise UserError("config.train='decoder' needs config.init_from, a trained VAE whose latents it keeps.")
     if config.init_from:
@@ -158,40 +169,22 @@ def check_config(config: ConfigDict) -> VAEConfig:
     return architecture
 
 
-def _first_state(config: ConfigDict, architecture: VAEConfig, optimizer: optax.GradientTransformation) -> VAEState:
+def _first_params(config: ConfigDict, architecture: VAEConfig) -> Params:
     if config.init_from:
         params = weights.load_params(config.init_from, "vae", dtype=jnp.float32)
         check_finite(params, f"config.init_from={config.init_from}")
-    else:
-        shapes = unflatten_dict(expected_params("vae", architecture))
-        params = without_neighbours(random_params(shapes, config.seed, np.float32))
-    return VAEState(jnp.zeros((), jnp.int32), params, optimizer.init(trained_part(params, config.train)))
+        return params
+    shapes = unflatten_dict(expected_params("vae", architecture))
+    return without_neighbours(random_params(shapes, config.seed, np.float32))
 
 
-def _make_step(config: ConfigDict, vae: SVDVAE, optimizer: optax.GradientTransformation) -> Callable:
-    """`(state, pixels) -> (state, metrics)`."""
+def _objective(config: ConfigDict, architecture: VAEConfig) -> Autoencoder:
     perceptual = None
     if config.lpips_weight:
         lpips = load_lpips()
         perceptual = lambda x, y: LPIPS().apply({"params": lpips}, x, y)  # noqa: E731
-    weights_of_losses = {"l1": 1.0, "kl": config.kl_weight, "lpips": config.lpips_weight}
-    train_step = make_step(vae, optimizer, weights_of_losses, config.train, perceptual)
-
-    def step(state: VAEState, video: UInt8[Array, "b f h w 3"]) -> tuple[VAEState, Metrics]:
-        # All randomness is a function of the seed and the step: a resumed run repeats it.
-        crop_key, key = jax.random.split(jax.random.fold_in(jax.random.key(config.seed), state.step))
-        return train_step(state, random_crop(to_float(video), *config.data.crop, crop_key), key)
-
-    return step
-
-
-def _check_finite(number: int, row: dict[str, float]) -> None:
-    bad = [name for name, value in row.items() if not math.isfinite(value)]
-    if bad:
-        raise UserError(
-            f"Step {number}: {', '.join(f'{name} is {row[name]}' for name in bad)}. Training stopped; earlier"
-            " checkpoints are intact. Lower config.learning_rate, in a new workdir."
-        )
+    vae = SVDVAE(architecture, dtype=jnp.dtype(config.dtype))
+    return Autoencoder(vae, from_config(AutoencoderOptions, config), perceptual=perceptual)
 
 
 def reconstruct(vae: SVDVAE, params: Params, index: pixels.ClipIndex) -> tuple[float, UInt8[np.ndarray, "h w 3"]]:

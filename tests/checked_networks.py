@@ -14,6 +14,7 @@ import tiny  # noqa: E402
 from osv_jax import plan  # noqa: E402
 from osv_jax.models.layers import Dense, timestep_embedding  # noqa: E402
 from osv_jax.training import setup  # noqa: E402
+from osv_jax.training.config import phases_of  # noqa: E402
 
 
 def main() -> None:
@@ -27,12 +28,12 @@ def main() -> None:
 
     config = micro_stage1.get_config()
     config.lora.targets, config.trainable = "all", ("lora", "temporal_transformer")
-    networks, optimizers = setup.networks_of(config), setup.optimizers_of(config)
-    (phase,) = setup.phases_of(config)
-    plan.trace(config, networks, optimizers, phase, tiny.one_device_mesh())
+    networks = setup.networks_of(config)
+    (phase,) = phases_of(config)
+    plan.trace(config, setup.objective_of(config, networks), phase, tiny.one_device_mesh())
     frozen = setup.frozen_shapes(config, networks)
     latents = jax.ShapeDtypeStruct((1, 3, 8, 12, 4), jnp.float32)
-    assert jax.eval_shape(networks.decode_video, frozen["vae"], latents).shape == (1, 3, 16, 24, 3)
+    assert jax.eval_shape(networks.codec.decode_video, frozen["vae"], latents).shape == (1, 3, 16, 24, 3)
 
 
 if __name__ == "__main__":

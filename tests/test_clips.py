@@ -19,9 +19,10 @@ from osv_jax import prepare, train
 from osv_jax.data import latents
 from osv_jax.data.latents import Schema
 from osv_jax.errors import UserError
-from osv_jax.objectives.latents import batch_of_records
+from osv_jax.objectives.batches import batch_of_records
 from osv_jax.preparation import pipeline
 from osv_jax.training import clips, setup
+from osv_jax.training.config import phases_of
 
 SIZES = ((16, 24), (24, 16))
 
@@ -160,7 +161,7 @@ def test_a_dataset_of_another_size_is_refused(prepared, tmp_path):
 def test_another_dataset_does_not_continue_a_run(prepared, stage1):
     config = configure(micro_stage1.get_config(), prepared)
     opened = clips.open_clips(config, setup.networks_of(config), stage1)
-    (phase,) = setup.phases_of(config)
+    (phase,) = phases_of(config)
     position = opened.save_position(phase, 3)
     opened.check_position(phase, position)
     with pytest.raises(UserError, match="are not those that the checkpoint was trained on"):

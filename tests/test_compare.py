@@ -18,7 +18,7 @@ from osv_jax.data import demo
 from osv_jax.errors import UserError
 from osv_jax.inference.pipeline import COMPONENTS, ImageToVideo, Options
 from osv_jax.models.lora import init_lora, target_modules
-from osv_jax.training import setup
+from osv_jax.objectives.random_networks import random_frozen
 
 CLIPS, FRAMES, HEIGHT, WIDTH = 3, 4, 16, 24
 LATENTS = (1, FRAMES, 2, 3, 4)
@@ -137,7 +137,7 @@ def test_clips_of_the_package_are_those_of_the_film():
 def test_the_program(tmp_path, capsys, monkeypatch):
     """From a weights folder, a LoRA and a folder of videos to pictures and numbers."""
     configs = tiny.CONFIGS | {"unet": tiny.ONE_LEVEL_UNET}
-    params = setup.random_frozen({name: configs[name] for name in COMPONENTS}, np.float32)
+    params = random_frozen({name: configs[name] for name in COMPONENTS}, np.float32)
     for name in COMPONENTS:
         weights.save_component(tmp_path / "weights" / name, name, configs[name], params[name], tmp_path)
     weights.save_video(tmp_path / "weights", {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "fps": 8.0})

@@ -24,8 +24,10 @@ from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.errors import UserError
 from osv_jax.inference.pipeline import ImageToVideo, Options
 from osv_jax.inference.trained import load_trained
+from osv_jax.objectives.random_networks import fill_randomly
 from osv_jax.runtime import checkpoint, distributed
-from osv_jax.training import setup
+from osv_jax.training import origins, setup
+from osv_jax.training.config import check_config
 
 STEPS = 4
 main = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "tools" / "convert_weights.py"))["main"]
@@ -93,8 +95,9 @@ def test_sigterm_saves_the_last_finished_step(straight, tmp_path, monkeypatch, c
 
 def test_what_a_run_writes(straight):
     state = state_of(straight, STEPS)
-    assert not state.get("disc") and not state.get("opt_disc")
-    assert flatten_dict(state["student"]["lora"]) and flatten_dict(state["student"]["tuned"])
+    assert list(state["players"]) == ["student"]
+    student = state["players"]["student"]["params"]
+    assert flatten_dict(student["lora"]) and flatten_dict(student["tuned"])
     rows = metrics_of(straight)
     assert sorted(rows) == list(range(1, STEPS + 1))
     bands = {f"loss/sigma_{name}" for name in ("low", "mid", "high")}
@@ -131,7 +134,8 @@ def test_a_run_continues_another(straight, tmp_path, capsys):
     config.optimizer.learning_rate = 0.0
     train.train(config, tmp_path / "run")
     assert f"Starting from step {STEPS} of {straight}." in capsys.readouterr().out
-    before, after = (flatten_dict(state["student"]) for state in (state_of(straight, 4), state_of(tmp_path / "run", 1)))
+    states = state_of(straight, 4), state_of(tmp_path / "run", 1)
+    before, after = (flatten_dict(state["players"]["student"]["params"]) for state in states)
     assert len(after) > len(before)
     for path, leaf in before.items():
         np.testing.assert_array_equal(after[path], leaf, err_msg="/".join(path))
@@ -171,7 +175,7 @@ def test_settings_of_lora_do_not_matter_where_there_is_none(straight, tmp_path):
     shutil.copytree(straight, origin)
     before = json.loads((origin / "config.json").read_text())
     (origin / "config.json").write_text(json.dumps(before | {"trainable": ["all"], "lora": {"rank": 99}}))
-    setup.check_origin(origin, finetune_config(init_from=str(origin), trainable=("all",)))
+    origins.check_origin(origin, finetune_config(init_from=str(origin), trainable=("all",)))
     sentence = refused(finetune_config(init_from=str(origin), trainable=("all", "lora")), tmp_path / "run")
     assert "config.lora is" in sentence and "99" in sentence
 
@@ -201,7 +205,7 @@ def test_merged_weights_are_the_student(run, ema, request, tmp_path, one_device)
     # Stage 1 takes them for its teacher.
     config = micro_stage1.get_config()
     config.random_networks, config.weights = {}, str(output)
-    setup.check_config(config)
+    check_config(config)
     frozen = setup.load_frozen(config, setup.networks_of(config), one_device)
     base_config = finetune_config()
     base = setup.load_frozen(base_config, setup.networks_of(base_config), one_device)
@@ -314,7 +318,7 @@ def test_a_finetuned_model_is_sampled_from_as_it_was_trained(straight, tmp_path,
     config = finetune_config()
     made = setup.architectures_of(config)
     shapes = {"unet": unflatten_dict(expected_params("unet", made["unet"]))}
-    params = setup.fill_randomly(shapes, np.float32)["unet"]
+    params = fill_randomly(shapes, np.float32)["unet"]
     weights.save_component(base / "unet", "unet", made["unet"], params, pathlib.Path("random"))
 
     merged = ImageToVideo.load(tmp_path / "merged", dtype="float32")

@@ -15,8 +15,10 @@ from osv_jax.inference.pipeline import ImageToVideo, Options
 from osv_jax.models import lora
 from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.objectives.autoencoder import frame_psnr
+from osv_jax.objectives.random_networks import random_components
 from osv_jax.runtime.media import to_float, to_uint8
-from osv_jax.training import setup
+from osv_jax.training import origins, setup
+from osv_jax.training.config import check_config, read_config
 
 FOLDER = pathlib.Path(weights.locate("miniature"))
 CONFIGS = pathlib.Path(__file__).parents[1] / "configs"
@@ -48,29 +50,29 @@ def test_the_vae_knows_pictures():
 
 def test_its_unet_is_the_one_of_its_configuration():
     """That draws the UNet and nothing else."""
-    config = setup.read_config(f"{CONFIGS / 'finetune.py'}:miniature")
-    setup.check_config(config)
+    config = read_config(f"{CONFIGS / 'finetune.py'}:miniature")
+    check_config(config)
     made = setup.architectures_of(config)
-    assert setup.random_components(config) == {"unet"}
+    assert random_components(config) == {"unet"}
     assert made == {name: weights.load_config("miniature", name) for name in made}
     assert weights.load_video("miniature") == {"height": 64, "width": 96, "num_frames": 14, "fps": 12.0}
 
 
 def test_its_unet_can_be_adapted_to_other_clips():
     """A LoRA of the stored UNet, not of a random one."""
-    config = setup.read_config(f"{CONFIGS / 'finetune.py'}:miniature_lora")
-    setup.check_config(config)
-    assert not setup.random_components(config)
+    config = read_config(f"{CONFIGS / 'finetune.py'}:miniature_lora")
+    check_config(config)
+    assert not random_components(config)
     assert config.trainable == ("lora",) and config.data.dataset == "runs/demo/latents"
 
 
 def test_stage_2_begins_with_the_lora_of_stage_1():
     """The configurations of both stages hold together, and what is stored is stage 1's."""
-    configs = [setup.read_config(f"{CONFIGS / name}:miniature") for name in ("stage1.py", "stage2.py")]
+    configs = [read_config(f"{CONFIGS / name}:miniature") for name in ("stage1.py", "stage2.py")]
     for config in configs:
-        setup.check_config(config)
+        check_config(config)
     networks = setup.networks_of(configs[1])
-    read = setup.read_lora(pathlib.Path(weights.locate(configs[1].init_from)), configs[1], networks)
+    read = origins.read_lora(pathlib.Path(weights.locate(configs[1].init_from)), configs[1], networks)
     assert not read.notice
     own = lora.target_modules(weights.load_params("miniature", "unet"), configs[0].lora.targets)
     assert set(lora_files.ranks(read.lora)) == set(own)

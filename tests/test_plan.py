@@ -17,7 +17,7 @@ from osv_jax.errors import UserError
 from osv_jax.models import layers
 from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.runtime import mesh
-from osv_jax.training import setup
+from osv_jax.training.config import phases_of
 
 
 def test_operations_of_loops_count_as_often_as_they_run():
@@ -91,7 +91,7 @@ def compile_toy(*arguments):
 def test_a_step_is_compiled_in_a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(plan, "compile_for", compile_toy)
     config = small(**{"mesh.fsdp": 2, "mesh.data": -1})
-    (phase,) = setup.phases_of(config)
+    (phase,) = phases_of(config)
     made = plan.plan_without_code(config, phase, "gpu:4x80GB")
     assert made.temporaries > 0 and made.flops > 0 and "all-reduce" in made.collectives
     with toy_networks():
@@ -103,7 +103,7 @@ def test_a_step_is_compiled_in_a_process_of_its_own(monkeypatch):
 def test_a_process_that_ends_without_a_plan_is_told_of(monkeypatch, capfd):
     monkeypatch.setattr(plan, "compile_for", operator.neg)  # Which takes one argument.
     with pytest.raises(UserError, match=r"ended with status 1; -9 means that this machine's memory was not enough"):
-        plan.plan_without_code(small(), setup.phases_of(small())[0], "cpu")
+        plan.plan_without_code(small(), phases_of(small())[0], "cpu")
     assert "TypeError" in capfd.readouterr().err
 
 

@@ -21,12 +21,12 @@ from PIL import Image
 from osv_jax import sample
 from osv_jax.data.video import cover
 from osv_jax.diffusion.conditioning import Conditioning
-from osv_jax.diffusion.edm import denoise
+from osv_jax.diffusion.edm import EDMBackbone
 from osv_jax.errors import UserError
 from osv_jax.inference import pipeline
 from osv_jax.inference.pipeline import ImageToVideo, Noise, Options
 from osv_jax.models.lora import init_lora, target_modules
-from osv_jax.objectives.players import Student, TrainState
+from osv_jax.objectives.players import Player, Student, TrainState
 from osv_jax.runtime import checkpoint
 from osv_jax.runtime.media import to_uint8
 
@@ -84,7 +84,8 @@ def workdir(model, folder):
         tuned = {path: jnp.asarray(rng.standard_normal(flatten_dict(params)[path].shape, np.float32))}
         return Student(lora=lora, tuned=unflatten_dict(tuned))
 
-    state = TrainState(jnp.asarray(7), student(1), student(2), {"params": {"x": jnp.ones(3)}}, (), ())
+    players = {"student": Player(student(1), {}, (), student(2)), "disc": Player({"x": jnp.ones(3)}, {}, ())}
+    state = TrainState(jnp.asarray(7), players)
     sizes = ((0, 16, 16), (5, HEIGHT, WIDTH), (7, 64, 64))  # The last one begins only after this checkpoint.
     data = {"resolutions": sizes, "num_frames": FRAMES}
     config = {"lora": {"alpha": 8.0, "rank": 4}, "boundary": "exact", "num_levels": 10, "data": data}
@@ -139,7 +140,7 @@ def one_step(model):
     @jax.jit
     def one_step(variables, cond, noise):
         x, sigma = 700 * noise, jnp.full(1, 700.0)
-        return denoise(lambda *inputs: model.unet.apply(variables, *inputs), x, sigma, cond, "exact")
+        return EDMBackbone(lambda *inputs: model.unet.apply(variables, *inputs), cond, "exact")(x, sigma)
 
     return one_step
 
@@ -155,11 +156,12 @@ def test_a_workdir_is_merged_before_sampling(model, weights, workdir, picture, o
 
     pixels = jnp.asarray(picture, jnp.float32)[None] / 127.5 - 1
     cond = Conditioning(
-        jax.jit(model._encode_image)(model.params["image_encoder"], pixels),
-        jax.jit(model._encode_mode)(model.params["vae"], pixels + 0.02 * noise.image),
+        jax.jit(model.codec.embed_image)(model.params["image_encoder"], pixels),
+        jax.jit(model.codec.encode_mode)(model.params["vae"], pixels + 0.02 * noise.image),
         jnp.array([[6.0, 127.0, 0.02]]),
     )
-    wanted, other = (state.ema, state.student) if ema else (state.student, state.ema)
+    trained, average = state.players["student"].params, state.players["student"].ema
+    wanted, other = (average, trained) if ema else (trained, average)
     expected, wrong = (
         one_step(student.variables(model.params["unet"], lora_scale=2.0), cond, noise.latents)
         for student in (wanted, other)

@@ -16,7 +16,7 @@ from workdirs import assert_same, metrics_of, state_of
 
 from osv_jax import train
 from osv_jax.errors import UserError
-from osv_jax.training import setup
+from osv_jax.training import origins, setup
 
 STEPS, SWITCH = 4, 2
 
@@ -84,7 +84,7 @@ def test_state_carries_over_to_the_second_resolution(straight):
     leaves = jax.tree.leaves_with_path(after)
     counts = [int(leaf) for path, leaf in leaves if "count" in jax.tree_util.keystr(path[-1:])]
     assert len(counts) == 2 and set(counts) == {SWITCH + 1}
-    old, new = (flatten_dict(state["student"]) for state in (before, after))
+    old, new = (flatten_dict(state["players"]["student"]["params"]) for state in (before, after))
     assert {path[0] for path in new} == {"lora", "tuned"}
     # A step of Adam moves nothing by more than its learning rate, within a factor.
     assert 0 < max(np.abs(new[path] - old[path]).max() for path in new) < 0.02
@@ -94,8 +94,8 @@ def test_a_value_that_is_not_finite_stops_the_run(stage1, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(stage1, workdir)
     state = state_of(workdir, 2)
-    bias = state["disc"]["params"]["upsampler"]["bias"]
-    state["disc"]["params"]["upsampler"]["bias"] = np.full_like(bias, np.inf)
+    bias = state["players"]["disc"]["params"]["upsampler"]["bias"]
+    state["players"]["disc"]["params"]["upsampler"]["bias"] = np.full_like(bias, np.inf)
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         checkpointer.save((workdir / "checkpoints" / "2" / "state").absolute(), state, force=True)
     config = with_whole_lora(micro_stage1.get_config())
@@ -107,26 +107,28 @@ def test_a_value_that_is_not_finite_stops_the_run(stage1, tmp_path):
 
 def first_state(config, one):
     """The state that a run of `config` begins with, and one that begins with the teacher."""
-    made, optimizers = setup.networks_of(config), setup.optimizers_of(config)
+    made = setup.networks_of(config)
+    objective = setup.objective_of(config, made)
     with jax.set_mesh(one):
         frozen = setup.load_frozen(config, made, one)
-        fresh = jax.jit(setup.make_init(config, made, optimizers))(jax.random.key(0), frozen["unet"])
+        fresh = jax.jit(setup.make_init(objective))(jax.random.key(0), frozen)
         origin = pathlib.Path(config.init_from)
-        setup.check_origin(origin, config)
-        return setup.start_from(origin, fresh, optimizers), fresh
+        origins.check_origin(origin, config)
+        return origins.start_from(origin, fresh, objective), fresh
 
 
 def test_stage_2_begins_with_stage_1s_student_and_discriminator(stage1, one_device):
     start, fresh = first_state(stage2_config(stage1), one_device)
-    trained = state_of(stage1, 2)
-    assert_same(start.student.lora, trained["student"]["lora"])
-    assert_same(start.disc, trained["disc"])
-    assert_same(start.ema.lora, trained["student"]["lora"])
-    assert any(np.any(leaf) for path, leaf in flatten_dict(start.student.lora).items() if path[-1] == "b")
+    trained = state_of(stage1, 2)["players"]
+    student, disc = start.players["student"], start.players["disc"]
+    assert_same(student.params.lora, trained["student"]["params"]["lora"])
+    assert_same((disc.params, disc.stats), (trained["disc"]["params"], trained["disc"]["stats"]))
+    assert_same(student.ema.lora, trained["student"]["params"]["lora"])
+    assert any(np.any(leaf) for path, leaf in flatten_dict(student.params.lora).items() if path[-1] == "b")
     # Stage 1 did not train these: they begin with the base, and the optimizers from nothing.
-    assert_same((start.student.tuned, start.ema.tuned), (fresh.student.tuned, fresh.student.tuned))
+    assert_same((student.params.tuned, student.ema.tuned), (fresh.players["student"].params.tuned,) * 2)
     assert start.step == 0
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves((start.opt_student, start.opt_disc)))
+    assert not any(np.any(leaf) for leaf in jax.tree.leaves((student.opt_state, disc.opt_state)))
 
 
 def test_a_run_says_where_it_starts_and_what_it_trains(stage1, tmp_path, capsys, monkeypatch):
@@ -136,7 +138,7 @@ def test_a_run_says_where_it_starts_and_what_it_trains(stage1, tmp_path, capsys,
     def stop(*_):
         raise Stop
 
-    monkeypatch.setattr(train, "_run_phase", stop)
+    monkeypatch.setattr(train, "run_phase", stop)
     with pytest.raises(Stop):
         train.train(stage2_config(stage1), tmp_path / "run")
     output = capsys.readouterr().out
@@ -201,18 +203,18 @@ def test_a_checkpoint_of_other_shapes_is_refused(stage1, tmp_path):
     (origin / "config.json").write_text(json.dumps(before))
     sentence = refused(stage2_config(origin, **{"lora.rank": 2, "lora.alpha": 2.0}), tmp_path / "run")
     assert f"The checkpoint of step 2 in {origin} does not fit this run" in sentence
-    assert "student/lora" in sentence and "use the configuration it was trained with" in sentence
+    assert "players/student/params/lora" in sentence and "use the configuration it was trained with" in sentence
 
 
 def test_a_checkpoint_that_is_not_finite_is_refused(stage1, tmp_path, monkeypatch):
-    restore = setup.checkpoint.restore_parts
+    restore = origins.checkpoint.restore_parts
 
     def damaged(*arguments):
         parts = restore(*arguments)
-        parts["disc"]["params"]["upsampler"]["bias"] *= np.inf
+        parts["players"]["disc"]["params"]["upsampler"]["bias"] *= np.inf
         return parts
 
-    monkeypatch.setattr(setup.checkpoint, "restore_parts", damaged)
+    monkeypatch.setattr(origins.checkpoint, "restore_parts", damaged)
     sentence = refused(stage2_config(stage1), tmp_path / "run")
     assert (
         f"The checkpoint of step 2 in {stage1} has values that are NaN or infinite, first in disc/params/" in sentence

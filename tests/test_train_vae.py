@@ -18,14 +18,16 @@ from osv_jax.data import pixels
 from osv_jax.errors import UserError
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
 from osv_jax.objectives import autoencoder
-from osv_jax.training import setup
+from osv_jax.objectives.players import first_state
+from osv_jax.training import loop
+from osv_jax.training.config import read_config
 
 STEPS = 2
 TWO_LEVELS = {"architecture.block_out_channels": (32, 32)}
 
 
 def vae_config(**changes):
-    config = setup.read_config(f"{pathlib.Path(__file__).parents[1] / 'configs' / 'vae.py'}:tiny")
+    config = read_config(f"{pathlib.Path(__file__).parents[1] / 'configs' / 'vae.py'}:tiny")
     config.architecture.block_out_channels = (32,)  # One level compiles in half the time.
     config.data.height, config.data.width, config.data.crop = 8, 12, (6, 8)
     config.batch_size, config.num_steps = 2, STEPS
@@ -38,17 +40,19 @@ def vae_config(**changes):
 @pytest.fixture(scope="module", autouse=True)
 def one_device():
     """One device, and one compilation for all runs with the same step."""
-    mesh, make_step, steps = tiny.one_device_mesh(), train_vae._make_step, {}
+    mesh, compile_step, steps = tiny.one_device_mesh(), loop.compile_step, {}
 
-    def make_step_once(config, vae, optimizer):
+    def compile_step_once(run, state, batch):
         apart = ("data", "init_from", "checkpoint_every", "picture_every", "log_every", "keep_checkpoints")
-        settings = {name: value for name, value in config.to_dict().items() if name not in apart}
-        key = f"{settings} {config.data.crop}"
-        return steps.setdefault(key, make_step(config, vae, optimizer))
+        settings = {name: value for name, value in run.config.to_dict().items() if name not in apart}
+        key = f"{settings} {run.config.data.crop} {jax.tree.map(jax.typeof, (state, batch))}"
+        if key not in steps:
+            steps[key] = compile_step(run, state, batch)
+        return steps[key]
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(train_vae.mesh, "make_mesh", lambda *sizes: mesh)
-        patch.setattr(train_vae, "_make_step", make_step_once)
+        patch.setattr(loop, "compile_step", compile_step_once)
         yield
 
 
@@ -78,7 +82,7 @@ def clips(videos, images, tmp_path_factory):
 
 
 def params_of(workdir, step=STEPS):
-    return state_of(workdir, step)["params"]
+    return state_of(workdir, step)["players"]["vae"]["params"]
 
 
 def same(a, b):
@@ -119,7 +123,8 @@ def test_vae_losses(rng, monkeypatch):
 
 
 def test_images_train_everything_and_clips_the_decoder(images, clips):
-    first, before, after = params_of(images, 1), params_of(images), params_of(clips)
+    first, before, after = params_of(images, 1), params_of(images), weights.load_params(clips, "vae")
+    assert list(params_of(clips)) == ["decoder"]
     for name in ("encoder", "quant_conv", "decoder"):
         assert not same(first[name], before[name])
         assert same(before[name], after[name]) == (name != "decoder")
@@ -199,12 +204,12 @@ def test_the_loss_falls():
     video = jnp.asarray(np.tanh(rng.standard_normal((2, 1, 1, 1, 3), np.float32))) * jnp.ones((2, 1, 8, 12, 3))
     shapes = train_vae.unflatten_dict(train_vae.expected_params("vae", vae.config))
     params = jax.tree.map(jnp.asarray, train_vae.random_params(shapes, 0, np.float32))
-    optimizer = optax.adam(1e-3)
-    state = autoencoder.VAEState(jnp.zeros((), jnp.int32), params, optimizer.init(params))
-    step = jax.jit(autoencoder.make_step(vae, optimizer, {"l1": 1.0, "kl": 1e-6}, "all"))
+    objective = autoencoder.Autoencoder(vae, autoencoder.AutoencoderOptions(), {"vae": optax.adam(1e-3)})
+    state = first_state(objective.init(jax.random.key(0), {"vae": params}))
+    step = jax.jit(objective.step)
     losses = []
     for number in range(40):
-        state, metrics = step(state, video, jax.random.fold_in(jax.random.key(0), number))
+        state, metrics = step(state, {"vae": {}}, video, jax.random.fold_in(jax.random.key(0), number))
         losses.append(float(metrics["loss"]))
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
 

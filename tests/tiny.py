@@ -17,7 +17,8 @@ from osv_jax.models.dinov2 import Dinov2Config
 from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.models.svd_vae import VAEConfig
 from osv_jax.objectives.adversarial import Batch
-from osv_jax.objectives.networks import Networks, build_networks, random_params
+from osv_jax.objectives.networks import Networks, build_networks
+from osv_jax.objectives.random_networks import random_params
 
 CONFIGS = {
     "unet": UNetConfig(

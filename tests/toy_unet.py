@@ -16,7 +16,7 @@ from osv_jax.convert.architectures import ARCHITECTURES
 from osv_jax.models.layers import Dense, FeedForward
 from osv_jax.models.svd_unet import SVDUNet
 from osv_jax.objectives import networks
-from osv_jax.training import setup
+from osv_jax.training import loop, previews, setup
 
 
 class _Block(nn.Module):
@@ -63,7 +63,7 @@ _PROGRAMS = {}
 
 
 def _compile_once(compile_step):
-    """`train.compile_step` that compiles once for all runs of a process with the same step, as stopped and resumed."""
+    """`loop.compile_step` that compiles once for all runs of a process with the same step, as stopped and resumed."""
 
     def remembered(run, state, batch):
         settings = {name: value for name, value in run.config.to_dict().items() if name not in _NOT_OF_THE_STEP}
@@ -86,7 +86,7 @@ def toy_training():
     mesh = tiny.one_device_mesh()
     with toy_networks(), pytest.MonkeyPatch.context() as patch:
         patch.setattr(train.mesh, "make_mesh", lambda *sizes: mesh)
-        patch.setattr(train, "compile_step", _compile_once(train.compile_step))
+        patch.setattr(loop, "compile_step", _compile_once(loop.compile_step))
         yield mesh
 
 
@@ -100,9 +100,9 @@ def toy_networks():
         return dataclasses.replace(made, unet=ToyUNet(unet.config, unet.dtype, unet.param_dtype))
 
     with pytest.MonkeyPatch.context() as patch:
-        curves = train.metrics.loss_curves
-        patch.setattr(train.metrics, "loss_curves", lambda rows, png, names: png.exists() or curves(rows, png, names))
-        patch.setattr(train, "make_picture", lambda *_: lambda *_: np.zeros((8, 8, 3), np.uint8))
+        curves = loop.metrics.loss_curves
+        patch.setattr(loop.metrics, "loss_curves", lambda rows, png, names: png.exists() or curves(rows, png, names))
+        patch.setattr(previews, "make_picture", lambda *_: lambda *_: (np.zeros((8, 8, 3), np.uint8), {}))
         patch.setattr(setup, "build_networks", build_networks)
         patch.setitem(ARCHITECTURES, "unet", dataclasses.replace(ARCHITECTURES["unet"], network=ToyUNet))
         yield

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -56,34 +57,38 @@ def scalings(sigma: Float[Array, "*b"], boundary: str = "svd") -> Scalings:
     return Scalings(1 / (shifted**2 + 1), -shifted / norm, 1 / norm, jnp.log(positive) / 4)
 
 
-def denoise(
-    network: Network,
-    x: Float[Array, "b f h w c"],
-    sigma: Float[Array, " b"],
-    cond: Conditioning,
-    boundary: str = "svd",
-) -> Float[Array, "b f h w c"]:
-    """D(x; sigma, c) = c_skip x + c_out F([c_in x, image latents]; c_noise, c) (SF-V Eq. 2, OSV Eq. 4).
-
-    The same function is the teacher's denoiser and the student's consistency function f(x, t): which one it is
-    depends on the network given.
-
-    Args:
-        x: noisy latents x_0 + sigma eps, float32.
-        sigma: one noise level a clip.
-        cond: the condition; its image latents are repeated over the frames here.
-        boundary: see `scalings`.
-
-    Returns:
-        The denoised latents, float32.
-    """
-    c = scalings(sigma, boundary)
-    image_latents = jnp.broadcast_to(cond.image_latents[:, None], x.shape)
-    sample = jnp.concatenate([per_clip(c.c_in) * x, image_latents], axis=-1)
-    prediction = network(sample, c.c_noise, cond.image_embedding, cond.added_time_ids)
-    return per_clip(c.c_skip) * x + per_clip(c.c_out) * prediction
-
-
 def per_clip(values: Float[Array, " b"]) -> Float[Array, "b 1 1 1 1"]:
     """One number a clip, shaped to multiply video arrays."""
     return values[:, None, None, None, None]
+
+
+@dataclasses.dataclass(frozen=True)
+class EDMBackbone:
+    """D(x; sigma, c) = c_skip x + c_out F([c_in x, image latents]; c_noise, c) (SF-V Eq. 2, OSV Eq. 4).
+
+    A network with its condition and its parameterisation bound, so that who uses it needs to know neither: any callable
+    `(x, sigma) -> x_0` that is a dataclass with a field `cond` can stand in its place. It is the teacher's denoiser and
+    the student's consistency function f(x, t) alike: which one depends on the parameters in `network`.
+
+    Attributes:
+        network: F, with its parameters.
+        cond: the condition; its image latents are repeated over the frames here.
+        boundary: see `scalings`.
+    """
+
+    network: Network
+    cond: Conditioning
+    boundary: str = "svd"
+
+    def __call__(self, x: Float[Array, "b f h w c"], sigma: Float[Array, " b"]) -> Float[Array, "b f h w c"]:
+        """The denoised latents, float32.
+
+        Args:
+            x: noisy latents x_0 + sigma eps, float32.
+            sigma: one noise level a clip.
+        """
+        c = scalings(sigma, self.boundary)
+        image_latents = jnp.broadcast_to(self.cond.image_latents[:, None], x.shape)
+        sample = jnp.concatenate([per_clip(c.c_in) * x, image_latents], axis=-1)
+        prediction = self.network(sample, c.c_noise, self.cond.image_embedding, self.cond.added_time_ids)
+        return per_clip(c.c_skip) * x + per_clip(c.c_out) * prediction

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import jax
@@ -9,35 +10,33 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from osv_jax.diffusion.conditioning import Conditioning
-from osv_jax.diffusion.edm import Network, denoise, per_clip
+from osv_jax.diffusion.edm import EDMBackbone, per_clip
 
 # x [b f h w c] at noise levels sigma [b] -> the clean x_0 it is taken for, [b f h w c].
 Denoiser = Callable[[Array, Array], Array]
 
 
-def guided_denoiser(
-    network: Network,
-    cond: Conditioning,
-    guidance: Float[Array, "#b f"] | Float[Array, " f"],
-    boundary: str = "svd",
-) -> Denoiser:
+def guided_denoiser(backbone: EDMBackbone, guidance: Float[Array, "#b f"] | Float[Array, " f"]) -> Denoiser:
     """Classifier-free guidance D_0 + w (D - D_0), both evaluations in one batch of 2 b (OSV, below Eq. 8).
 
     Guiding denoised values is guiding the network's outputs, because D is affine in F with factors that do not depend
     on the condition.
 
     Args:
+        backbone: a network with its condition; see `EDMBackbone`.
         guidance: w for every frame, and if need be for every clip; SVD's is `linspace(1, 3, num_frames)`.
     """
     # Side by side for each clip, so that a sharded batch stays where it is.
     both = jax.tree.map(
-        lambda *pair: jnp.stack(pair, axis=1).reshape(-1, *pair[0].shape[1:]), cond.unconditional(), cond
+        lambda *pair: jnp.stack(pair, axis=1).reshape(-1, *pair[0].shape[1:]),
+        backbone.cond.unconditional(),
+        backbone.cond,
     )
+    with_both = dataclasses.replace(backbone, cond=both)
     weight = jnp.atleast_2d(guidance)[:, :, None, None, None]
 
     def denoiser(x: Array, sigma: Array) -> Array:
-        x0 = denoise(network, jnp.repeat(x, 2, axis=0), jnp.repeat(sigma, 2), both, boundary)
+        x0 = with_both(jnp.repeat(x, 2, axis=0), jnp.repeat(sigma, 2))
         x0 = x0.reshape(-1, 2, *x0.shape[1:])
         unconditional, conditional = x0[:, 0], x0[:, 1]
         return unconditional + weight * (conditional - unconditional)

@@ -15,9 +15,9 @@ from osv_jax.convert.exporters import new_folder
 from osv_jax.convert.importers import DTYPES
 from osv_jax.errors import UserError
 from osv_jax.inference.trained import Trained
+from osv_jax.objectives.random_networks import random_architecture, random_components, random_frozen
 from osv_jax.runtime import paths
 from osv_jax.runtime.paths import as_path
-from osv_jax.training import setup
 
 
 def merge_run(
@@ -50,7 +50,7 @@ def merge_run(
     with new_folder(output, overwrite) as partial:
         architecture = random["unet"] if "unet" in random else weights.load_config(folder, "unet")
         trained.check_fits(expected_params("unet", architecture), source)
-        made = setup.random_frozen(random, DTYPES[config["dtype"]]) if random else {}
+        made = random_frozen(random, DTYPES[config["dtype"]]) if random else {}
         params = made["unet"] if "unet" in made else weights.load_params(folder, "unet", dtype=np.float32)
         merged = trained.merge_into(jax.tree.map(lambda x: np.asarray(x).astype(np.float32), params))
         weights.save_component(partial / "unet", "unet", architecture, _cast(merged, dtype), as_path(source))
@@ -99,9 +99,9 @@ def pack_weights(
 def _random_architectures(config: Mapping[str, Any]) -> dict[str, Config]:
     """The networks that a run drew. DINOv2, which not every run has, is among them if the configuration names it."""
     chosen = config["random_networks"]
-    names = setup.random_components(config)
+    names = random_components(config)
     return {
-        name: setup.random_architecture(chosen, name)
+        name: random_architecture(chosen, name)
         for name in ARCHITECTURES
         if name in names and (name != "dinov2" or name in chosen)
     }

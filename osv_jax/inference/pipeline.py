@@ -22,13 +22,14 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
+from osv_jax.codec import Codec
 from osv_jax.convert import lora_files, weights
 from osv_jax.convert.architectures import Config, expected_params
 from osv_jax.data.image import ImageLike, read_image
 from osv_jax.data.video import cover
 from osv_jax.diffusion import samplers
-from osv_jax.diffusion.conditioning import Conditioning, added_time_ids, clip_pixels
-from osv_jax.diffusion.edm import denoise
+from osv_jax.diffusion.conditioning import Conditioning, added_time_ids
+from osv_jax.diffusion.edm import EDMBackbone
 from osv_jax.diffusion.ode import guided_denoiser
 from osv_jax.errors import UserError
 from osv_jax.inference.trained import Trained, is_workdir, load_trained
@@ -162,8 +163,7 @@ class ImageToVideo:
         """
         options = {"dtype": dtype, "param_dtype": dtype, "attention": attention}
         self.unet = SVDUNet(configs["unet"], **options)
-        self.vae = SVDVAE(configs["vae"], **options)
-        self.image_encoder = CLIPVision(configs["image_encoder"], **options)
+        self.codec = Codec(SVDVAE(configs["vae"], **options), CLIPVision(configs["image_encoder"], **options))
         self.notice = notice
         self.devices = make_mesh(1, 1, context, jax.local_devices()[:context])
         self.params = jax.device_put(dict(params), replicated(self.devices))
@@ -263,7 +263,7 @@ class ImageToVideo:
         own = {"steps": DEFAULT_STEPS[options.sampler], **self._video}
         own = {name: value for name, value in own.items() if getattr(options, name) is None}
         options = dataclasses.replace(options, **own)
-        factor = self.vae.config.downscale
+        factor = self.codec.vae.config.downscale
         for name in ("height", "width"):
             value = getattr(options, name)
             if value % factor:
@@ -282,7 +282,7 @@ class ImageToVideo:
     def noise(self, key: jax.Array, options: Options) -> Noise:
         """The random numbers of one video, drawn in float32."""
         image_key, latents_key, sampler_key = jax.random.split(key, 3)
-        factor, channels = self.vae.config.downscale, self.unet.config.out_channels
+        factor, channels = self.codec.vae.config.downscale, self.unet.config.out_channels
         size = (options.height // factor, options.width // factor)
         return Noise(
             image=jax.random.normal(image_key, (1, options.height, options.width, 3)),
@@ -301,8 +301,8 @@ class ImageToVideo:
         pixels = to_float(image[None])
         strength = jnp.full(1, options.noise_aug_strength)
         cond = Conditioning(
-            image_embedding=self._run("CLIP", "image_encoder", self._encode_image, pixels),
-            image_latents=self._run("VAE encode", "vae", self._encode_mode, pixels + strength * noise.image),
+            image_embedding=self._run("CLIP", "image_encoder", self.codec.embed_image, pixels),
+            image_latents=self._run("VAE encode", "vae", self.codec.encode_mode, pixels + strength * noise.image),
             added_time_ids=added_time_ids(options.fps, options.motion_bucket_id, strength),
         )
         weight = None
@@ -329,7 +329,7 @@ class ImageToVideo:
     ) -> Float[np.ndarray, "b f h w 3"]:
         """Frames, about in [-1, 1], of scaled latents, `chunk_size` frames at a time (as diffusers does)."""
         chunks = [
-            np.asarray(self._run("decode", "vae", self._decode, latents[:, start : start + chunk_size]))
+            np.asarray(self._run("decode", "vae", self.codec.decode_video, latents[:, start : start + chunk_size]))
             for start in range(0, latents.shape[1], chunk_size)
         ]
         return np.concatenate(chunks, axis=1)
@@ -345,31 +345,18 @@ class ImageToVideo:
         with blame_weights(self.params):
             return to_uint8(self.decode(latents, chunk_size))
 
-    def _encode_image(self, params: Any, pixels: Array) -> Array:
-        clip = clip_pixels(pixels, self.image_encoder.config.image_size)
-        return self.image_encoder.apply({"params": params}, clip).astype(jnp.float32)
-
-    def _encode_mode(self, params: Any, pixels: Array) -> Array:
-        mean, _ = self.vae.apply({"params": params}, pixels, method="encode")
-        return mean.astype(jnp.float32)
-
-    def _decode(self, params: Any, latents: Array) -> Array:
-        unscaled = latents / self.vae.config.scaling_factor
-        return self.vae.apply({"params": params}, unscaled, method="decode").astype(jnp.float32)
-
     def _denoise(self, params: Any, x: Array, sigma: Array, cond: Conditioning, guidance: Array | None) -> Array:
         def network(*inputs: Array) -> Array:
             return self.unet.apply({"params": params}, *inputs)
 
-        if guidance is not None:
-            return guided_denoiser(network, cond, guidance, self.boundary)(x, sigma)
-        return denoise(network, x, sigma, cond, self.boundary)
+        backbone = EDMBackbone(network, cond, self.boundary)
+        return backbone(x, sigma) if guidance is None else guided_denoiser(backbone, guidance)(x, sigma)
 
     def _run(self, part: str, component: str, function: Callable, *inputs: Any, progress: str = "") -> Any:
         """Calls `function(params, *inputs)`, compiled for these shapes, and takes the time."""
         params, inputs = self.params[component], jax.device_put(inputs, batch_shardings(self.devices, inputs))
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(inputs))
-        networks = (self.unet, self.vae, self.image_encoder)
+        networks = (self.unet, self.codec)
         program = (part, networks, self.boundary, self.devices, jax.tree.structure(inputs), shapes)
         if program not in _PROGRAMS:
             self.on_part(f"compiling {part}")

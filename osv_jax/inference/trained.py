@@ -17,11 +17,12 @@ from osv_jax.convert.lora_files import check_lora
 from osv_jax.convert.naming import Path, torch_name
 from osv_jax.errors import UserError
 from osv_jax.models.lora import merge_lora, scale_lora
+from osv_jax.objectives.objective import find, is_known
+from osv_jax.objectives.options import RunOptions, check_stored
 from osv_jax.objectives.players import Student
 from osv_jax.runtime import checkpoint, paths
 from osv_jax.runtime.finite import check_finite
 from osv_jax.runtime.paths import as_path
-from osv_jax.training import keys
 
 Params = Mapping[str, Any]
 
@@ -94,7 +95,7 @@ def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
     workdir = as_path(workdir)
     try:
         config = json.loads((workdir / "config.json").read_text())
-        keys.check_numbers(config, f"{workdir / 'config.json'}: ")
+        _check_stored(config, f"{workdir / 'config.json'}: ")
         scale = config["lora"]["alpha"] / config["lora"]["rank"]
     except OSError as error:
         raise UserError(f"{workdir} has no config.json: give the --workdir of a training run.") from error
@@ -103,23 +104,31 @@ def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
     step = checkpoint.latest_step(workdir)
     if step is None:
         raise UserError(f"{workdir} has no checkpoint: let the run reach its first one (config.checkpoint_every).")
-    student = _read(workdir, step, "ema" if ema else "student")
+    student = _read(workdir, step, "ema" if ema else "params")
     check_finite(student, f"The checkpoint of step {step} in {workdir}")
     return Trained(Student(lora=scale_lora(student["lora"], scale), tuned=student["tuned"]), step, config)
 
 
+def _check_stored(config: Mapping[str, Any], where: str) -> None:
+    check_stored(RunOptions, config, where)
+    if is_known(config.get("objective")):
+        check_stored(find(config["objective"]).Options, config, where)
+
+
 def _read(workdir: paths.Path, step: int, part: str) -> dict[str, Any]:
-    """One field of a saved `TrainState` as NumPy arrays."""
+    """The student's `params` or `ema` of a saved `TrainState` as NumPy arrays."""
     folder = workdir / "checkpoints" / str(step)
     try:
-        wanted = flatten_dict({part: checkpoint.stored_shapes(workdir, step)[part]})
+        stored = checkpoint.stored_shapes(workdir, step)["players"]["student"][part]
+        wanted = flatten_dict({"players": {"student": {part: stored}}})
         restore = {path: ocp.RestoreArgs(restore_type=np.ndarray) for path in wanted}
         args = ocp.args.PyTreeRestore(
             item=unflatten_dict(wanted), restore_args=unflatten_dict(restore), partial_restore=True
         )
         with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
             # (A field without arrays is not there.)
-            return {"lora": {}, "tuned": {}} | checkpointer.restore(paths.absolute(folder / "state"), args=args)[part]
+            state = checkpointer.restore(paths.absolute(folder / "state"), args=args)
+            return {"lora": {}, "tuned": {}} | state["players"]["student"][part]
     except (OSError, ValueError, KeyError) as error:
         raise UserError(
             f"The checkpoint {folder} is damaged: restore it, or delete it to use the one before."

@@ -14,13 +14,21 @@ def split_batch(batch: Any, parts: int) -> Any:
     return jax.tree.map(lambda x: x.reshape(x.shape[0] // parts, parts, *x.shape[1:]).swapaxes(0, 1), batch)
 
 
-def mean_over_parts(function: Callable[[Any], Any], parts: Any, num_parts: int) -> Any:
-    """The mean of `function` over the parts, one at a time, with one running sum in memory."""
+def mean_over_parts(function: Callable[[Any], tuple[Any, Any]], parts: Any, num_parts: int) -> tuple[Any, Any]:
+    """`function` of every part, one at a time, with one running sum in memory.
+
+    Args:
+        function: gives what is to be averaged, and what is to be kept of each part (None for nothing).
+
+    Returns:
+        The mean, and what was kept, stacked.
+    """
     first = jax.tree.map(lambda x: x[0], parts)
-    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first))
+    zeros = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(function, first)[0])
 
-    def add(total: Any, part: Any) -> tuple[Any, None]:
-        return jax.tree.map(jnp.add, total, function(part)), None
+    def add(total: Any, part: Any) -> tuple[Any, Any]:
+        value, kept = function(part)
+        return jax.tree.map(jnp.add, total, value), kept
 
-    total, _ = jax.lax.scan(add, zeros, parts)
-    return jax.tree.map(lambda x: x / num_parts, total)
+    total, kept = jax.lax.scan(add, zeros, parts)
+    return jax.tree.map(lambda x: x / num_parts, total), kept

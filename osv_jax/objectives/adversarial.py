@@ -1,78 +1,74 @@
 """The step that both stages of OSV take: an adversarial and a pseudo-Huber loss towards a target (Eq. 6, 7, 9, 10).
 
-The stages differ only in what they put to the student, and what they hold against its answer: see `stage1`, `stage2`.
+The stages differ only in what the student is given and what its output is held against: see `osv_stage1`, `osv_stage2`.
 """
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 from collections.abc import Callable
-from typing import Any
+from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import optax
-from einops import rearrange
 from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
 
 from osv_jax.diffusion.conditioning import Conditioning
-from osv_jax.diffusion.edm import denoise
-from osv_jax.models.discriminator import discriminate, discriminate_pixels
+from osv_jax.diffusion.edm import BOUNDARIES, EDMBackbone
+from osv_jax.errors import UserError
 from osv_jax.objectives import losses
 from osv_jax.objectives.accumulation import mean_over_parts, split_batch
-from osv_jax.objectives.networks import Networks, Params
-from osv_jax.objectives.players import TrainState, global_norm, update_ema
+from osv_jax.objectives.batches import Batch
+from osv_jax.objectives.judges import FramesJudge, Judge, LatentJudge, PixelJudge, real_and_fake
+from osv_jax.objectives.networks import Params
+from osv_jax.objectives.objective import Draws, Metrics, Objective
+from osv_jax.objectives.options import AdversarialOptimizerOptions, StudentOptions, setting
+from osv_jax.objectives.players import Player, Student, TrainState, init_student, make_optimizer, norms, start
+from osv_jax.runtime.ranges import NOT_NEGATIVE, WHOLE, Range
 
-Metrics = dict[str, Array]
+ACCUMULATE = ("together", "in_turn")
 
 
 @dataclasses.dataclass(frozen=True)
-class AdversarialOptions:
-    """Hyperparameters that the stages share; the defaults are the paper's.
+class AdversarialOptions(StudentOptions):
+    """What the stages share; the defaults are the paper's.
 
     Attributes:
+        optimizer: of both players.
+        num_levels: N of the grid of noise levels.
         adversarial_weight: lambda^LGP and lambda^ACD (appendix C).
         huber_c: c of the pseudo-Huber distance (appendix C).
-        ema_decay: of the student's average.
-        lora_scale: alpha / rank.
         boundary: see `edm.scalings`.
-        grad_accum: equal parts that a batch is worked through in, one after the other.
-        decode: the discriminator sees clips decoded by the VAE instead of its own upsampling of latents (Table 2e).
-        disc_frames: consecutive frames of each clip that the discriminator sees, to save memory, from another frame on
-            in every step; 0: all of them, as in the paper.
+        accumulate: with `grad_accum` > 1, whether both players' gradients are taken at the state before the step
+            (`together`), or the discriminator is updated on all parts before the student's gradient is taken
+            (`in_turn`, which is what happens without parts, and costs one more forward pass of the student).
+        discriminator_blocks: blocks of DINOv2 whose features are judged, counted from 0.
+        discriminator_input: `latents`, or `decoded` by the VAE (Table 2e).
+        discriminator_frames: consecutive frames of each clip that the discriminator sees, to save memory, from another
+            one on in every step; 0: all of them, as in the paper.
     """
 
-    adversarial_weight: float = 0.1
-    huber_c: float = 1e-3
-    ema_decay: float = 0.95
-    lora_scale: float = 1.0
-    boundary: str = "svd"
-    grad_accum: int = 1
-    decode: bool = False
-    disc_frames: int = 0
-
-
-@struct.dataclass
-class Batch:
-    """Clips as a step takes them.
-
-    Attributes:
-        latents: x_0, scaled video latents, float32.
-        cond: what the networks are conditioned on.
-    """
-
-    latents: Float[Array, "b f h w c"]
-    cond: Conditioning
+    optimizer: AdversarialOptimizerOptions = dataclasses.field(default_factory=AdversarialOptimizerOptions)
+    num_levels: int = setting(100, Range(1, 10_000, whole=True))
+    adversarial_weight: float = setting(0.1, NOT_NEGATIVE)
+    # Its square must not vanish in float32: the gradient of the distance at 0 would be 0 / 0.
+    huber_c: float = setting(1e-3, Range(1e-8))
+    boundary: str = setting("svd", BOUNDARIES)
+    accumulate: str = setting("together", ACCUMULATE)
+    discriminator_blocks: tuple[int, ...] = setting((2, 5, 8, 11), WHOLE)
+    discriminator_input: str = setting("latents", ("latents", "decoded"))
+    discriminator_frames: int = setting(0, WHOLE)
 
 
 @struct.dataclass
 class Example:
-    """What the student is asked, and what its answer is held against.
+    """What the student is given, and what its output is held against.
 
     Attributes:
         x, sigma, cond: the arguments of the student f.
-        target: what the discriminator takes for real, and what the answer is drawn to.
+        target: what the discriminator takes for real, and what the output is regressed to.
         weight: of the distance to the target, per clip.
     """
 
@@ -83,155 +79,212 @@ class Example:
     weight: Float[Array, " b"]
 
 
-# All random numbers of a step, each with the batch as its first axis: drawn at once, so that neither the number of
-# devices nor `grad_accum` changes them.
-Draws = dict[str, Array]
-Draw = Callable[[jax.Array, Batch], Draws]
-Pose = Callable[[TrainState, Params, Batch, Draws], Example]
-Step = Callable[[TrainState, Params, Batch, jax.Array], tuple[TrainState, Metrics]]
+class Adversarial(Objective):
+    """An objective whose student is judged by a discriminator while it is regressed to a target."""
 
+    components: ClassVar[tuple[str, ...]] = ("unet", "vae", "image_encoder", "dinov2")
+    curves: ClassVar[tuple[str, ...]] = ("loss_huber", "loss_adversarial", "loss_disc")
 
-def make_step(
-    networks: Networks,
-    optimizer_student: optax.GradientTransformation,
-    optimizer_disc: optax.GradientTransformation,
-    options: AdversarialOptions,
-    draw: Draw,
-    pose: Pose,
-) -> Step:
-    """The step `(state, frozen, batch, key) -> (state, metrics)`.
+    def __init__(self, networks, options, optimizers=None):
+        super().__init__(networks, options, optimizers)
+        self.judge = make_judge(networks, options)
 
-    One forward pass of the student serves both players: the discriminator is updated on its output as a constant,
-    then the student's loss is differentiated with respect to that output through the NEW discriminator and pulled
-    back once. With `grad_accum` > 1 the parts share one update of each player, so every part sees the discriminator
-    from before the step.
-
-    Args:
-        draw: the stage's random numbers.
-        pose: the stage's question and target; no gradient flows through it.
-    """
-
-    def draw_all(key: jax.Array, batch: Batch) -> Draws:
-        if not options.disc_frames:
-            return draw(key, batch)
-        key, frame_key = jax.random.split(key)
-        clips, num_frames = batch.latents.shape[:2]
-        return draw(key, batch) | {"first_frame": draw_first_frame(frame_key, clips, num_frames, options.disc_frames)}
-
-    def student_forward(state: TrainState, frozen: Params, example: Example) -> tuple[Array, Callable]:
-        """f_theta(x, sigma), and the function that pulls a gradient back to the student's parameters."""
-
-        def student(trainable: Any) -> Array:
-            network = networks.unet_with(trainable.variables(frozen["unet"], options.lora_scale))
-            return denoise(network, example.x, example.sigma, example.cond, options.boundary)
-
-        return jax.vjp(student, state.student)
-
-    def seen(latents: Array, draws: Draws) -> Array:
-        """What the discriminator sees of the clips."""
-        return frames_from(latents, draws["first_frame"], options.disc_frames) if options.disc_frames else latents
-
-    def judge(disc: dict[str, Params], frozen: Params, latents: Array, update_stats: bool) -> Any:
-        """D_psi: logits by head kind, and the spectral statistics."""
-        arguments = (networks.discriminator, networks.dinov2, disc, frozen["dinov2"])
-        if not options.decode:
-            return discriminate(*arguments, latents, update_stats)
-        pixels = (networks.decode_video(jax.lax.stop_gradient(frozen["vae"]), latents) + 1) / 2
-        return discriminate_pixels(*arguments, pixels, update_stats)
-
-    def disc_gradient(
-        disc: dict[str, Params], frozen: Params, example: Example, draws: Draws, fake: Array
-    ) -> tuple[Params, Params, Metrics]:
-        """Gradient of Eq. 6 / Eq. 9, and the spectral statistics after it."""
-
-        def loss_fn(params: Params) -> tuple[Array, tuple[Params, Metrics]]:
-            # Real and fake side by side for each clip, so that a sharded batch stays where it is.
-            pairs = jnp.stack([seen(example.target, draws), seen(jax.lax.stop_gradient(fake), draws)], axis=1)
-            pairs = rearrange(pairs, "b two f h w c -> (b two) f h w c")
-            logits, spectral = judge({**disc, "params": params}, frozen, pairs, True)
-            logits = {kind: rearrange(values, "(b two) n -> two b n", two=2) for kind, values in logits.items()}
-            real, fake_logits = ({kind: values[i] for kind, values in logits.items()} for i in (0, 1))
-            loss = losses.hinge_discriminator(real, fake_logits).mean()
-            metrics = {f"logits_real/{kind}": values.mean() for kind, values in real.items()}
-            metrics |= {f"logits_fake/{kind}": values.mean() for kind, values in fake_logits.items()}
-            return loss, (spectral, {"loss_disc": loss, **metrics})
-
-        gradient, (spectral, metrics) = jax.grad(loss_fn, has_aux=True)(disc["params"])
-        return gradient, spectral, metrics
-
-    def student_gradient(
-        disc: dict[str, Params], frozen: Params, example: Example, draws: Draws, fake: Array, pull_back: Callable
-    ) -> tuple[Any, Metrics]:
-        """Gradient of Eq. 7 / Eq. 10, taken at the student's output and pulled back."""
-
-        def loss_fn(fake: Array) -> tuple[Array, Metrics]:
-            logits, _ = judge(disc, frozen, seen(fake, draws), False)
-            adversarial = losses.hinge_generator(logits).mean()
-            distance = (example.weight * losses.pseudo_huber(example.target, fake, options.huber_c)).mean()
-            loss = options.adversarial_weight * adversarial + distance
-            return loss, {"loss_student": loss, "loss_adversarial": adversarial, "loss_huber": distance}
-
-        gradient, metrics = jax.grad(loss_fn, has_aux=True)(fake)
-        return pull_back(gradient)[0], metrics
-
-    def pose_constant(state: TrainState, frozen: Params, batch: Batch, draws: Draws) -> Example:
-        return jax.lax.stop_gradient(pose(state, frozen, batch, draws))
-
-    def update_disc(state: TrainState, gradient: Params, spectral: Params) -> tuple[dict[str, Params], Any]:
-        updates, opt_disc = optimizer_disc.update(gradient, state.opt_disc, state.disc["params"])
-        return {"params": optax.apply_updates(state.disc["params"], updates), "spectral": spectral}, opt_disc
-
-    def gradients_of_part(state: TrainState, frozen: Params, part: tuple[Batch, Draws]) -> Any:
-        """Both players' gradients at the state before the step."""
-        example, draws = pose_constant(state, frozen, *part), part[1]
-        fake, pull_back = student_forward(state, frozen, example)
-        g_disc, spectral, metrics = disc_gradient(state.disc, frozen, example, draws, fake)
-        g_student, metrics_student = student_gradient(state.disc, frozen, example, draws, fake, pull_back)
-        # The spectral statistics depend on the weights alone: the mean over parts is that of equal values.
-        return g_disc, spectral, g_student, metrics | metrics_student
-
-    def step(state: TrainState, frozen: Params, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        draws = draw_all(key, batch)
-        if options.grad_accum == 1:
-            example = pose_constant(state, frozen, batch, draws)
-            fake, pull_back = student_forward(state, frozen, example)
-            g_disc, spectral, metrics = disc_gradient(state.disc, frozen, example, draws, fake)
-            disc, opt_disc = update_disc(state, g_disc, spectral)
-            g_student, metrics_student = student_gradient(disc, frozen, example, draws, fake, pull_back)
-            metrics |= metrics_student
-        else:
-            parts = split_batch((batch, draws), options.grad_accum)
-            g_disc, spectral, g_student, metrics = mean_over_parts(
-                lambda part: gradients_of_part(state, frozen, part), parts, options.grad_accum
+    @classmethod
+    def check(cls, options: AdversarialOptions, num_frames: int) -> None:
+        if options.discriminator_frames > num_frames:
+            raise UserError(
+                f"config.discriminator_frames={options.discriminator_frames} must lie in 1 .. {num_frames}"
+                " (config.data.num_frames), or be 0 for all frames."
             )
-            disc, opt_disc = update_disc(state, g_disc, spectral)
+        blocks = options.discriminator_blocks
+        if not blocks or len(set(blocks)) < len(blocks):
+            raise UserError(f"config.discriminator_blocks={blocks} must name one block of DINOv2 or more, each once.")
 
-        updates, opt_student = optimizer_student.update(g_student, state.opt_student, state.student)
-        student = optax.apply_updates(state.student, updates)
-        metrics |= {
-            "grad_norm/student": global_norm(g_student),
-            "grad_norm/disc": global_norm(g_disc),
-            "param_norm/student": global_norm(student),
-            "param_norm/disc": global_norm(disc["params"]),
+    def make_optimizers(self) -> dict[str, optax.GradientTransformation]:
+        chosen = self.options.optimizer
+        return {"student": make_optimizer(chosen), "disc": make_optimizer(chosen, chosen.disc_learning_rate)}
+
+    def init(self, key: jax.Array, frozen: Params) -> dict[str, Player]:
+        """A student equal to the teacher and a fresh discriminator."""
+        student_key, disc_key = jax.random.split(key)
+        chosen = self.options
+        student = init_student(student_key, frozen["unet"], chosen.lora.rank, chosen.lora.targets, chosen.trainable)
+        params, stats = self.judge.init(disc_key)
+        return {
+            "student": start(student, self.optimizers["student"], ema=True),
+            "disc": start(params, self.optimizers["disc"], stats),
         }
-        new_state = TrainState(
-            step=state.step + 1,
-            student=student,
-            ema=update_ema(state.ema, student, options.ema_decay),
-            disc=disc,
-            opt_student=opt_student,
-            opt_disc=opt_disc,
-        )
-        return new_state, metrics
 
-    return step
+    @abc.abstractmethod
+    def draw(self, key: jax.Array, batch: Batch) -> Draws:
+        """All random numbers of a step."""
+
+    @abc.abstractmethod
+    def example(self, state: TrainState, frozen: Params, batch: Batch, draws: Draws) -> Example:
+        """What the student is given, and its target."""
+
+    def backbone(self, frozen: Params, student: Student | None, cond: Conditioning) -> EDMBackbone:
+        """The consistency function f of a student, or the teacher's denoiser (None), on a condition."""
+        if student is None:
+            return EDMBackbone(self.networks.unet_with({"params": frozen["unet"]}), cond)
+        variables = student.variables(frozen["unet"], self.options.lora.scale)
+        return EDMBackbone(self.networks.unet_with(variables), cond, self.options.boundary)
+
+    def step(self, state: TrainState, frozen: Params, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        return step(self, state, frozen, batch, key)
 
 
-def draw_first_frame(key: jax.Array, clips: int, num_frames: int, seen: int) -> Int[Array, " b"]:
-    """Where the `seen` consecutive frames of each clip begin, all places being equally likely."""
-    return jax.random.randint(key, (clips,), 0, num_frames - seen + 1)
+def make_judge(networks: Any, options: AdversarialOptions) -> Judge:
+    """What the options say that the discriminator sees."""
+    judge = LatentJudge(networks.discriminator, networks.dinov2)
+    if options.discriminator_input == "decoded":
+        judge = PixelJudge(networks.discriminator, networks.dinov2, networks.codec)
+    return FramesJudge(judge, options.discriminator_frames) if options.discriminator_frames else judge
 
 
-def frames_from(clips: Float[Array, "b f h w c"], first: Int[Array, " b"], count: int) -> Float[Array, "b n h w c"]:
-    """`count` consecutive frames of each clip, from its own `first` on."""
-    return jax.vmap(lambda clip, start: jax.lax.dynamic_slice_in_dim(clip, start, count))(clips, first)
+def step(
+    objective: Adversarial, state: TrainState, frozen: Params, batch: Batch, key: jax.Array
+) -> tuple[TrainState, Metrics]:
+    """One update of the discriminator (Eq. 6, 9), then one of the student through it (Eq. 7, 10)."""
+    whole = (batch, objective.draw(key, batch))
+    take_turns = {
+        1: whole_batch,
+        "together": parts_together,
+        "in_turn": parts_in_turn,
+    }[1 if objective.options.grad_accum == 1 else objective.options.accumulate]
+    gradients, disc, metrics = take_turns(objective, state, frozen, whole)
+    optimizer, decay = objective.optimizers["student"], objective.options.ema_decay
+    student = state.players["student"].update(gradients["student"], optimizer, decay)
+    players = {"student": student, "disc": disc}
+    return TrainState(step=state.step + 1, players=players), metrics | norms(gradients, players)
+
+
+def whole_batch(objective: Adversarial, state: TrainState, frozen: Params, whole: tuple[Batch, Draws]) -> Any:
+    """One forward pass of the student serves both players.
+
+    The discriminator is updated on its output as a constant; then the student's loss is differentiated with respect to
+    that output through the NEW discriminator, and pulled back once.
+
+    Returns:
+        The gradients by player, the new discriminator, metrics.
+    """
+    example = make_example(objective, state, frozen, whole)
+    fake, pull_back = student_forward(objective, state.players["student"].params, frozen, example)
+    g_disc, stats, metrics = discriminator_gradient(objective, state.players["disc"], frozen, example, whole[1], fake)
+    disc = update_discriminator(objective, state.players["disc"], g_disc, stats)
+    g_fake, more = student_gradient(objective, disc, frozen, example, whole[1], fake)
+    return {"student": pull_back(g_fake)[0], "disc": g_disc}, disc, metrics | more
+
+
+def parts_together(objective: Adversarial, state: TrainState, frozen: Params, whole: tuple[Batch, Draws]) -> Any:
+    """As `whole_batch`, part by part, but both players' gradients are taken at the state before the step."""
+    disc = state.players["disc"]
+
+    def gradients(part: tuple[Batch, Draws]) -> tuple[Any, None]:
+        example = make_example(objective, state, frozen, part)
+        fake, pull_back = student_forward(objective, state.players["student"].params, frozen, example)
+        g_disc, stats, metrics = discriminator_gradient(objective, disc, frozen, example, part[1], fake)
+        g_fake, more = student_gradient(objective, disc, frozen, example, part[1], fake)
+        # The statistics depend on the weights alone: the mean over parts is that of equal values.
+        return (g_disc, stats, pull_back(g_fake)[0], metrics | more), None
+
+    count = objective.options.grad_accum
+    (g_disc, stats, g_student, metrics), _ = mean_over_parts(gradients, split_batch(whole, count), count)
+    return {"student": g_student, "disc": g_disc}, update_discriminator(objective, disc, g_disc, stats), metrics
+
+
+def parts_in_turn(objective: Adversarial, state: TrainState, frozen: Params, whole: tuple[Batch, Draws]) -> Any:
+    """As `whole_batch`, part by part: all of them for the discriminator, then all of them for the student."""
+    student, count = state.players["student"].params, objective.options.grad_accum
+    parts = split_batch(whole, count)
+
+    def of_discriminator(part: tuple[Batch, Draws]) -> tuple[Any, Example]:
+        example = make_example(objective, state, frozen, part)
+        fake = objective.backbone(frozen, student, example.cond)(example.x, example.sigma)
+        return discriminator_gradient(objective, state.players["disc"], frozen, example, part[1], fake), example
+
+    (g_disc, stats, metrics), examples = mean_over_parts(of_discriminator, parts, count)
+    disc = update_discriminator(objective, state.players["disc"], g_disc, stats)
+
+    def of_student(part: tuple[Example, Draws]) -> tuple[Any, None]:
+        fake, pull_back = student_forward(objective, student, frozen, part[0])
+        g_fake, more = student_gradient(objective, disc, frozen, *part, fake)
+        return (pull_back(g_fake)[0], more), None
+
+    (g_student, more), _ = mean_over_parts(of_student, (examples, parts[1]), count)
+    return {"student": g_student, "disc": g_disc}, disc, metrics | more
+
+
+def make_example(objective: Adversarial, state: TrainState, frozen: Params, part: tuple[Batch, Draws]) -> Example:
+    """The example of some clips, a constant to both players."""
+    return jax.lax.stop_gradient(objective.example(state, frozen, *part))
+
+
+def student_forward(
+    objective: Adversarial, student: Student, frozen: Params, example: Example
+) -> tuple[Float[Array, "b f h w c"], Callable]:
+    """f_theta(x, sigma), and the function that pulls a gradient back to the student's parameters."""
+    return jax.vjp(lambda params: objective.backbone(frozen, params, example.cond)(example.x, example.sigma), student)
+
+
+def discriminator_gradient(
+    objective: Adversarial, disc: Player, frozen: Params, example: Example, draws: Draws, fake: Array
+) -> tuple[Params, Params, Metrics]:
+    """Gradient of `discriminator_loss`, the statistics after it, metrics."""
+
+    def loss_fn(params: Params) -> tuple[Array, tuple[Params, Metrics]]:
+        return discriminator_loss(objective, params, disc.stats, frozen, example, draws, fake)
+
+    gradient, (stats, metrics) = jax.grad(loss_fn, has_aux=True)(disc.params)
+    return gradient, stats, metrics
+
+
+def discriminator_loss(
+    objective: Adversarial,
+    params: Params,
+    stats: Params,
+    frozen: Params,
+    example: Example,
+    draws: Draws,
+    fake: Float[Array, "b f h w c"],
+) -> tuple[Float[Array, ""], tuple[Params, Metrics]]:
+    """Eq. 6 and 9: the target is real, the student's output fake."""
+    clips = (example.target, jax.lax.stop_gradient(fake), example.sigma, example.cond)
+    real, fake_logits, stats = real_and_fake(objective.judge, params, stats, frozen, *clips, draws)
+    loss = losses.hinge_discriminator(real, fake_logits).mean()
+    metrics = {f"logits_real/{kind}": values.mean() for kind, values in real.items()}
+    metrics |= {f"logits_fake/{kind}": values.mean() for kind, values in fake_logits.items()}
+    return loss, (stats, {"loss_disc": loss, **metrics})
+
+
+def update_discriminator(objective: Adversarial, disc: Player, gradient: Params, stats: Params) -> Player:
+    return disc.update(gradient, objective.optimizers["disc"]).replace(stats=stats)
+
+
+def student_gradient(
+    objective: Adversarial, disc: Player, frozen: Params, example: Example, draws: Draws, fake: Array
+) -> tuple[Float[Array, "b f h w c"], Metrics]:
+    """Gradient of `student_loss` with respect to the student's output."""
+
+    def loss_fn(fake: Array) -> tuple[Array, Metrics]:
+        return student_loss(objective, disc, frozen, example, draws, fake)
+
+    return jax.grad(loss_fn, has_aux=True)(fake)
+
+
+def student_loss(
+    objective: Adversarial,
+    disc: Player,
+    frozen: Params,
+    example: Example,
+    draws: Draws,
+    fake: Float[Array, "b f h w c"],
+) -> tuple[Float[Array, ""], Metrics]:
+    """Eq. 7 and 10: lambda relu(1 - D(fake)) + weight d(target, fake)."""
+    options = objective.options
+    arguments = (disc.params, disc.stats, frozen, fake, example.sigma, example.cond, draws)
+    logits, _ = objective.judge(*arguments)
+    adversarial = losses.hinge_generator(logits).mean()
+    distance = (example.weight * losses.pseudo_huber(example.target, fake, options.huber_c)).mean()
+    loss = options.adversarial_weight * adversarial + distance
+    return loss, {"loss_student": loss, "loss_adversarial": adversarial, "loss_huber": distance}

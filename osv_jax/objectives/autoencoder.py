@@ -2,38 +2,87 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import optax
-from flax import struct
-from jaxtyping import Array, Float, Int
+from jaxtyping import Array, Float
+from ml_collections import ConfigDict
 
 from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.objectives.networks import Params
-from osv_jax.objectives.players import global_norm
+from osv_jax.objectives.objective import Metrics, Objective, register
+from osv_jax.objectives.options import NUM_STEPS, setting
+from osv_jax.objectives.players import Player, TrainState, global_norm, start
+from osv_jax.runtime.media import to_float
+from osv_jax.runtime.ranges import NOT_NEGATIVE
 
-Metrics = dict[str, Array]
 # Of two batches of images in [-1, 1], image by image.
 Distance = Callable[[Array, Array], Array]
 PARTS = ("all", "decoder")
 
 
-@struct.dataclass
-class VAEState:
-    """Everything that a checkpoint holds of a run.
+@dataclasses.dataclass(frozen=True)
+class AutoencoderOptions:
+    """Hyperparameters of the VAE's training.
 
     Attributes:
-        step: optimizer steps done.
-        params: of `SVDVAE`, float32.
-        optimizer: state of the optimizer, over `trained_part(params)`.
+        train: the parameters that learn: `all`, or those of the `decoder`, the latents then staying as they are.
+        learning_rate: at the beginning; it falls to 0 at the end of `num_steps`, along a cosine.
+        num_steps: of the run.
+        kl_weight, lpips_weight: of the losses that `vae_losses` names; `l1` has 1.
     """
 
-    step: Int[Array, ""]
-    params: Params
-    optimizer: optax.OptState
+    train: str = setting("all", PARTS)
+    learning_rate: float = setting(1e-3, NOT_NEGATIVE)
+    num_steps: int = setting(3000, NUM_STEPS)
+    kl_weight: float = setting(1e-6, NOT_NEGATIVE)
+    lpips_weight: float = setting(0.0, NOT_NEGATIVE)
+
+
+@register
+class Autoencoder(Objective):
+    """Reconstruction of images or clips. Its player is the part of the VAE that learns; the rest is frozen.
+
+    Args:
+        perceptual: see `vae_losses`; needed where `lpips_weight` is not 0.
+    """
+
+    name = "autoencoder"
+    Options = AutoencoderOptions
+    components = ("vae",)
+    curves = ("loss_l1", "loss_kl")
+    product = "vae"
+
+    def __init__(
+        self,
+        vae: SVDVAE,
+        options: AutoencoderOptions,
+        optimizers: Mapping[str, optax.GradientTransformation] | None = None,
+        perceptual: Distance | None = None,
+    ):
+        super().__init__(vae, options, optimizers)
+        self.perceptual = perceptual
+
+    def make_optimizers(self) -> dict[str, optax.GradientTransformation]:
+        rate = optax.cosine_decay_schedule(self.options.learning_rate, self.options.num_steps)
+        return {"vae": optax.adam(rate)}
+
+    def init(self, key: jax.Array, frozen: Params) -> dict[str, Player]:
+        """The VAE as it is in `frozen`."""
+        return {"vae": start(trained_part(frozen["vae"], self.options.train), self.optimizers["vae"])}
+
+    def batch(
+        self, frozen: Params, clips: Mapping[str, Array], key: jax.Array, data: ConfigDict
+    ) -> Float[Array, "b f h w 3"]:
+        """A random crop of each clip, in [-1, 1]."""
+        return random_crop(to_float(clips["video"]), *data.crop, key)
+
+    def step(self, state: TrainState, frozen: Params, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
+        return step(self, state, frozen, batch, key)
 
 
 def trained_part(params: Params, train: str) -> Params:
@@ -41,36 +90,28 @@ def trained_part(params: Params, train: str) -> Params:
     return {name: part for name, part in params.items() if train == "all" or name == "decoder"}
 
 
-def make_step(
-    vae: SVDVAE,
-    optimizer: optax.GradientTransformation,
-    weights: Mapping[str, float],
-    train: str,
-    perceptual: Distance | None = None,
-) -> Callable[[VAEState, Array, jax.Array], tuple[VAEState, Metrics]]:
-    """The step `(state, video [b f h w 3] in [-1, 1], key) -> (state, metrics)`.
+def step(
+    objective: Autoencoder, state: TrainState, frozen: Params, video: Float[Array, "b f h w 3"], key: jax.Array
+) -> tuple[TrainState, Metrics]:
+    """One update on clips in [-1, 1]."""
+    player = state.players["vae"]
+    gradient, metrics = jax.grad(mean_loss, has_aux=True)(player.params, objective, frozen["vae"], video, key)
+    player = player.update(gradient, objective.optimizers["vae"])
+    norm = global_norm({**frozen["vae"], **player.params})
+    metrics |= {"grad_norm": global_norm(gradient), "param_norm": norm}
+    return TrainState(step=state.step + 1, players={"vae": player}), metrics
 
-    Args:
-        weights: of the losses that `vae_losses` names.
-        train: one of `PARTS`.
-        perceptual: see `vae_losses`.
-    """
 
-    def mean_loss(part: Params, rest: Params, video: Array, key: jax.Array) -> tuple[Array, Metrics]:
-        losses = vae_losses(vae, {**rest, **part}, video, key, perceptual)
-        means = {name: loss.mean() for name, loss in losses.items()}
-        total = sum(weights[name] * mean for name, mean in means.items())
-        return total, {"loss": total} | {f"loss_{name}": mean for name, mean in means.items()}
-
-    def step(state: VAEState, video: Array, key: jax.Array) -> tuple[VAEState, Metrics]:
-        part = trained_part(state.params, train)
-        gradient, metrics = jax.grad(mean_loss, has_aux=True)(part, state.params, video, key)
-        updates, opt_state = optimizer.update(gradient, state.optimizer, part)
-        params = {**state.params, **optax.apply_updates(part, updates)}
-        metrics |= {"grad_norm": global_norm(gradient), "param_norm": global_norm(params)}
-        return VAEState(step=state.step + 1, params=params, optimizer=opt_state), metrics
-
-    return step
+def mean_loss(
+    part: Params, objective: Autoencoder, rest: Params, video: Float[Array, "b f h w 3"], key: jax.Array
+) -> tuple[Float[Array, ""], Metrics]:
+    """The weighted sum of `vae_losses`, each a mean over the clips."""
+    options = objective.options
+    weights = {"l1": 1.0, "kl": options.kl_weight, "lpips": options.lpips_weight}
+    losses = vae_losses(objective.networks, {**rest, **part}, video, key, objective.perceptual)
+    means = {name: loss.mean() for name, loss in losses.items()}
+    total = sum(weights[name] * mean for name, mean in means.items())
+    return total, {"loss": total} | {f"loss_{name}": mean for name, mean in means.items()}
 
 
 def vae_losses(

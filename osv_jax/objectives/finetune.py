@@ -10,79 +10,140 @@ import optax
 from jaxtyping import Array, Float
 
 from osv_jax.diffusion.conditioning import Conditioning
-from osv_jax.diffusion.edm import Network, denoise, per_clip
+from osv_jax.diffusion.edm import EDMBackbone, Network, per_clip
+from osv_jax.diffusion.ode import Denoiser, guided_denoiser
+from osv_jax.diffusion.samplers import euler, euler_levels
+from osv_jax.errors import UserError
 from osv_jax.objectives import losses
 from osv_jax.objectives.accumulation import mean_over_parts, split_batch
-from osv_jax.objectives.adversarial import Batch, Draws, Metrics, Step
-from osv_jax.objectives.networks import Networks, Params
-from osv_jax.objectives.players import Student, TrainState, global_norm, update_ema
+from osv_jax.objectives.batches import Batch
+from osv_jax.objectives.networks import Params
+from osv_jax.objectives.objective import Draws, Metrics, Objective, register
+from osv_jax.objectives.options import StudentOptions, setting
+from osv_jax.objectives.players import Player, Student, TrainState, init_student, make_optimizer, norms, start
+from osv_jax.runtime.ranges import DECAY, NOT_NEGATIVE, PROBABILITY, Range
 
 # Lower and upper ends of the noise levels whose losses are told apart: about thirds of SVD's distribution.
 BANDS = {"low": (0.0, 1.0), "mid": (1.0, 4.0), "high": (4.0, float("inf"))}
 BAND_METRIC = "loss/sigma_"
+# What pictures are sampled with, as SVD's are.
+_EULER_STEPS = 25
+_MAX_GUIDANCE = 3.0
 
 
 @dataclasses.dataclass(frozen=True)
-class FinetuneOptions:
-    """Hyperparameters of denoising training.
+class SigmaOptions:
+    """The distribution of noise levels; the defaults are SVD's.
 
     Attributes:
-        sigma_log_mean, sigma_log_std: P_mean and P_std of ln sigma; the defaults are SVD's.
-        min_snr_gamma: see `losses.denoising_weight`.
-        drop_embedding, drop_latents, drop_both: probabilities with which a clip loses its CLIP embedding alone, its
-            image latents alone, or both, as guidance wants it; see `drop_conditions`.
-        ema_decay: of the parameters' average.
-        lora_scale: alpha / rank.
-        grad_accum: equal parts that a batch is worked through in, one after the other.
+        log_mean, log_std: P_mean and P_std of ln sigma (e^20 is beyond all noise levels).
     """
 
-    sigma_log_mean: float = 0.7
-    sigma_log_std: float = 1.6
-    min_snr_gamma: float = 0.0
-    drop_embedding: float = 0.1
-    drop_latents: float = 0.1
-    drop_both: float = 0.1
-    ema_decay: float = 0.999
-    lora_scale: float = 1.0
-    grad_accum: int = 1
+    log_mean: float = setting(0.7, Range(-20, 20))
+    log_std: float = setting(1.6, Range(0, 20, above_low=True))
 
 
-def make_step(networks: Networks, optimizer: optax.GradientTransformation, options: FinetuneOptions) -> Step:
-    """The step `(state, frozen, batch, key) -> (state, metrics)`; the state has no discriminator.
+@dataclasses.dataclass(frozen=True)
+class DropoutOptions:
+    """Probabilities with which a clip loses conditions, as guidance wants it; see `drop_conditions`.
+
+    Attributes:
+        embedding: its CLIP embedding alone.
+        latents: its image latents alone.
+        both: both.
+    """
+
+    embedding: float = setting(0.1, PROBABILITY)
+    latents: float = setting(0.1, PROBABILITY)
+    both: float = setting(0.1, PROBABILITY)
+
+
+@dataclasses.dataclass(frozen=True)
+class FinetuneOptions(StudentOptions):
+    """Hyperparameters of denoising training.
 
     With `grad_accum` > 1 the result is the same, for the gradient is a mean over clips.
+
+    Attributes:
+        sigma: of the noise levels.
+        min_snr_gamma: see `losses.denoising_weight`.
+        dropout: of the conditions.
     """
 
-    def loss_fn(student: Student, frozen: Params, batch: Batch, draws: Draws) -> tuple[Array, Metrics]:
-        network = networks.unet_with(student.variables(frozen["unet"], options.lora_scale))
-        loss, sigma = denoising_loss(network, batch, draws, options)
-        return loss.mean(), {"loss": loss.mean()} | band_sums(loss, sigma)
+    ema_decay: float = setting(0.999, DECAY)
+    sigma: SigmaOptions = dataclasses.field(default_factory=SigmaOptions)
+    min_snr_gamma: float = setting(0.0, NOT_NEGATIVE)
+    dropout: DropoutOptions = dataclasses.field(default_factory=DropoutOptions)
 
-    def gradient_of_part(student: Student, frozen: Params, part: tuple[Batch, Draws]) -> tuple[Student, Metrics]:
-        return jax.grad(loss_fn, has_aux=True)(student, frozen, *part)
 
-    def step(state: TrainState, frozen: Params, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
-        whole = (batch, draw(key, batch))
-        if options.grad_accum == 1:
-            gradient, sums = gradient_of_part(state.student, frozen, whole)
-        else:
-            parts = split_batch(whole, options.grad_accum)
-            gradient, sums = mean_over_parts(
-                lambda part: gradient_of_part(state.student, frozen, part), parts, options.grad_accum
-            )
-        updates, opt_student = optimizer.update(gradient, state.opt_student, state.student)
-        student = optax.apply_updates(state.student, updates)
-        metrics = {"loss": sums["loss"]} | band_means(sums)
-        metrics |= {"grad_norm/student": global_norm(gradient), "param_norm/student": global_norm(student)}
-        new_state = state.replace(
-            step=state.step + 1,
-            student=student,
-            ema=update_ema(state.ema, student, options.ema_decay),
-            opt_student=opt_student,
-        )
-        return new_state, metrics
+@register
+class Finetune(Objective):
+    """Denoising of real clips: what comes out is a teacher."""
 
-    return step
+    name = "finetune"
+    Options = FinetuneOptions
+    curves = ("loss", "grad_norm/student")
+    product = "teacher"
+    # Noise levels that no clip of a batch has have no loss.
+    may_be_missing = BAND_METRIC
+
+    @classmethod
+    def check(cls, options: FinetuneOptions, num_frames: int) -> None:
+        dropout = dataclasses.asdict(options.dropout)
+        if sum(dropout.values()) > 1:
+            raise UserError(f"config.dropout={dropout} must be probabilities with a sum of at most 1.")
+
+    def make_optimizers(self) -> dict[str, optax.GradientTransformation]:
+        return {"student": make_optimizer(self.options.optimizer)}
+
+    def init(self, key: jax.Array, frozen: Params) -> dict[str, Player]:
+        """A student equal to the weights."""
+        student_key, _ = jax.random.split(key)
+        chosen = self.options
+        student = init_student(student_key, frozen["unet"], chosen.lora.rank, chosen.lora.targets, chosen.trainable)
+        return {"student": start(student, self.optimizers["student"], ema=True)}
+
+    def step(self, state: TrainState, frozen: Params, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
+        return step(self, state, frozen, batch, key)
+
+    @property
+    def preview_label(self) -> str:
+        return f"sample, {_EULER_STEPS} Euler steps"
+
+    def preview_denoiser(self, backbone: EDMBackbone, num_frames: int) -> Denoiser:
+        return guided_denoiser(backbone, jnp.linspace(1.0, _MAX_GUIDANCE, num_frames))
+
+    def preview(self, denoiser, noise):
+        return euler(denoiser, noise, euler_levels(_EULER_STEPS))
+
+
+def step(
+    objective: Finetune, state: TrainState, frozen: Params, batch: Batch, key: jax.Array
+) -> tuple[TrainState, Metrics]:
+    """One update of the student on a weighted denoising loss."""
+    options, student = objective.options, state.players["student"]
+    whole = (batch, draw(key, batch))
+
+    def gradient_of(part: tuple[Batch, Draws]) -> tuple[Student, Metrics]:
+        return jax.grad(mean_loss, has_aux=True)(student.params, objective, frozen, *part)
+
+    if options.grad_accum == 1:
+        gradient, sums = gradient_of(whole)
+    else:
+        parts = split_batch(whole, options.grad_accum)
+        (gradient, sums), _ = mean_over_parts(lambda part: (gradient_of(part), None), parts, options.grad_accum)
+    players = {"student": student.update(gradient, objective.optimizers["student"], options.ema_decay)}
+    metrics = {"loss": sums["loss"]} | band_means(sums) | norms({"student": gradient}, players)
+    return TrainState(step=state.step + 1, players=players), metrics
+
+
+def mean_loss(
+    student: Student, objective: Finetune, frozen: Params, batch: Batch, draws: Draws
+) -> tuple[Float[Array, ""], Metrics]:
+    """The mean of `denoising_loss`, and the sums that `band_means` takes."""
+    network = objective.networks.unet_with(student.variables(frozen["unet"], objective.options.lora.scale))
+    loss, sigma = denoising_loss(network, batch, draws, objective.options)
+    return loss.mean(), {"loss": loss.mean()} | band_sums(loss, sigma)
 
 
 def draw(key: jax.Array, batch: Batch) -> Draws:
@@ -100,10 +161,10 @@ def denoising_loss(
     network: Network, batch: Batch, draws: Draws, options: FinetuneOptions
 ) -> tuple[Float[Array, " b"], Float[Array, " b"]]:
     """lambda_sigma ||D(x_0 + n; sigma, c) - x_0||^2 (SF-V Eq. 1 to 3) of every clip, and the sigmas drawn."""
-    sigma = log_normal_sigma(draws["normal"], options.sigma_log_mean, options.sigma_log_std)
-    cond = drop_conditions(batch.cond, draws["uniform"], options)
+    sigma = log_normal_sigma(draws["normal"], options.sigma.log_mean, options.sigma.log_std)
+    cond = drop_conditions(batch.cond, draws["uniform"], options.dropout)
     noisy = batch.latents + per_clip(sigma) * draws["noise"]
-    error = losses.squared_error(denoise(network, noisy, sigma, cond), batch.latents)
+    error = losses.squared_error(EDMBackbone(network, cond)(noisy, sigma), batch.latents)
     return losses.denoising_weight(sigma, options.min_snr_gamma) * error, sigma
 
 
@@ -112,19 +173,19 @@ def log_normal_sigma(normal: Float[Array, " b"], log_mean: float, log_std: float
     return jnp.exp(log_mean + log_std * normal)
 
 
-def drop_conditions(cond: Conditioning, uniform: Float[Array, " b"], options: FinetuneOptions) -> Conditioning:
+def drop_conditions(cond: Conditioning, uniform: Float[Array, " b"], dropout: DropoutOptions) -> Conditioning:
     """Conditions without the CLIP embedding, the image latents (zeros in their place) or both, clip by clip.
 
     The three cases exclude one another and take the first, second and third stretch of [0, 1). Having each of them, as
-    InstructPix2Pix does, a network can be guided by either condition; SVD's guidance needs only `drop_both`.
+    InstructPix2Pix does, a network can be guided by either condition; SVD's guidance needs only `both`.
     The added time ids are always kept.
 
     Args:
         uniform: random numbers in [0, 1).
     """
-    embedding_end = options.drop_embedding
-    latents_end = embedding_end + options.drop_latents
-    both = (uniform >= latents_end) & (uniform < latents_end + options.drop_both)
+    embedding_end = dropout.embedding
+    latents_end = embedding_end + dropout.latents
+    both = (uniform >= latents_end) & (uniform < latents_end + dropout.both)
     no_embedding = (uniform < embedding_end) | both
     no_latents = ((uniform >= embedding_end) & (uniform < latents_end)) | both
     return cond.replace(

@@ -3,15 +3,13 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 from collections.abc import Mapping
 from typing import Any
 
-import jax
 import jax.numpy as jnp
-import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array
 
+from osv_jax.codec import Codec
 from osv_jax.diffusion.edm import Network
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.dinov2 import Dinov2
@@ -41,31 +39,17 @@ class Networks:
     discriminator: Discriminator | None
 
     def unet_with(self, variables: Params) -> Network:
-        """The UNet as the function that `diffusion.edm.denoise` takes."""
+        """The UNet as the function that `diffusion.edm.EDMBackbone` takes."""
 
         def network(sample: Array, c_noise: Array, image_embedding: Array, added_time_ids: Array) -> Array:
             return self.unet.apply(variables, sample, c_noise, image_embedding, added_time_ids)
 
         return network
 
-    def encode_video(
-        self, vae_params: Params, video: Float[Array, "b f h w 3"]
-    ) -> Float[Array, "b f latent_h latent_w c"]:
-        """Pixels in [-1, 1] to SCALED latents (the posterior's mode), one frame of every clip at a time."""
-
-        def encode_frame(frame: Array) -> Array:
-            mean, _ = self.vae.apply({"params": vae_params}, frame, method="encode")
-            return mean.astype(jnp.float32)
-
-        latents = jax.lax.map(encode_frame, video.swapaxes(0, 1)).swapaxes(0, 1)
-        return latents * self.vae.config.scaling_factor
-
-    def decode_video(
-        self, vae_params: Params, latents: Float[Array, "b f latent_h latent_w c"]
-    ) -> Float[Array, "b f h w 3"]:
-        """SCALED latents to pixels, about [-1, 1]."""
-        unscaled = latents / self.vae.config.scaling_factor
-        return self.vae.apply({"params": vae_params}, unscaled, method="decode").astype(jnp.float32)
+    @property
+    def codec(self) -> Codec:
+        """Pixels to latents and conditions, and back."""
+        return Codec(self.vae, self.image_encoder)
 
 
 def build_networks(
@@ -89,21 +73,3 @@ def build_networks(
         dinov2=Dinov2(configs["dinov2"], **options) if "dinov2" in configs else None,
         discriminator=Discriminator(discriminator_blocks, dtype=dtype) if "dinov2" in configs else None,
     )
-
-
-def random_params(shapes: Mapping[str, Any], seed: int, dtype: Any) -> dict[str, Any]:
-    """Random parameters for a tree of shapes, as NumPy arrays: for tests, benchmarks and the embedded demo.
-
-    Kernels are normal with variance 1 / fan in, norms start as the identity, everything else is small. They are made
-    on the host: a compiled program that fills hundreds of arrays takes XLA half a minute to build.
-    """
-    rng = np.random.default_rng(seed)
-
-    def fill(path: tuple[Any, ...], leaf: Any) -> np.ndarray:
-        name = path[-1].key
-        if name in ("scale", "lambda1"):
-            return np.ones(leaf.shape, dtype)
-        std = math.prod(leaf.shape[:-1]) ** -0.5 if name == "kernel" else 0.02
-        return (std * rng.standard_normal(leaf.shape, np.float32)).astype(dtype)
-
-    return jax.tree.map_with_path(fill, shapes)

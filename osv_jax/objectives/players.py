@@ -9,19 +9,67 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from osv_jax.models import groups, lora
-from osv_jax.models.discriminator import init_discriminator
-from osv_jax.objectives.networks import Networks
+from osv_jax.objectives.options import OptimizerOptions
 
 Params = Mapping[str, Any]
 
 
 @struct.dataclass
+class Player:
+    """One network, or a part of one, that learns.
+
+    Attributes:
+        params: what its optimizer updates, float32.
+        stats: what it keeps of its own and no gradient reaches (the spectral vectors of a discriminator), or `{}`.
+        opt_state: of its optimizer.
+        ema: exponential moving average of `params`, float32 (in half precision small updates are lost), or None.
+    """
+
+    params: Any
+    stats: Any
+    opt_state: optax.OptState
+    ema: Any = None
+
+    def update(self, gradient: Any, optimizer: optax.GradientTransformation, ema_decay: float | None = None) -> Player:
+        """One step of the optimizer, and of the average where there is one."""
+        updates, opt_state = optimizer.update(gradient, self.opt_state, self.params)
+        params = optax.apply_updates(self.params, updates)
+        ema = None if self.ema is None else update_ema(self.ema, params, ema_decay)
+        return self.replace(params=params, opt_state=opt_state, ema=ema)
+
+
+def start(params: Any, optimizer: optax.GradientTransformation, stats: Any = None, ema: bool = False) -> Player:
+    """A player before its first step."""
+    # A copy: the step donates its state, and one buffer cannot be donated twice.
+    average = jax.tree.map(jnp.copy, params) if ema else None
+    return Player(params=params, stats={} if stats is None else stats, opt_state=optimizer.init(params), ema=average)
+
+
+@struct.dataclass
+class TrainState:
+    """Everything that a checkpoint holds of a run.
+
+    Attributes:
+        step: optimizer steps done.
+        players: by name; of most objectives `student`, and `disc` where there is a discriminator.
+    """
+
+    step: Int[Array, ""]
+    players: dict[str, Player]
+
+
+def first_state(players: dict[str, Player]) -> TrainState:
+    """The state before the first step."""
+    return TrainState(step=jnp.zeros((), jnp.int32), players=players)
+
+
+@struct.dataclass
 class Student:
-    """The student's trainable parameters, float32.
+    """The trainable parameters of a student of the UNet, float32.
 
     Attributes:
         lora: the LoRA tree; see `models.lora`. Empty when it does not train.
@@ -37,86 +85,57 @@ class Student:
         return {"params": params, "lora": lora.scale_lora(self.lora, lora_scale)}
 
 
-@struct.dataclass
-class TrainState:
-    """Everything that a checkpoint holds of a run.
-
-    Attributes:
-        step: optimizer steps done.
-        student: trained parameters.
-        ema: their exponential moving average, float32 (in half precision small updates are lost).
-        disc: variables of the discriminator: `params` and `spectral`. Empty for an objective that has none.
-        opt_student, opt_disc: states of the two optimizers; the second is `()` without a discriminator.
-    """
-
-    step: Int[Array, ""]
-    student: Student
-    ema: Student
-    disc: dict[str, Params]
-    opt_student: optax.OptState
-    opt_disc: optax.OptState
-
-
-def init_state(
-    key: jax.Array,
-    networks: Networks,
-    unet_params: Params,
-    optimizer_student: optax.GradientTransformation,
-    optimizer_disc: optax.GradientTransformation | None,
-    lora_rank: int,
-    lora_targets: str,
-    trainable: Sequence[str] = ("lora",),
-) -> TrainState:
-    """A student equal to the teacher and a fresh discriminator, where there is one.
+def init_student(
+    key: jax.Array, unet_params: Params, rank: int, targets: str, trainable: Sequence[str] = ("lora",)
+) -> Student:
+    """A student equal to its teacher.
 
     Args:
-        networks: without a discriminator, if the objective has none.
         unet_params: the base parameters: their shapes, and the values that the tuned groups start from.
+        rank, targets: of its LoRA; see `models.lora`.
         trainable: names of `models.groups.TRAINABLE`; without `lora` there is none.
     """
-    lora_key, disc_key = jax.random.split(key)
-    adapter, disc = {}, {}
+    adapter = {}
     if "lora" in trainable:
-        modules = lora.target_modules(unet_params, lora_targets)
-        adapter = lora.init_lora(lora_key, unet_params, lora_rank, modules)
+        adapter = lora.init_lora(key, unet_params, rank, lora.target_modules(unet_params, targets))
     tuned = jax.tree.map(lambda x: x.astype(jnp.float32), groups.select(unet_params, trainable))
-    student = Student(lora=adapter, tuned=tuned)
-    if networks.discriminator is not None:
-        disc = init_discriminator(networks.discriminator, disc_key, networks.dinov2.config.hidden_size)
-    return start_state(student, disc, optimizer_student, optimizer_disc)
+    return Student(lora=adapter, tuned=tuned)
 
 
-def start_state(
-    student: Student,
-    disc: dict[str, Params],
-    optimizer_student: optax.GradientTransformation,
-    optimizer_disc: optax.GradientTransformation | None,
-) -> TrainState:
-    """The state before the first step of a student and a discriminator (or none) that exist already."""
-    return TrainState(
-        step=jnp.zeros((), jnp.int32),
-        student=student,
-        # A copy: the step donates its state, and one buffer cannot be donated twice.
-        ema=jax.tree.map(jnp.copy, student),
-        disc=disc,
-        opt_student=optimizer_student.init(student),
-        opt_disc=optimizer_disc.init(disc["params"]) if disc else (),
-    )
+def student_groups(student: Student) -> Student:
+    """The name of its group (of `models.groups.TRAINABLE`) in place of every parameter."""
+    tuned = path_aware_map(lambda path, _: groups.group_of(path), student.tuned) if student.tuned else {}
+    return Student(lora=jax.tree.map(lambda _: "lora", student.lora), tuned=tuned)
 
 
-def make_optimizer(
-    learning_rate: float, b1: float, b2: float, max_grad_norm: float | None
-) -> optax.GradientTransformation:
-    """Adam, after clipping by the global norm where `max_grad_norm` is set."""
-    adam = optax.adam(learning_rate, b1=b1, b2=b2)
-    return adam if max_grad_norm is None else optax.chain(optax.clip_by_global_norm(max_grad_norm), adam)
+def make_optimizer(options: OptimizerOptions, learning_rate: float | None = None) -> optax.GradientTransformation:
+    """Adam, after clipping by the global norm where `max_grad_norm` is set.
+
+    Args:
+        options: with `group_learning_rates`, of a `Student`, whose groups then have rates of their own.
+        learning_rate: another than the options', of a player without groups.
+    """
+    if learning_rate is None and options.group_learning_rates:
+        rates = dict.fromkeys(("lora", *groups.GROUPS), options.learning_rate) | dict(options.group_learning_rates)
+        by_group = {name: optax.adam(rate, b1=options.b1, b2=options.b2) for name, rate in rates.items()}
+        adam = optax.multi_transform(by_group, student_groups)
+    else:
+        rate = options.learning_rate if learning_rate is None else learning_rate
+        adam = optax.adam(rate, b1=options.b1, b2=options.b2)
+    return optax.chain(optax.clip_by_global_norm(options.max_grad_norm), adam) if options.max_grad_norm else adam
 
 
-def update_ema(ema: Student, student: Student, decay: float) -> Student:
+def update_ema(ema: Any, params: Any, decay: float) -> Any:
     """theta^- <- decay theta^- + (1 - decay) theta (the EMA target of OSV Eq. 5)."""
-    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, student)
+    return jax.tree.map(lambda old, new: decay * old + (1 - decay) * new, ema, params)
 
 
 def global_norm(tree: Any) -> Float[Array, ""]:
     """The norm over all leaves. (Optax's takes every leaf's real and imaginary part, which doubles the tracing.)"""
     return jnp.sqrt(sum(jnp.sum(jnp.square(leaf)) for leaf in jax.tree.leaves(tree)))
+
+
+def norms(gradients: Mapping[str, Any], players: Mapping[str, Player]) -> dict[str, Array]:
+    """The metrics `grad_norm/NAME` and `param_norm/NAME` of the players that have a gradient."""
+    grads = {f"grad_norm/{name}": global_norm(gradient) for name, gradient in gradients.items()}
+    return grads | {f"param_norm/{name}": global_norm(players[name].params) for name in gradients}

@@ -12,11 +12,10 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, UInt8, UInt32
 
+from osv_jax.codec import Codec
 from osv_jax.data.latents import Schema
-from osv_jax.diffusion.conditioning import clip_pixels, random_noise_aug_strength
+from osv_jax.diffusion.conditioning import random_noise_aug_strength
 from osv_jax.errors import UserError
-from osv_jax.models.clip_vision import CLIPVision
-from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.runtime.finite import NotFinite, blame_weights, first_not_finite
 from osv_jax.runtime.media import to_float, to_uint8
 
@@ -27,7 +26,7 @@ class Encoder:
     """The VAE's encoder and CLIP, compiled once for one size of clips and batches, on all devices of this machine.
 
     Args:
-        vae, image_encoder: modules.
+        codec: the VAE and CLIP, as modules.
         params: their parameters, under `vae` and `image_encoder`.
         schema: what is stored of a clip.
         height, width: of a frame [px].
@@ -40,8 +39,7 @@ class Encoder:
 
     def __init__(
         self,
-        vae: SVDVAE,
-        image_encoder: CLIPVision,
+        codec: Codec,
         params: Mapping[str, Any],
         schema: Schema,
         height: int,
@@ -54,12 +52,12 @@ class Encoder:
             raise UserError(
                 f"--batch_size={batch_size} does not split over {len(devices)} devices; use a multiple of that."
             )
-        self.vae, self.image_encoder, self.schema, self.batch_size = vae, image_encoder, schema, batch_size
+        self.codec, self.schema, self.batch_size = codec, schema, batch_size
         mesh = Mesh(np.array(devices), ("data",))
         self._split = NamedSharding(mesh, PartitionSpec("data"))
         whole = NamedSharding(mesh, PartitionSpec())
         self.params = jax.device_put({name: params[name] for name in ("vae", "image_encoder")}, whole)
-        self._decode_program = jax.jit(self._decode)
+        self._decode_program = jax.jit(codec.decode_video)
         video = jax.ShapeDtypeStruct((batch_size, schema.num_frames, height, width, 3), jnp.uint8, sharding=self._split)
         keys = jax.ShapeDtypeStruct((batch_size, 2), jnp.uint32, sharding=self._split)
         self._program = jax.jit(self._encode, out_shardings=self._split).lower(self.params, video, keys).compile()
@@ -89,26 +87,17 @@ class Encoder:
     def _encode(
         self, params: Mapping[str, Any], video: UInt8[Array, "b f h w 3"], keys: UInt32[Array, "b 2"]
     ) -> dict[str, Array]:
-        def encode_mode(images: Float[Array, "b h w 3"]) -> Float[Array, "b latent_h latent_w c"]:
-            mean, _ = self.vae.apply({"params": params["vae"]}, images, method="encode")
-            return mean.astype(jnp.float32)
-
         first = to_float(video[:, 0])
-        clip = clip_pixels(first, self.image_encoder.config.image_size)
-        embedding = self.image_encoder.apply({"params": params["image_encoder"]}, clip).astype(jnp.float32)
-
         count = self.schema.num_augmented
         strength, noise_keys = jax.vmap(lambda key: augmentation(key, count))(keys)
 
         def encode_augmented(k: Array) -> Array:
             noise = jax.vmap(lambda keys: jax.random.normal(keys[k], first.shape[1:]))(noise_keys)
-            return encode_mode(first + strength[:, k, None, None, None] * noise)
+            return self.codec.encode_mode(params["vae"], first + strength[:, k, None, None, None] * noise)
 
-        # One frame of every clip at a time: that is all that has to fit into memory.
-        latents = jax.lax.map(lambda frame: encode_mode(to_float(frame)), video.swapaxes(0, 1)).swapaxes(0, 1)
         return {
-            "latents": latents * self.vae.config.scaling_factor,
-            "image_embedding": embedding,
+            "latents": self.codec.encode_video(params["vae"], video),
+            "image_embedding": self.codec.embed_image(params["image_encoder"], first),
             "image_latents": jax.lax.map(encode_augmented, jnp.arange(count)).swapaxes(0, 1),
             "noise_aug_strength": strength,
         }
@@ -120,9 +109,6 @@ class Encoder:
         frames = np.concatenate([np.asarray(part[0], np.float32) for part in parts])
         with blame_weights(self.params):
             return to_uint8(frames)
-
-    def _decode(self, params: Any, latents: Float[Array, "1 f h w c"]) -> Float[Array, "1 f height width 3"]:
-        return self.vae.apply({"params": params}, latents / self.vae.config.scaling_factor, method="decode")
 
 
 def augmentation(key: UInt32[Array, "2"], count: int) -> tuple[Float[Array, " k"], Array]:

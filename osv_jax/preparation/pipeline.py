@@ -17,12 +17,14 @@ from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
+from osv_jax.codec import Codec
 from osv_jax.convert import weights
 from osv_jax.data import demo, latents
 from osv_jax.data.cutting import Cutting
 from osv_jax.errors import UserError
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.svd_vae import SVDVAE
+from osv_jax.objectives.random_networks import random_components, random_frozen
 from osv_jax.preparation import batches, report, shards
 from osv_jax.preparation.decoding import Decoder
 from osv_jax.preparation.encoder import Encoder, noise_key
@@ -32,6 +34,7 @@ from osv_jax.runtime import paths
 from osv_jax.runtime.media import write_picture
 from osv_jax.runtime.paths import Path, as_path
 from osv_jax.training import setup
+from osv_jax.training.config import check_config, read_config
 
 _OPENVID = "openvid:"
 _OPENVID_TEST_VIDEOS = 1000
@@ -180,8 +183,8 @@ def read_source(args: argparse.Namespace) -> Source:
 def _read_config(name: str | None) -> ConfigDict | None:
     if not name:
         return None
-    config = setup.read_config(name)
-    setup.check_config(config)
+    config = read_config(name)
+    check_config(config)
     return config
 
 
@@ -196,7 +199,7 @@ def _networks(args: argparse.Namespace, config: ConfigDict | None) -> tuple[str,
 
 def _stored(config: ConfigDict | None) -> list[str]:
     """The components that are read from the folder of the weights; the others are random."""
-    random = setup.random_components(config) if config else ()
+    random = random_components(config) if config else ()
     return [name for name in _COMPONENTS if name not in random]
 
 
@@ -213,22 +216,22 @@ def _encoder(
     folder: str, config: ConfigDict | None, networks: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> Encoder:
     dtype = jnp.dtype(settings["dtype"])
-    vae = SVDVAE(networks["vae"], dtype=dtype, param_dtype=dtype)
-    image_encoder = CLIPVision(networks["image_encoder"], dtype=dtype, param_dtype=dtype)
+    options = {"dtype": dtype, "param_dtype": dtype}
+    codec = Codec(SVDVAE(networks["vae"], **options), CLIPVision(networks["image_encoder"], **options))
     stored = _stored(config)
     params = {name: weights.load_params(folder, name, dtype=dtype) for name in stored}
-    params |= setup.random_frozen({name: networks[name] for name in _COMPONENTS if name not in stored}, dtype)
+    params |= random_frozen({name: networks[name] for name in _COMPONENTS if name not in stored}, dtype)
     height, width = settings["height"], settings["width"]
     schema = latents.Schema(
         num_frames=settings["num_frames"],
-        latent_height=height // vae.config.downscale,
-        latent_width=width // vae.config.downscale,
-        latent_channels=vae.config.latent_channels,
-        embedding_size=image_encoder.config.projection_dim,
+        latent_height=height // codec.vae.config.downscale,
+        latent_width=width // codec.vae.config.downscale,
+        latent_channels=codec.vae.config.latent_channels,
+        embedding_size=codec.image_encoder.config.projection_dim,
         num_augmented=settings["num_augmented"],
     )
     print(f"Compiling the encoder for {height} x {width} on {jax.local_device_count()} device(s) ...", flush=True)
-    return Encoder(vae, image_encoder, params, schema, height, width, settings["batch_size"])
+    return Encoder(codec, params, schema, height, width, settings["batch_size"])
 
 
 def _shard(text: str) -> tuple[int, int]:

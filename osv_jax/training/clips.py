@@ -16,7 +16,7 @@ from osv_jax.data import demo, latents, order, pixels
 from osv_jax.errors import UserError
 from osv_jax.objectives.networks import Networks
 from osv_jax.runtime.paths import Path
-from osv_jax.training.setup import Phase, phases_of
+from osv_jax.training.config import Phase, phases_of
 
 
 @dataclasses.dataclass(frozen=True)

@@ -24,7 +24,7 @@ from osv_jax.convert.weights import load_params
 from osv_jax.errors import UserError
 from osv_jax.models.lora import merge_lora, scale_lora, truncate_lora
 from osv_jax.models.svd_unet import UNetConfig
-from osv_jax.objectives.players import Student, TrainState
+from osv_jax.objectives.players import Player, Student, TrainState
 from osv_jax.runtime import checkpoint
 from osv_jax.training import setup
 
@@ -48,15 +48,16 @@ def home(tmp_path_factory):
     config = micro_stage1.get_config()
     config.weights, config.random_networks = str(home / "weights" / "svd"), {}
     config.lora.targets, config.lora.rank, config.lora.alpha = "all", 2, 2 * SCALE
-    networks, optimizers = setup.networks_of(config), setup.optimizers_of(config)
-    init = setup.make_init(config, networks, optimizers)
+    init = setup.make_init(setup.objective_of(config, setup.networks_of(config)))
     rng = np.random.default_rng(0)
 
     def drawn(leaf):
         return jnp.asarray(0.1 * rng.standard_normal(leaf.shape, np.float32))
 
-    state = jax.jit(init)(jax.random.key(0), load_params(config.weights, "unet"))
-    state = state.replace(student=jax.tree.map(drawn, state.student), ema=jax.tree.map(drawn, state.ema))
+    state = jax.jit(init)(jax.random.key(0), {"unet": load_params(config.weights, "unet")})
+    student = state.players["student"]
+    student = student.replace(params=jax.tree.map(drawn, student.params), ema=jax.tree.map(drawn, student.ema))
+    state = state.replace(players=state.players | {"student": student})
     checkpoint.write_config(home / "runs" / "stage2", config.to_dict())
     with checkpoint.open_checkpoints(home / "runs" / "stage2", 1) as checkpoints:
         checkpoint.save(checkpoints, 3, state, {})
@@ -75,9 +76,10 @@ def base(home):
 
 @pytest.fixture(scope="module")
 def state(home):
-    """The run's last checkpoint, whole, as nested dicts."""
+    """The student of the run's last checkpoint, whole, as nested dicts."""
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
-        return jax.tree.map(np.asarray, checkpointer.restore(home / "runs" / "stage2" / "checkpoints" / "3" / "state"))
+        state = checkpointer.restore(home / "runs" / "stage2" / "checkpoints" / "3" / "state")
+    return jax.tree.map(np.asarray, state["players"]["student"])
 
 
 @pytest.fixture(scope="module")
@@ -86,11 +88,12 @@ def tuned_run(home, state):
     kernels = {path: leaf for path, leaf in SHAPES.items() if "mid_block" in path and "_blocks_0" in path[2]}
     rng = np.random.default_rng(3)
     tuned = {path: 0.1 * rng.standard_normal(leaf.shape, np.float32) for path, leaf in kernels.items()}
-    student = Student(lora=state["student"]["lora"], tuned=unflatten_dict(tuned))
+    student = Student(lora=state["params"]["lora"], tuned=unflatten_dict(tuned))
     workdir = home / "runs" / "tuned"
     checkpoint.write_config(workdir, json.loads((home / "runs" / "stage2" / "config.json").read_text()))
     with checkpoint.open_checkpoints(workdir, 1) as checkpoints:
-        checkpoint.save(checkpoints, 5, TrainState(np.int32(5), student, student, {}, (), ()), {})
+        players = {"student": Player(student, {}, (), student)}
+        checkpoint.save(checkpoints, 5, TrainState(np.int32(5), players), {})
     return workdir, student
 
 
@@ -112,10 +115,10 @@ LINES = {
 
 
 @pytest.mark.parametrize("kind", exporters.FORMATS)
-@pytest.mark.parametrize("part", ["student", "ema"])
+@pytest.mark.parametrize("part", ["params", "ema"])
 def test_the_documented_lines_load_the_student(home, base, state, kind, part, capsys):
     assert export("runs/stage2", f"exported/{kind}", kind, "--overwrite", *["--ema"] * (part == "ema")) == 0
-    assert "average" in capsys.readouterr().out or part == "student"
+    assert "average" in capsys.readouterr().out or part == "params"
     loaded = {}
     exec(documented_lines(LINES[kind]), loaded)
     student = run_flax({"params": base, "lora": scale_lora(state[part]["lora"], SCALE)})
@@ -125,7 +128,7 @@ def test_the_documented_lines_load_the_student(home, base, state, kind, part, ca
 
 def test_every_kind_of_module_matters(base, state):
     """Without this the comparison with PyTorch would say nothing about the modules whose LoRA does nothing."""
-    lora = flatten_dict(scale_lora(state["student"]["lora"], SCALE))
+    lora = flatten_dict(scale_lora(state["params"]["lora"], SCALE))
     whole = run_flax({"params": base, "lora": unflatten_dict(lora)})
     assert {SHAPES[(*path, "kernel")].ndim for path in ranks(unflatten_dict(lora))} == {2, 4, 5}
     kinds = {path[-2] for path in lora}
@@ -146,12 +149,12 @@ def test_the_documented_lines_make_a_video(home):
 
 
 def test_student_and_average_differ(base, state):
-    student, ema = (run_flax({"params": base, "lora": state[part]["lora"]}) for part in ("student", "ema"))
+    student, ema = (run_flax({"params": base, "lora": state[part]["lora"]}) for part in ("params", "ema"))
     assert relative_error(ema, student) > 1e-3
 
 
 def test_import_after_export_is_bit_identical(home, state, capsys):
-    expected = flatten_dict(scale_lora(state["student"]["lora"], SCALE))
+    expected = flatten_dict(scale_lora(state["params"]["lora"], SCALE))
     export("runs/stage2", "round/peft", "peft", "--overwrite")
     export("runs/stage2", "round/diffusers", "diffusers", "--overwrite")
     sources = ["round/peft", "round/diffusers", "round/diffusers/pytorch_lora_weights.safetensors", "round/imported"]
@@ -168,7 +171,7 @@ def test_import_after_export_is_bit_identical(home, state, capsys):
 
 def test_a_smaller_rank_is_exported_and_what_it_loses_is_said(home, state, capsys):
     assert export("runs/stage2", "round/small", "peft", "--rank=1", "--overwrite") == 0
-    smaller, error = truncate_lora(scale_lora(state["student"]["lora"], SCALE), 1)
+    smaller, error = truncate_lora(scale_lora(state["params"]["lora"], SCALE), 1)
     assert 0.01 < error < 1
     told = capsys.readouterr().out
     assert f"Of rank 2, 1 are left, which changes its products by {100 * error:.2g} %." in told
@@ -195,7 +198,7 @@ def test_tuned_layers_are_in_the_merged_unet_and_their_absence_elsewhere_is_said
 
 
 def test_the_merged_unet_is_the_base_where_nothing_was_trained(base, state, tmp_path):
-    lora = scale_lora(state["student"]["lora"], SCALE)
+    lora = scale_lora(state["params"]["lora"], SCALE)
     exporters.export_unet(tiny_pipeline.UNET, merge_lora(base, lora), tmp_path / "unet", "bfloat16")
     description = json.loads((tmp_path / "unet" / "config.json").read_text())
     assert ARCHITECTURES["unet"].from_json(description) == tiny_pipeline.UNET
@@ -221,7 +224,7 @@ def test_peft_targets_are_named_one_by_one(state):
     export("runs/stage2", "exported/named", "peft", "--overwrite")
     config = json.loads(pathlib.Path("exported/named/adapter_config.json").read_text())
     assert config["r"] == config["lora_alpha"] == 2
-    assert len(config["target_modules"]) == len(ranks(state["student"]["lora"]))
+    assert len(config["target_modules"]) == len(ranks(state["params"]["lora"]))
     assert "down_blocks.0.attentions.0.transformer_blocks.0.attn2.to_v" in config["target_modules"]
     assert not any(re.search(r"attn2\.to_[qk]$", name) for name in config["target_modules"])
 
@@ -298,7 +301,7 @@ def _other_weights(folder):
     import dataclasses
 
     from osv_jax.convert.weights import save_component
-    from osv_jax.objectives.networks import random_params
+    from osv_jax.objectives.random_networks import random_params
 
     config = dataclasses.replace(tiny_pipeline.UNET, block_out_channels=(32, 64))
     params = random_params(unflatten_dict(expected_params("unet", config)), 0, np.float32)

@@ -24,9 +24,12 @@ from osv_jax.convert.naming import torch_name
 from osv_jax.errors import UserError
 from osv_jax.models.lora import merge_lora
 from osv_jax.models.svd_unet import UNetConfig
-from osv_jax.objectives.networks import build_networks, random_params
-from osv_jax.objectives.players import make_optimizer
-from osv_jax.training import setup
+from osv_jax.objectives.adversarial import AdversarialOptions
+from osv_jax.objectives.networks import build_networks
+from osv_jax.objectives.options import LoRAOptions
+from osv_jax.objectives.osv_stage1 import Stage1
+from osv_jax.objectives.random_networks import random_params
+from osv_jax.training import origins, setup
 
 SHAPES = expected_params("unet", UNET)
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
@@ -319,21 +322,22 @@ def training_config(**changes):
 
 def test_training_starts_from_a_foreign_lora(base, adapter, networks):
     folder, _, read = adapter
-    config, optimizers = training_config(), (make_optimizer(1e-3, 0.9, 0.999, None),) * 2
-    state = jax.jit(setup.make_init(config, networks, optimizers))(jax.random.key(0), base)
-    given = setup.read_lora(folder, config, networks)
-    begun = setup.start_from_lora(given.lora, config, state, optimizers)
+    config = training_config()
+    objective = Stage1(networks, AdversarialOptions(lora=LoRAOptions(**config.lora)))
+    state = jax.jit(setup.make_init(objective))(jax.random.key(0), {"unet": base})
+    given = origins.read_lora(folder, config, networks)
+    begun = origins.start_from_lora(given.lora, config, state, objective)
     expected = run_flax({"params": merge_lora(base, read.lora)})
     # Under this run's own alpha / rank = 2, the student is what the file says, and so is its average.
-    student = run_flax(begun.student.variables(base, 2.0))
+    student = run_flax(begun.players["student"].params.variables(base, 2.0))
     assert relative_error(student, expected) <= 1e-5
-    jax.tree.map(np.testing.assert_array_equal, begun.ema, begun.student)
+    jax.tree.map(np.testing.assert_array_equal, begun.players["student"].ema, begun.players["student"].params)
     # Modules that the file lacks train from where they would have started.
-    assert ranks(begun.student.lora) == ranks(state.student.lora)
-    own, other = (flatten_dict(s.student.lora) for s in (state, begun))
+    assert ranks(begun.players["student"].params.lora) == ranks(state.players["student"].params.lora)
+    own, other = (flatten_dict(s.players["student"].params.lora) for s in (state, begun))
     lacking = ("mid_block", "resnets_0", "spatial_res_block", "conv2", "a")
     np.testing.assert_array_equal(other[lacking], own[lacking])
-    jax.tree.map(np.testing.assert_array_equal, begun.disc, state.disc)
+    jax.tree.map(np.testing.assert_array_equal, begun.players["disc"], state.players["disc"])
 
 
 @pytest.mark.parametrize(
@@ -345,5 +349,5 @@ def test_training_starts_from_a_foreign_lora(base, adapter, networks):
 )
 def test_training_that_would_lose_a_part_of_the_lora_is_refused(adapter, networks, changes, words):
     with pytest.raises(UserError) as error:
-        setup.read_lora(adapter[0], training_config(**changes), networks)
+        origins.read_lora(adapter[0], training_config(**changes), networks)
     assert all(word in str(error.value) for word in words), str(error.value)

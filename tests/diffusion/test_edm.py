@@ -107,7 +107,7 @@ def test_denoised_clip_is_the_scheduler_s(scheduler, rng):
     )
     sigma = scheduler.sigmas[levels].numpy()
     x = clean + sigma[:, None, None, None, None] * eps
-    actual = edm.denoise(toy_network, jnp.asarray(x), jnp.asarray(sigma), cond)
+    actual = edm.EDMBackbone(toy_network, cond)(jnp.asarray(x), jnp.asarray(sigma))
     for clip, level in enumerate(levels):
         timestep = scheduler.timesteps[level]
         noisy = torch.tensor(x[clip : clip + 1])
@@ -124,5 +124,5 @@ def test_boundary_reaches_the_denoiser(rng):
     x = jnp.asarray(rng.standard_normal((1, 2, 3, 3, 4)), jnp.float32)
     cond = Conditioning(jnp.ones((1, 2)), jnp.ones((1, 3, 3, 4)), jnp.ones((1, 3)))
     sigma = jnp.array([edm.SIGMA_MIN])
-    np.testing.assert_array_equal(edm.denoise(toy_network, x, sigma, cond, "exact"), x)
-    assert relative_error(edm.denoise(toy_network, x, sigma, cond), x) > 1e-4
+    np.testing.assert_array_equal(edm.EDMBackbone(toy_network, cond, "exact")(x, sigma), x)
+    assert relative_error(edm.EDMBackbone(toy_network, cond)(x, sigma), x) > 1e-4

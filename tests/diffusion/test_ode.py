@@ -10,7 +10,7 @@ from conftest import relative_error
 from diffusers import EulerDiscreteScheduler
 from torch_reference import flax_params, torch_unet
 
-from osv_jax.diffusion.edm import sigma_grid
+from osv_jax.diffusion.edm import EDMBackbone, sigma_grid
 from osv_jax.diffusion.ode import euler_solve, guided_denoiser
 from osv_jax.objectives.losses import pseudo_huber
 from osv_jax.objectives.networks import build_networks
@@ -44,7 +44,9 @@ def solve(teacher, cond):
     _, networks, params = teacher
 
     def run(params, cond, x, levels, guidance):
-        return euler_solve(guided_denoiser(networks.unet_with({"params": params}), cond, guidance), x, levels)
+        return euler_solve(
+            guided_denoiser(EDMBackbone(networks.unet_with({"params": params}), cond), guidance), x, levels
+        )
 
     program = jax.jit(run)
     call = lambda *args: program(params, cond, *args)  # noqa: E731
@@ -148,10 +150,10 @@ def test_guidance_is_given_for_frames_or_for_clips_and_frames(cond, rng, shape):
     given = {"f": weight, "1 f": weight[None], "b f": np.stack([weight, weight])}[shape]
     x = jnp.asarray(rng.standard_normal((2, FRAMES, HEIGHT, WIDTH, 4), np.float32))
     sigma = jnp.array([0.5, 30.0])
-    both = [guided_denoiser(network, cond, np.full(FRAMES, w, np.float32))(x, sigma) for w in (0.0, 1.0)]
+    both = [guided_denoiser(EDMBackbone(network, cond), np.full(FRAMES, w, np.float32))(x, sigma) for w in (0.0, 1.0)]
     expected = both[0] + weight[:, None, None, None] * (both[1] - both[0])
     assert relative_error(both[0], both[1]) > 1e-2
-    assert relative_error(guided_denoiser(network, cond, given)(x, sigma), expected) <= 1e-6
+    assert relative_error(guided_denoiser(EDMBackbone(network, cond), given)(x, sigma), expected) <= 1e-6
 
 
 # Data distributed as N(mean, spread^2) in every element: denoiser and ODE are linear, with closed forms.

@@ -10,7 +10,7 @@ from diffusers import EulerDiscreteScheduler
 
 from osv_jax.diffusion import samplers
 from osv_jax.diffusion.conditioning import Conditioning
-from osv_jax.diffusion.edm import denoise, sigma_grid
+from osv_jax.diffusion.edm import EDMBackbone, sigma_grid
 from osv_jax.diffusion.ode import guided_denoiser
 
 SHAPE = (2, 3, 5, 7, 4)
@@ -97,7 +97,7 @@ def equation_13(network, cond, eps_0, k, level_of_x=False, mean_goes_on=False):
 
 @pytest.mark.parametrize("k", [1, 2, 3])
 def test_time_travel_is_equation_13_with_two_departures(cond, noise, k):
-    denoiser, calls = counting(lambda x, sigma: denoise(toy_network, x, sigma, cond))
+    denoiser, calls = counting(EDMBackbone(toy_network, cond))
     levels = samplers.even_levels(k), samplers.even_levels(k + 1)
     actual = jax.jit(lambda noise: samplers.time_travel(denoiser, noise, *levels))(noise)
     jax.effects_barrier()
@@ -108,7 +108,7 @@ def test_time_travel_is_equation_13_with_two_departures(cond, noise, k):
 
 
 def float64_denoise(x, sigma, cond):
-    return np.asarray(denoise(toy_network, jnp.asarray(x, jnp.float32), jnp.full(2, sigma), cond), np.float64)
+    return np.asarray(EDMBackbone(toy_network, cond)(jnp.asarray(x, jnp.float32), jnp.full(2, sigma)), np.float64)
 
 
 @pytest.mark.parametrize("k", [1, 2, 3])
@@ -140,7 +140,7 @@ def test_what_is_printed_goes_on_with_the_initial_noise(cond, noise):
 
 
 def test_one_step_time_travel_visits_700_and_14_8(cond, noise):
-    denoiser, calls = counting(lambda x, sigma: denoise(toy_network, x, sigma, cond))
+    denoiser, calls = counting(EDMBackbone(toy_network, cond))
     samplers.time_travel(denoiser, noise, samplers.even_levels(1), samplers.even_levels(2))
     jax.effects_barrier()
     np.testing.assert_allclose(calls, [[700, 700], [14.81128, 14.81128]], rtol=1e-5)
@@ -176,10 +176,8 @@ def test_consistency_adds_fresh_noise_between_k_evaluations(noise, k):
 
 
 def test_consistency_at_one_step_is_the_denoiser(cond, noise):
-    actual = samplers.consistency(
-        lambda x, s: denoise(toy_network, x, s, cond), noise, samplers.even_levels(1), jax.random.key(0)
-    )
-    expected = denoise(toy_network, 700 * noise, jnp.full(2, 700.0), cond)
+    actual = samplers.consistency(EDMBackbone(toy_network, cond), noise, samplers.even_levels(1), jax.random.key(0))
+    expected = EDMBackbone(toy_network, cond)(700 * noise, jnp.full(2, 700.0))
     assert relative_error(actual, expected) <= 1e-6
 
 
@@ -223,7 +221,7 @@ def test_euler_is_diffusers_scheduler_with_guidance_per_frame(cond, noise, steps
         jax.debug.callback(lambda: batches.append(len(sample)))
         return toy_network(sample, *rest)
 
-    denoiser = guided_denoiser(network, cond, np.linspace(1, 3, SHAPE[1], dtype=np.float32))
+    denoiser = guided_denoiser(EDMBackbone(network, cond), np.linspace(1, 3, SHAPE[1], dtype=np.float32))
     actual = jax.jit(lambda noise: samplers.euler(denoiser, noise, samplers.euler_levels(steps)))(noise)
     jax.effects_barrier()
     assert relative_error(actual, latents) <= 2e-4

@@ -12,7 +12,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from osv_jax.convert.architectures import expected_params
 from osv_jax.models import groups
 from osv_jax.models.svd_unet import SVDUNet, UNetConfig
-from osv_jax.objectives.networks import random_params
+from osv_jax.objectives.random_networks import random_params
 
 # Every kind of block; two channels a group of a norm (with one, biases ahead of the norms would have no gradient).
 SMALL = UNetConfig(

@@ -15,7 +15,7 @@ from torch_reference import flax_params, torch_unet
 from osv_jax.convert.architectures import expected_params
 from osv_jax.models import layers, lora
 from osv_jax.models.svd_unet import SVDUNet, TransformerSpatioTemporal, UNetConfig
-from osv_jax.objectives.networks import random_params
+from osv_jax.objectives.random_networks import random_params
 from osv_jax.runtime import mesh
 
 TOLERANCE = 2e-5

@@ -65,7 +65,7 @@ def question(denoiser, state, frozen, batch, index, noise, guidance, num_levels=
         unconditional, conditional = (denoiser({"params": frozen["unet"]}, x, sigma, c) for c in (dropped, batch.cond))
         guided = (1 - weight) * unconditional + weight * conditional
         x = x + column(lower - sigma) * (x - guided) / column(sigma)
-    target = denoiser(variables(frozen["unet"], state.ema), x, levels[-1], batch.cond)
+    target = denoiser(variables(frozen["unet"], state.players["student"].ema), x, levels[-1], batch.cond)
     return start, levels[0], target, (1 / (levels[0] - levels[-1])) ** 0.1
 
 
@@ -123,5 +123,5 @@ def student_gradient(networks, disc, state, frozen, question, cond, gan=0.1, see
     """Eq. 10: its two terms and the gradient of their sum, straight through everything; `seen` by the discriminator."""
     x, sigma, target, weight = question
     arguments = (jnp.asarray(sigma, jnp.float32), target, jnp.asarray(weight, jnp.float32), cond, gan)
-    gradient, terms = _student_gradient(networks, seen)(state.student, disc, frozen, x, *arguments)
+    gradient, terms = _student_gradient(networks, seen)(state.players["student"].params, disc, frozen, x, *arguments)
     return terms, gradient

@@ -12,8 +12,13 @@ from flax.traverse_util import unflatten_dict
 from toy_unet import ToyUNet
 
 from osv_jax.convert.architectures import expected_params
-from osv_jax.objectives.networks import build_networks, random_params
-from osv_jax.objectives.players import init_state
+from osv_jax.objectives.adversarial import AdversarialOptions
+from osv_jax.objectives.networks import build_networks
+from osv_jax.objectives.options import LoRAOptions
+from osv_jax.objectives.osv_stage1 import Stage1
+from osv_jax.objectives.osv_stage2 import Stage2, Stage2Options
+from osv_jax.objectives.players import first_state
+from osv_jax.objectives.random_networks import random_params
 from osv_jax.runtime import mesh
 
 TRAINABLE = ("lora", "temporal_transformer")
@@ -21,7 +26,7 @@ TRAINABLE = ("lora", "temporal_transformer")
 RATES = {"student": 0.5, "disc": 0.25}
 # Relative error of gradients in float32: the heads' norms over three frames amplify that of their input 200 times.
 GRADIENT = 1e-3
-SGD = (optax.sgd(RATES["student"]), optax.sgd(RATES["disc"]))
+SGD = {name: optax.sgd(rate) for name, rate in RATES.items()}
 # One level of everything, for speed, and two channels for each group of a norm: the variance of one channel's three
 # frames is so small now and then that rounding shows.
 CONFIGS = tiny.CONFIGS | {
@@ -54,9 +59,43 @@ def perturbed(tree, seed):
 
 def trained_state(networks, frozen, targets="all", trainable=TRAINABLE):
     """A state in which student and average have both gone their ways."""
-    init = jax.jit(lambda key, unet: init_state(key, networks, unet, *SGD, 4, targets, trainable))
-    state = init(jax.random.key(0), frozen["unet"])
-    return state.replace(student=perturbed(state.student, 1), ema=perturbed(state.ema, 2))
+    options = AdversarialOptions(lora=LoRAOptions(4, 4.0, targets), trainable=trainable)
+    state = jax.jit(lambda key, frozen: first_state(Stage1(networks, options, SGD).init(key, frozen)))(
+        jax.random.key(0), frozen
+    )
+    player = state.players["student"]
+    return with_student(state, perturbed(player.params, 1), perturbed(player.ema, 2))
+
+
+def stage1(networks, **options):
+    """The objective, with plain descent."""
+    return Stage1(networks, AdversarialOptions(**options), SGD)
+
+
+def stage2(networks, **options):
+    """The objective, with plain descent."""
+    return Stage2(networks, Stage2Options(**options), SGD)
+
+
+def student_of(state):
+    return state.players["student"].params
+
+
+def ema_of(state):
+    return state.players["student"].ema
+
+
+def disc_of(state):
+    """The discriminator's variables."""
+    disc = state.players["disc"]
+    return {"params": disc.params, "spectral": disc.stats}
+
+
+def with_student(state, params, ema=None):
+    """The state with other parameters of the student, and another EMA."""
+    player = state.players["student"]
+    player = player.replace(params=params, ema=player.ema if ema is None else ema)
+    return state.replace(players=state.players | {"student": player})
 
 
 def run_on(devices, step, state, frozen, batch, key):

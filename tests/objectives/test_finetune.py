@@ -21,15 +21,17 @@ from osv_jax.convert import naming
 from osv_jax.convert.architectures import expected_params
 from osv_jax.models.groups import select
 from osv_jax.objectives import finetune, losses
-from osv_jax.objectives.finetune import FinetuneOptions
+from osv_jax.objectives.finetune import DropoutOptions, Finetune, FinetuneOptions, SigmaOptions
 from osv_jax.objectives.networks import build_networks
-from osv_jax.objectives.players import Student, init_state, start_state
+from osv_jax.objectives.options import LoRAOptions
+from osv_jax.objectives.players import Student, first_state, start
 from osv_jax.training import setup
+from osv_jax.training.config import check_config
 
 LORA_SCALE = 1.5
 # Every case of dropout is as likely as none.
 OPTIONS = FinetuneOptions(
-    drop_embedding=0.25, drop_latents=0.25, drop_both=0.25, ema_decay=0.9, lora_scale=LORA_SCALE, min_snr_gamma=5.0
+    lora=LoRAOptions(4, 4 * LORA_SCALE), dropout=DropoutOptions(0.25, 0.25, 0.25), ema_decay=0.9, min_snr_gamma=5.0
 )
 # With it the four clips of `real` are dropped each in another way.
 KEY_OF_ALL_CASES = 3
@@ -59,9 +61,9 @@ def dropped(draws, embedding, latents, both):
 
 def network_inputs(batch, draws, options):
     """x, sigma and the arguments of F in SF-V Eq. 2 and 3, in NumPy."""
-    sigma = noise_levels(draws, options.sigma_log_mean, options.sigma_log_std)
+    sigma = noise_levels(draws, options.sigma.log_mean, options.sigma.log_std)
     x = np.asarray(batch.latents) + column(sigma) * np.asarray(draws["noise"])
-    no_embedding, no_latents = dropped(draws, options.drop_embedding, options.drop_latents, options.drop_both)
+    no_embedding, no_latents = dropped(draws, *dataclasses.astuple(options.dropout))
     embedding = np.where(no_embedding[:, None], 0, batch.cond.image_embedding)
     image = np.where(no_latents[:, None, None, None], 0, batch.cond.image_latents)
     image = np.repeat(image[:, None], x.shape[1], axis=1)
@@ -111,7 +113,7 @@ def test_squared_error(rng):
 @pytest.mark.parametrize("gamma", [0.0, 5.0])
 def test_denoising_loss(gamma):
     """SF-V Eq. 1 to 3, against the transcription above, for a network that depends on all its inputs."""
-    options = dataclasses.replace(OPTIONS, min_snr_gamma=gamma, sigma_log_mean=0.2, sigma_log_std=1.1)
+    options = dataclasses.replace(OPTIONS, min_snr_gamma=gamma, sigma=SigmaOptions(0.2, 1.1))
     batch = tiny.tiny_batch(16)
     draws = finetune.draw(jax.random.key(1), batch)
 
@@ -143,11 +145,10 @@ def test_log_normal_sigma():
 def test_drop_conditions():
     """Each case has its probability, zeroes its own part exactly, and touches nothing else."""
     count, p = 50_000, {"embedding": 0.05, "latents": 0.2, "both": 0.1}
-    options = FinetuneOptions(drop_embedding=p["embedding"], drop_latents=p["latents"], drop_both=p["both"])
     batch = tiny.tiny_batch(1, 1, 1, 1)
     cond = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), batch.cond)
     draws = finetune.draw(jax.random.key(2), dataclasses.replace(batch, latents=jnp.zeros((count, 1, 1, 1, 1))))
-    result = finetune.drop_conditions(cond, draws["uniform"], options)
+    result = finetune.drop_conditions(cond, draws["uniform"], DropoutOptions(**p))
 
     kept = {}
     for name in ("image_embedding", "image_latents"):
@@ -166,9 +167,8 @@ def test_drop_conditions():
 
 
 def test_nothing_is_dropped_with_probability_zero():
-    options = FinetuneOptions(drop_embedding=0.0, drop_latents=0.0, drop_both=0.0)
     cond = tiny.tiny_batch(3).cond
-    result = finetune.drop_conditions(cond, jnp.array([0.0, 0.5, 1 - 2**-24]), options)
+    result = finetune.drop_conditions(cond, jnp.array([0.0, 0.5, 1 - 2**-24]), DropoutOptions(0.0, 0.0, 0.0))
     jax.tree.map(np.testing.assert_array_equal, result, cond)
 
 
@@ -193,19 +193,26 @@ def toy():
     return networks, {"unet": params["params"]}, batch
 
 
+def objective_of(networks, optimizer, **options):
+    return Finetune(networks, dataclasses.replace(OPTIONS, **options), {"student": optimizer})
+
+
 def toy_state(toy, optimizer, trainable):
     networks, frozen, _ = toy
-    init = jax.jit(lambda key, unet: init_state(key, networks, unet, optimizer, None, 4, "all", trainable))
-    return init(jax.random.key(3), frozen["unet"])
+    objective = objective_of(networks, optimizer, trainable=trainable)
+    return jax.jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(3), frozen)
+
+
+def student_of(state):
+    return state.players["student"].params
 
 
 def test_only_what_is_named_trains(toy):
-    lora, tuned, both = (toy_state(toy, KEEPER, names).student for names in (("lora",), ("all",), ("lora", "all")))
+    lora, tuned, both = (student_of(toy_state(toy, KEEPER, names)) for names in (("lora",), ("all",), ("lora", "all")))
     assert lora.lora and not lora.tuned
     assert tuned.tuned and not tuned.lora
     assert both.lora and both.tuned
-    state = toy_state(toy, KEEPER, ("all",))
-    assert state.disc == {} and state.opt_disc == ()
+    assert list(toy_state(toy, KEEPER, ("all",)).players) == ["student"]
 
 
 def test_the_parts_of_a_batch_make_the_same_step(toy):
@@ -213,8 +220,8 @@ def test_the_parts_of_a_batch_make_the_same_step(toy):
     state, key = toy_state(toy, KEEPER, ("lora", "all")), jax.random.key(4)
     results = []
     for parts in (1, 4):
-        step = finetune.make_step(networks, KEEPER, dataclasses.replace(OPTIONS, grad_accum=parts))
-        results.append(jax.jit(step)(state, frozen, batch, key))
+        step = jax.jit(objective_of(networks, KEEPER, grad_accum=parts).step)
+        results.append(step(state, frozen, batch, key))
     (state_1, metrics_1), (state_4, metrics_4) = results
     for whole, parts in zip(jax.tree.leaves(state_1), jax.tree.leaves(state_4), strict=True):
         np.testing.assert_allclose(whole, parts, rtol=1e-4, atol=1e-6)
@@ -227,9 +234,9 @@ def test_the_loss_falls_with_lora_alone(toy):
     """On the clips it sees, at noise levels and conditions that it does not."""
     networks, frozen, batch = toy
     optimizer = optax.adam(1e-2)
-    options = FinetuneOptions()
+    options = FinetuneOptions(lora=LoRAOptions(4, 4.0))
     state, key = toy_state(toy, optimizer, ("lora",)), jax.random.key(5)
-    step = jax.jit(finetune.make_step(networks, optimizer, options))
+    step = jax.jit(Finetune(networks, options, {"student": optimizer}).step)
     held_out = finetune.draw(jax.random.key(6), batch)
 
     @jax.jit
@@ -237,12 +244,12 @@ def test_the_loss_falls_with_lora_alone(toy):
         network = networks.unet_with(student.variables(frozen["unet"]))
         return finetune.denoising_loss(network, batch, held_out, options)[0].mean()
 
-    before = loss(state.student, frozen)
+    before = loss(student_of(state), frozen)
     for number in range(200):
         state, metrics = step(state, frozen, batch, jax.random.fold_in(key, number))
         assert np.isfinite(metrics["loss"])
-    assert loss(state.student, frozen) < 0.9 * before
-    assert loss(state.ema, frozen) < before
+    assert loss(student_of(state), frozen) < 0.9 * before
+    assert loss(state.players["student"].ema, frozen) < before
     assert state.step == 200
 
 
@@ -256,20 +263,21 @@ def real():
     frozen = {"unet": flax_params(model, "unet", UNET)}
     configs = tiny.CONFIGS | {"unet": UNET}
     networks = build_networks({name: made for name, made in configs.items() if name != "dinov2"})
-    init = lambda key, unet: init_state(key, networks, unet, KEEPER, None, 4, "all", ("lora", "all"))  # noqa: E731
-    shapes = jax.eval_shape(init, jax.random.key(0), frozen["unet"]).student.lora
+    objective = objective_of(networks, KEEPER, trainable=("lora", "all"))
+    shapes = jax.eval_shape(objective.init, jax.random.key(0), frozen)["student"].params.lora
     rng = np.random.default_rng(1)
     lora = jax.tree.map(lambda x: jnp.asarray(0.2 * rng.standard_normal(x.shape, np.float32)), shapes)
-    state = start_state(Student(lora=lora, tuned=select(frozen["unet"], ("all",))), {}, KEEPER, None)
+    student = Student(lora=lora, tuned=select(frozen["unet"], ("all",)))
+    state = first_state({"student": start(student, KEEPER, ema=True)})
     batch, key = tiny.tiny_batch(4), jax.random.key(KEY_OF_ALL_CASES)
-    new, metrics = jax.jit(finetune.make_step(networks, KEEPER, OPTIONS))(state, frozen, batch, key)
+    new, metrics = jax.jit(objective.step)(state, frozen, batch, key)
     return model, state, batch, finetune.draw(key, batch), new, metrics
 
 
 def torch_loss_and_gradients(model, state, batch, draws):
     """The loss of SF-V Eq. 1 to 3 in PyTorch, and its gradients by our paths, for the weights with LoRA merged."""
     x, sigma, (sample, c_noise, embedding, ids) = network_inputs(batch, draws, OPTIONS)
-    lora = flatten_dict(state.student.lora)
+    lora = flatten_dict(student_of(state).lora)
     params = dict(model.named_parameters())
     with torch.no_grad():
         for path in {path[:-1] for path in lora}:
@@ -304,7 +312,7 @@ def test_loss_and_gradients_match_pytorch(real):
     loss, gradients = torch_loss_and_gradients(model, state, batch, draws)
     np.testing.assert_allclose(metrics["loss"], loss, rtol=1e-5)
 
-    actual = flatten_dict(new.opt_student.tuned)
+    actual = flatten_dict(new.players["student"].opt_state.tuned)
     expected = {path: gradients[path] for path in actual}
     assert joint_error(actual, expected) < 1e-4
     # What does not train has no gradient there either, up to rounding.
@@ -312,7 +320,7 @@ def test_loss_and_gradients_match_pytorch(real):
     for path in gradients.keys() - actual.keys():
         assert np.abs(gradients[path]).max() < 1e-6 * largest, path
 
-    lora, actual = flatten_dict(state.student.lora), flatten_dict(new.opt_student.lora)
+    lora, actual = flatten_dict(student_of(state).lora), flatten_dict(new.players["student"].opt_state.lora)
     expected = {}
     for path in {path[:-1] for path in lora}:
         gradient = LORA_SCALE * np.asarray(gradients[(*path, "kernel")])
@@ -324,11 +332,13 @@ def test_loss_and_gradients_match_pytorch(real):
 
 def test_the_step_descends_averages_and_measures(real):
     _, state, _, _, new, metrics = real
-    old, updated, gradient, average = (flat(tree) for tree in (state.student, new.student, new.opt_student, new.ema))
+    player = new.players["student"]
+    old, updated = flat(student_of(state)), flat(player.params)
+    gradient, average = flat(player.opt_state), flat(player.ema)
     np.testing.assert_allclose(updated, old - RATE * gradient, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(average, 0.9 * old + 0.1 * updated, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(metrics["grad_norm/student"], np.linalg.norm(gradient), rtol=1e-4)
-    assert new.step == 1 and new.disc == {}
+    assert new.step == 1
 
 
 def test_real_configuration_is_accepted():
@@ -336,11 +346,11 @@ def test_real_configuration_is_accepted():
     config = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "configs" / "finetune.py"))["get_config"]()
     config.weights, config.random_networks = "", ConfigDict({"image_encoder": {}})
     config.trainable = ("all",)
-    setup.check_config(config)
-    made, optimizers = setup.networks_of(config), setup.optimizers_of(config)
+    check_config(config)
+    made = setup.networks_of(config)
     assert made.dinov2 is None and made.discriminator is None
     unet = unflatten_dict(expected_params("unet", made.unet.config))
-    state = jax.eval_shape(setup.make_init(config, made, optimizers), jax.random.key(0), unet)
-    assert flatten_dict(state.student.tuned).keys() == flatten_dict(select(unet, ("all",))).keys()
-    assert not state.student.lora and not state.disc
-    assert {leaf.dtype for leaf in jax.tree.leaves(state.student)} == {jnp.dtype("float32")}
+    state = jax.eval_shape(setup.make_init(setup.objective_of(config, made)), jax.random.key(0), {"unet": unet})
+    assert flatten_dict(student_of(state).tuned).keys() == flatten_dict(select(unet, ("all",))).keys()
+    assert not student_of(state).lora and list(state.players) == ["student"]
+    assert {leaf.dtype for leaf in jax.tree.leaves(student_of(state))} == {jnp.dtype("float32")}

@@ -11,17 +11,18 @@ import pytest
 import tiny
 from students import (
     GRADIENT,
-    SGD,
     differences,
+    disc_of,
+    ema_of,
     one_level_networks_and_frozen,
     run_on,
+    stage1,
+    stage2,
+    student_of,
     toy_networks_and_frozen,
     trained_state,
 )
 
-from osv_jax.objectives import osv_stage1, osv_stage2
-from osv_jax.objectives.adversarial import AdversarialOptions
-from osv_jax.objectives.osv_stage2 import Stage2Options
 from osv_jax.runtime import mesh
 
 MESHES = ((8, 1, 1), (1, 8, 1), (2, 4, 1), (2, 2, 2), (1, 2, 4))
@@ -43,10 +44,7 @@ def beginning(unet):
 
 
 def step_of(stage, unet):
-    networks, options = beginning(unet)[0], AdversarialOptions()
-    if stage == "stage1":
-        return osv_stage1.make_step(networks, *SGD, options)
-    return osv_stage2.make_step(networks, *SGD, options, Stage2Options())
+    return {"stage1": stage1, "stage2": stage2}[stage](beginning(unet)[0]).step
 
 
 @functools.cache
@@ -77,7 +75,7 @@ def test_devices_change_nothing(stage, unet, sizes, monkeypatch):
         scale = 1.0 if name.startswith("logits") else abs(float(value))
         bound = GRADIENT if name.startswith("grad_norm") else 1e-5
         assert abs(float(metrics[name]) - float(value)) < bound * scale, name
-    for name in ("student", "ema", "disc"):
-        value, change = differences(getattr(new, name), getattr(expected, name), getattr(state, name))
-        print(f"{name}: relative error {value:.1e}, of the change {change:.1e}")
-        assert value < 1e-5 and change < GRADIENT, name
+    for part in (student_of, ema_of, disc_of):
+        value, change = differences(part(new), part(expected), part(state))
+        print(f"{part.__name__}: relative error {value:.1e}, of the change {change:.1e}")
+        assert value < 1e-5 and change < GRADIENT, part.__name__

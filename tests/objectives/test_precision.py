@@ -9,16 +9,16 @@ import pytest
 import tiny
 from flax.traverse_util import unflatten_dict
 from jaxprs import equations
-from students import CONFIGS, SGD, TRAINABLE
+from students import CONFIGS, TRAINABLE
 
 from osv_jax.convert.architectures import expected_params
 from osv_jax.models.discriminator import discriminate, init_discriminator
-from osv_jax.objectives import finetune, osv_stage1, osv_stage2
-from osv_jax.objectives.adversarial import AdversarialOptions
-from osv_jax.objectives.finetune import FinetuneOptions
+from osv_jax.objectives.finetune import Finetune
 from osv_jax.objectives.networks import build_networks
-from osv_jax.objectives.osv_stage2 import Stage2Options
-from osv_jax.objectives.players import init_state
+from osv_jax.objectives.options import LoRAOptions
+from osv_jax.objectives.osv_stage1 import Stage1
+from osv_jax.objectives.osv_stage2 import Stage2
+from osv_jax.objectives.players import first_state
 
 BATCH, FRAMES = 2, 3
 NETWORKS = build_networks(CONFIGS, discriminator_blocks=(0,), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
@@ -67,7 +67,7 @@ def vae_encoder():
 
 
 def vae_decoder():
-    return NETWORKS.decode_video, params_of("vae"), floats(BATCH, FRAMES, 4, 6, 4)
+    return NETWORKS.codec.decode_video, params_of("vae"), floats(BATCH, FRAMES, 4, 6, 4)
 
 
 def image_encoder():
@@ -86,23 +86,23 @@ def discriminator():
     return run, variables, params_of("dinov2"), floats(BATCH, FRAMES, 6, 10, 4)
 
 
-def step_of(step, optimizers):
-    frozen = {name: params_of(name) for name in CONFIGS}
-    init = lambda key, unet: init_state(key, NETWORKS, unet, *optimizers, 4, "attention", TRAINABLE)  # noqa: E731
-    state = jax.eval_shape(init, jax.random.key(0), frozen["unet"])
-    return step, state, frozen, tiny.tiny_batch(BATCH, FRAMES), jax.random.key(0)
+def step_of(cls, **options):
+    options |= {"lora": LoRAOptions(4, 4.0, "attention"), "trainable": TRAINABLE}
+    objective, frozen = cls(NETWORKS, cls.Options(**options)), {name: params_of(name) for name in CONFIGS}
+    state = jax.eval_shape(lambda key, frozen: first_state(objective.init(key, frozen)), jax.random.key(0), frozen)
+    return objective.step, state, frozen, tiny.tiny_batch(BATCH, FRAMES), jax.random.key(0)
 
 
 def stage1():
-    return step_of(osv_stage1.make_step(NETWORKS, *SGD, AdversarialOptions()), SGD)
+    return step_of(Stage1)
 
 
 def stage2():
-    return step_of(osv_stage2.make_step(NETWORKS, *SGD, AdversarialOptions(decode=True), Stage2Options()), SGD)
+    return step_of(Stage2, discriminator_input="decoded")
 
 
 def denoising():
-    return step_of(finetune.make_step(NETWORKS, SGD[0], FinetuneOptions()), SGD)
+    return step_of(Finetune)
 
 
 @pytest.mark.parametrize(

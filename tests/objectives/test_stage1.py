@@ -14,19 +14,27 @@ from conftest import flat, relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxprs import equations
 from ml_collections import ConfigDict
-from students import CONFIGS, GRADIENT
+from students import CONFIGS, GRADIENT, disc_of, ema_of, student_of, with_student
 
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.models.discriminator import discriminate
-from osv_jax.objectives import adversarial, osv_stage1
+from osv_jax.objectives import osv_stage1
 from osv_jax.objectives.adversarial import AdversarialOptions
-from osv_jax.objectives.networks import Networks, build_networks, random_params
-from osv_jax.objectives.players import Student, init_state, make_optimizer, update_ema
+from osv_jax.objectives.networks import Networks, build_networks
+from osv_jax.objectives.options import LoRAOptions, OptimizerOptions
+from osv_jax.objectives.players import Student, first_state, make_optimizer, update_ema
+from osv_jax.objectives.random_networks import random_params
 from osv_jax.training import setup
+from osv_jax.training.config import phases_of
 
 # Plain descent: Adam's first step is the gradient's sign, rounding errors' too.
-SGD = optax.sgd(0.5)
-OPTIONS = AdversarialOptions(lora_scale=1.5, huber_c=0.03, adversarial_weight=0.3, ema_decay=0.9)
+SGD = {name: optax.sgd(0.5) for name in ("student", "disc")}
+OPTIONS = {
+    "lora": LoRAOptions(4, 6.0, "attention"),
+    "huber_c": 0.03,
+    "adversarial_weight": 0.3,
+    "ema_decay": 0.9,
+}
 KEY = jax.random.key(7)
 
 
@@ -41,17 +49,22 @@ def make_frozen(dtype=np.float32):
 
 def make_state(networks, frozen):
     """Random LoRA on both sides, and singular vectors that another power iteration does not change."""
-    init = jax.jit(lambda key: init_state(key, networks, frozen["unet"], SGD, SGD, 4, "attention"))
-    state = init(jax.random.key(0))
+    objective = stage1(networks)
+    state = jax.jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(0), frozen)
     rng = np.random.default_rng(3)
-    student = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape, np.float32)), state.student)
+    student = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape, np.float32)), student_of(state))
     ema = jax.tree.map(lambda x: x + 0.1, student)
-    kernels, spectral = flatten_dict(state.disc["params"]), flatten_dict(state.disc["spectral"])
+    disc = state.players["disc"]
+    kernels, spectral = flatten_dict(disc.params), flatten_dict(disc.stats)
     for path in spectral:
         matrix = np.asarray(kernels[(*path[:-1], "kernel")])
         spectral[path] = jnp.asarray(np.linalg.svd(matrix.reshape(-1, matrix.shape[-1]))[2][0])
-    disc = {"params": state.disc["params"], "spectral": unflatten_dict(spectral)}
-    return state.replace(student=student, ema=ema, disc=disc)
+    state = state.replace(players=state.players | {"disc": disc.replace(stats=unflatten_dict(spectral))})
+    return with_student(state, student, ema)
+
+
+def stage1(networks, num_levels=100):
+    return osv_stage1.Stage1(networks, AdversarialOptions(**OPTIONS, num_levels=num_levels), SGD)
 
 
 @pytest.fixture(scope="module")
@@ -92,7 +105,7 @@ class CountingNetworks(Networks):
 @pytest.fixture(scope="module")
 def step(networks):
     counting = CountingNetworks(**{field.name: getattr(networks, field.name) for field in dataclasses.fields(networks)})
-    return jax.jit(osv_stage1.make_step(counting, SGD, SGD, OPTIONS))
+    return jax.jit(stage1(counting).step)
 
 
 @pytest.fixture(scope="module")
@@ -143,7 +156,7 @@ def plain(networks, frozen, state, batch):
         return jnp.concatenate([out["spatial"], out["temporal"]], axis=1), spectral
 
     def loss_disc(params, frozen, fake):
-        disc = {**state.disc, "params": params}
+        disc = {**disc_of(state), "params": params}
         real_logits, spectral = logits(disc, frozen, batch.latents, True)
         fake_logits, _ = logits(disc, frozen, fake, True)
         loss = jnp.maximum(0, 1 - real_logits).mean() + jnp.maximum(0, 1 + fake_logits).mean()
@@ -157,14 +170,14 @@ def plain(networks, frozen, state, batch):
 
     @jax.jit
     def run(state, frozen, rate):
-        fake = f(state.student, frozen)
-        (d, spectral), g_disc = jax.value_and_grad(loss_disc, has_aux=True)(state.disc["params"], frozen, fake)
-        params = jax.tree.map(lambda p, g: p - rate * g, state.disc["params"], g_disc)
+        fake = f(student_of(state), frozen)
+        (d, spectral), g_disc = jax.value_and_grad(loss_disc, has_aux=True)(disc_of(state)["params"], frozen, fake)
+        params = jax.tree.map(lambda p, g: p - rate * g, disc_of(state)["params"], g_disc)
         disc = {"params": params, "spectral": spectral}
         (g, (adversarial_loss, huber)), g_student = jax.value_and_grad(loss_student, has_aux=True)(
-            state.student, frozen, disc
+            student_of(state), frozen, disc
         )
-        student = jax.tree.map(lambda p, g: p - 0.5 * g, state.student, g_student)
+        student = jax.tree.map(lambda p, g: p - 0.5 * g, student_of(state), g_student)
         return disc, student, {"disc": d, "student": g, "adversarial": adversarial_loss, "huber": huber}
 
     # Arguments, not constants, with which XLA would compute while it compiles.
@@ -177,19 +190,19 @@ def test_step_is_eq_6_then_eq_7_through_the_new_discriminator(plain, state, resu
     for name, value in expected.items():
         assert relative_error(metrics[f"loss_{name}"], value) < 1e-5, name
     moved = {"student": student, "disc": disc["params"]}
-    old = {"student": state.student, "disc": state.disc["params"]}
-    assert_moved_alike({"student": new.student, "disc": new.disc["params"]}, moved, old)
-    assert relative_error(flat(new.disc["spectral"]), flat(disc["spectral"])) < 1e-5
+    old = {"student": student_of(state), "disc": disc_of(state)["params"]}
+    assert_moved_alike({"student": student_of(new), "disc": disc_of(new)["params"]}, moved, old)
+    assert relative_error(flat(disc_of(new)["spectral"]), flat(disc["spectral"])) < 1e-5
     # The old discriminator would have given another student.
     _, blind, _ = plain(state, 0.0)
-    assert relative_error(change(blind, state.student), change(student, state.student)) > 0.01
+    assert relative_error(change(blind, student_of(state)), change(student, student_of(state))) > 0.01
 
 
 def test_metrics_are_norms_and_means_of_what_happened(state, result):
     new, metrics = result
     for player, old_params, new_params in (
-        ("student", state.student, new.student),
-        ("disc", state.disc["params"], new.disc["params"]),
+        ("student", student_of(state), student_of(new)),
+        ("disc", disc_of(state)["params"], disc_of(new)["params"]),
     ):
         norm = np.linalg.norm(change(new_params, old_params)) / 0.5
         np.testing.assert_allclose(metrics[f"grad_norm/{player}"], norm, rtol=1e-3)
@@ -199,7 +212,7 @@ def test_metrics_are_norms_and_means_of_what_happened(state, result):
 
 def test_average_follows_the_new_student(state, result):
     new = result[0]
-    assert relative_error(flat(new.ema), 0.9 * flat(state.ema) + 0.1 * flat(new.student)) < 1e-6
+    assert relative_error(flat(ema_of(new)), 0.9 * flat(ema_of(state)) + 0.1 * flat(student_of(new))) < 1e-6
 
 
 def test_update_ema():
@@ -212,10 +225,10 @@ def test_update_ema():
 
 def test_state_holds_only_what_learns(networks, frozen, result):
     new = result[0]
-    assert {path[-1] for path in flatten_dict(new.student.lora)} == {"a", "b"}
-    assert new.student.tuned == {}
-    assert {path[0] for path in flatten_dict(new.disc["params"])} == {"upsampler", "spatial_0", "temporal_0"}
-    assert jax.tree.structure(new.ema) == jax.tree.structure(new.student)
+    assert {path[-1] for path in flatten_dict(student_of(new).lora)} == {"a", "b"}
+    assert student_of(new).tuned == {}
+    assert {path[0] for path in flatten_dict(disc_of(new)["params"])} == {"upsampler", "spatial_0", "temporal_0"}
+    assert jax.tree.structure(ema_of(new)) == jax.tree.structure(student_of(new))
 
 
 def test_student_runs_forward_once(result):
@@ -232,24 +245,9 @@ def test_step_depends_on_its_arguments_alone(step, state, frozen, batch, result)
     assert other[1]["loss_huber"] != result[1]["loss_huber"]
 
 
-@pytest.fixture
-def questions(networks, monkeypatch):
-    """What stage 1 hands to the common step: its random numbers, and the question it poses to the student."""
-    handed = []
-
-    def record(*args):
-        handed[:] = args[-2:]
-        return len
-
-    monkeypatch.setattr(adversarial, "make_step", record)
-    osv_stage1.make_step(networks, SGD, SGD, OPTIONS, num_levels=20)
-    return handed
-
-
-def test_index_is_uniform_over_the_grid(questions):
-    draw, _ = questions
+def test_index_is_uniform_over_the_grid(networks):
     clips = tiny.tiny_batch(20_000, 1, 1, 2)
-    draws = draw(KEY, clips)
+    draws = stage1(networks, 20).draw(KEY, clips)
     counts = np.bincount(draws["index"], minlength=20)
     assert len(counts) == 20
     # Chi-squared with 19 degrees of freedom exceeds 43.8 once in a thousand keys.
@@ -261,11 +259,10 @@ def test_index_is_uniform_over_the_grid(questions):
     assert abs(np.corrcoef(draws["index"], noise[:, 0, 0, 0, 0])[0, 1]) < 0.03
 
 
-def test_question_is_the_noisy_clip_and_the_target_the_clip(questions, state, frozen):
-    _, pose = questions
+def test_example_is_the_noisy_clip_and_its_target_the_clip(networks, state, frozen):
     clips = tiny.tiny_batch(3)
     draws = {"index": jnp.array([0, 7, 19]), "noise": tiny.tiny_batch(3, seed=5).latents}
-    example = pose(state, frozen, clips, draws)
+    example = stage1(networks, 20).example(state, frozen, clips, draws)
     sigma = np.linspace(0.002 ** (1 / 7), 700 ** (1 / 7), 20)[[0, 7, 19]] ** 7
     np.testing.assert_allclose(example.sigma, sigma, rtol=1e-5)
     noisy = np.asarray(clips.latents) + sigma[:, None, None, None, None] * np.asarray(draws["noise"])
@@ -278,7 +275,7 @@ def test_question_is_the_noisy_clip_and_the_target_the_clip(questions, state, fr
 @pytest.mark.parametrize("max_norm", [None, 2.0])
 def test_optimizer_is_adam_after_clipping_by_the_global_norm(max_norm):
     rate, b1, b2 = 0.1, 0.8, 0.9
-    optimizer = make_optimizer(rate, b1, b2, max_norm)
+    optimizer = make_optimizer(OptimizerOptions(rate, b1, b2, max_norm or 0.0))
     params = {"a": jnp.zeros(2), "b": jnp.zeros(1)}
     gradients = [np.array([3.0, 0.0, 4.0]), np.array([0.1, -0.2, 0.2])]  # Norms 5 and 0.3.
     expected, m, v, opt = np.zeros(3), np.zeros(3), np.zeros(3), optimizer.init(params)
@@ -303,7 +300,7 @@ def test_half_precision_step_is_finite_and_multiplies_no_float32(state):
     half, weights = make_networks(jnp.bfloat16), make_frozen(jnp.bfloat16)
     # 28 x 28 pixels: nothing is resized, which DINOv2's position embeddings would be in float32.
     clips = tiny.tiny_batch(2, 3, 7, 7)
-    step = jax.jit(osv_stage1.make_step(half, SGD, SGD, OPTIONS))
+    step = jax.jit(stage1(half).step)
     traced = step.trace(state, weights, clips, KEY)
     products = list(matrix_products(traced.jaxpr.jaxpr))
     assert len(products) > 100
@@ -312,7 +309,9 @@ def test_half_precision_step_is_finite_and_multiplies_no_float32(state):
     assert wide == []
     new, metrics = traced.lower().compile()(state, weights, clips, KEY)
     assert all(np.isfinite(leaf).all() for leaf in jax.tree.leaves((new, metrics)))
-    assert {leaf.dtype for leaf in jax.tree.leaves((new.student, new.ema, new.disc))} == {jnp.dtype("float32")}
+    assert {leaf.dtype for leaf in jax.tree.leaves((student_of(new), ema_of(new), disc_of(new)))} == {
+        jnp.dtype("float32")
+    }
 
 
 def test_real_configuration_traces():
@@ -325,11 +324,12 @@ def test_real_configuration_traces():
     unet |= {"has_attention": (True, False)}
     few = {"image_encoder": {"num_hidden_layers": 2}, "dinov2": {"num_hidden_layers": 12}}
     config.weights, config.random_networks = "", ConfigDict(few | {"unet": unet})
-    real, optimizers = setup.networks_of(config), setup.optimizers_of(config)
+    real = setup.networks_of(config)
+    objective = setup.objective_of(config, real)
     shapes = {name: unflatten_dict(expected_params(name, getattr(real, name).config)) for name in ARCHITECTURES}
     weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)
-    state = jax.eval_shape(setup.make_init(config, real, optimizers), jax.random.key(0), weights["unet"])
-    phase, *_ = setup.phases_of(config)
+    state = jax.eval_shape(setup.make_init(objective), jax.random.key(0), weights)
+    phase, *_ = phases_of(config)
     clips = {
         "video": jax.ShapeDtypeStruct(
             (config.batch_size, config.data.num_frames, phase.height, phase.width, 3), jnp.uint8
@@ -337,6 +337,6 @@ def test_real_configuration_traces():
         "fps": jax.ShapeDtypeStruct((config.batch_size,), jnp.float32),
     }
     assert clips["video"].shape == (8, 14, 576, 1024, 3)
-    new, metrics = jax.eval_shape(setup.make_train_step(config, real, optimizers), state, weights, clips)
+    new, metrics = jax.eval_shape(setup.make_train_step(config, objective), state, weights, clips)
     assert jax.tree.map(lambda x: (x.shape, x.dtype), new) == jax.tree.map(lambda x: (x.shape, x.dtype), state)
     assert all(value.shape == () and value.dtype == jnp.float32 for value in metrics.values())

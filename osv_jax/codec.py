@@ -1,0 +1,90 @@
+"""Pixels <-> scaled latents and conditions: the one place that knows a VAE and an image encoder."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Num, UInt8
+
+from osv_jax.diffusion.conditioning import Conditioning, clip_pixels, condition_on_image
+from osv_jax.models.clip_vision import CLIPVision
+from osv_jax.models.svd_vae import SVDVAE
+from osv_jax.runtime.media import to_float
+
+Params = Mapping[str, Any]
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec:
+    """What stands between pixels and what the UNet sees; results are float32.
+
+    Attributes:
+        vae, image_encoder: modules without parameters; each method takes those that it needs.
+    """
+
+    vae: SVDVAE
+    image_encoder: CLIPVision
+
+    def embed_image(self, clip_params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b c"]:
+        """CLIP embeddings of images in [-1, 1] of any size."""
+        return self._clip(clip_params, clip_pixels(images, self.image_encoder.config.image_size))
+
+    def _clip(self, clip_params: Params, pixels: Float[Array, "b size size 3"]) -> Float[Array, "b c"]:
+        return self.image_encoder.apply({"params": clip_params}, pixels).astype(jnp.float32)
+
+    def encode_mode(self, vae_params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b latent_h latent_w c"]:
+        """The mode of the posterior of images in [-1, 1], NOT scaled: what SVD is conditioned on."""
+        mean, _ = self.vae.apply({"params": vae_params}, images, method="encode")
+        return mean.astype(jnp.float32)
+
+    def encode_video(
+        self, vae_params: Params, video: Float[Array, "b f h w 3"] | UInt8[Array, "b f h w 3"]
+    ) -> Float[Array, "b f latent_h latent_w c"]:
+        """SCALED latents (modes) of clips in [-1, 1] or of bytes.
+
+        One frame of every clip at a time: that is all that has to fit into memory.
+        """
+
+        def encode_frame(frame: Array) -> Array:
+            return self.encode_mode(vae_params, to_float(frame) if frame.dtype == jnp.uint8 else frame)
+
+        latents = jax.lax.map(encode_frame, video.swapaxes(0, 1)).swapaxes(0, 1)
+        return latents * self.vae.config.scaling_factor
+
+    def decode_video(
+        self, vae_params: Params, latents: Float[Array, "b f latent_h latent_w c"]
+    ) -> Float[Array, "b f h w 3"]:
+        """Frames, about in [-1, 1], of SCALED latents."""
+        unscaled = latents / self.vae.config.scaling_factor
+        return self.vae.apply({"params": vae_params}, unscaled, method="decode").astype(jnp.float32)
+
+    def condition(
+        self,
+        params: Params,
+        image: Float[Array, "b h w 3"],
+        noise: Float[Array, "b h w 3"],
+        noise_aug_strength: Float[Array, " b"],
+        fps: float | int | Num[Array, " b"],
+        motion_bucket_id: float | int | Num[Array, " b"],
+    ) -> Conditioning:
+        """`condition_on_image` with these networks.
+
+        Args:
+            params: of both, under `vae` and `image_encoder`.
+            image, noise, noise_aug_strength, fps, motion_bucket_id: see there.
+        """
+        return condition_on_image(
+            functools.partial(self._clip, params["image_encoder"]),
+            functools.partial(self.encode_mode, params["vae"]),
+            image,
+            noise,
+            noise_aug_strength,
+            fps,
+            motion_bucket_id,
+            clip_size=self.image_encoder.config.image_size,
+        )

@@ -1,0 +1,134 @@
+"""What a discriminator sees of clips: a value that an objective is given, not a branch inside its step."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import Any, Protocol, runtime_checkable
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, Int
+
+from osv_jax.codec import Codec, Params
+from osv_jax.models.dinov2 import Dinov2
+from osv_jax.models.discriminator import Discriminator, discriminate, discriminate_pixels, init_discriminator
+from osv_jax.objectives.losses import Logits
+
+
+@runtime_checkable
+class Judge(Protocol):
+    """D_psi: clips to logits, with frozen features and a part that learns."""
+
+    def init(self, key: jax.Array) -> tuple[Params, Params]:
+        """Fresh parameters and statistics of the part that learns."""
+
+    def draw(self, key: jax.Array, num_clips: int, num_frames: int) -> tuple[jax.Array, dict[str, Array]]:
+        """The key that is left for others, and its own random numbers of a step, with the clips as first axis."""
+
+    def __call__(
+        self,
+        params: Params,
+        stats: Params,
+        frozen: Params,
+        x: Float[Array, "b f h w c"],
+        sigma: Float[Array, " b"],
+        cond: Any,
+        draws: dict[str, Array],
+        update_stats: bool = False,
+    ) -> tuple[Logits, Params]:
+        """Logits by kind of head, positive for real, and the statistics after it.
+
+        Args:
+            params, stats: of the part that learns.
+            frozen: parameters of the frozen networks.
+            x: scaled latents, clean: real ones, a target, or a student's output.
+            sigma: the noise level that a student's output was made from.
+            cond: what the clips are conditioned on.
+            draws: of `draw`, one for each of the clips here.
+            update_stats: whether this call improves the statistics.
+        """
+
+
+@dataclasses.dataclass(frozen=True)
+class LatentJudge:
+    """Latents through a learned upsampling and DINOv2 (OSV Fig. 3, 4, 9)."""
+
+    discriminator: Discriminator
+    dinov2: Dinov2
+
+    def init(self, key: jax.Array) -> tuple[Params, Params]:
+        variables = init_discriminator(self.discriminator, key, self.dinov2.config.hidden_size)
+        return variables["params"], variables["spectral"]
+
+    def draw(self, key: jax.Array, num_clips: int, num_frames: int) -> tuple[jax.Array, dict[str, Array]]:
+        return key, {}
+
+    def __call__(self, params, stats, frozen, x, sigma, cond, draws, update_stats=False):
+        variables = {"params": params, "spectral": stats}
+        return discriminate(self.discriminator, self.dinov2, variables, frozen["dinov2"], x, update_stats)
+
+
+@dataclasses.dataclass(frozen=True)
+class PixelJudge(LatentJudge):
+    """Pixels decoded by the VAE through DINOv2 (OSV Table 2e; the discriminator of ADD). No upsampling learns."""
+
+    codec: Codec
+
+    def __call__(self, params, stats, frozen, x, sigma, cond, draws, update_stats=False):
+        variables = {"params": params, "spectral": stats}
+        pixels = (self.codec.decode_video(jax.lax.stop_gradient(frozen["vae"]), x) + 1) / 2
+        return discriminate_pixels(self.discriminator, self.dinov2, variables, frozen["dinov2"], pixels, update_stats)
+
+
+@dataclasses.dataclass(frozen=True)
+class FramesJudge:
+    """Another judge that sees so many consecutive frames of each clip, from another one on in every step."""
+
+    judge: Judge
+    count: int
+
+    def init(self, key: jax.Array) -> tuple[Params, Params]:
+        return self.judge.init(key)
+
+    def draw(self, key: jax.Array, num_clips: int, num_frames: int) -> tuple[jax.Array, dict[str, Array]]:
+        key, frame_key = jax.random.split(key)
+        key, draws = self.judge.draw(key, num_clips, self.count)
+        return key, draws | {"first_frame": draw_first_frame(frame_key, num_clips, num_frames, self.count)}
+
+    def __call__(self, params, stats, frozen, x, sigma, cond, draws, update_stats=False):
+        seen = frames_from(x, draws["first_frame"], self.count)
+        return self.judge(params, stats, frozen, seen, sigma, cond, draws, update_stats)
+
+
+def draw_first_frame(key: jax.Array, clips: int, num_frames: int, seen: int) -> Int[Array, " b"]:
+    """Where the `seen` consecutive frames of each clip begin, all places being equally likely."""
+    return jax.random.randint(key, (clips,), 0, num_frames - seen + 1)
+
+
+def frames_from(clips: Float[Array, "b f h w c"], first: Int[Array, " b"], count: int) -> Float[Array, "b n h w c"]:
+    """`count` consecutive frames of each clip, from its own `first` on."""
+    return jax.vmap(lambda clip, start: jax.lax.dynamic_slice_in_dim(clip, start, count))(clips, first)
+
+
+def real_and_fake(
+    judge: Judge,
+    params: Params,
+    stats: Params,
+    frozen: Params,
+    real: Float[Array, "b f h w c"],
+    fake: Float[Array, "b f h w c"],
+    sigma: Float[Array, " b"],
+    cond: Any,
+    draws: dict[str, Array],
+) -> tuple[Logits, Logits, Params]:
+    """Logits of real and of fake clips in one batch, and the statistics after it."""
+
+    def twice(tree: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), tree)
+
+    # Real and fake side by side for each clip, so that a sharded batch stays where it is.
+    pairs = jnp.stack([real, fake], axis=1).reshape(-1, *real.shape[1:])
+    logits, stats = judge(params, stats, frozen, pairs, *twice((sigma, cond, draws)), update_stats=True)
+    logits = {kind: values.reshape(-1, 2, values.shape[-1]) for kind, values in logits.items()}
+    real_logits, fake_logits = ({kind: values[:, i] for kind, values in logits.items()} for i in (0, 1))
+    return real_logits, fake_logits, stats

@@ -1,0 +1,290 @@
+"""Settings that objectives share: dataclasses whose fields ARE the keys of a configuration, documented where they are.
+
+A field of a nested dataclass is a nested key: `StudentOptions.lora.rank` is `config.lora.rank`. `setting` gives a field
+its default and what is allowed; `from_config` reads a whole dataclass and says what is wrong with it.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import numbers
+import typing
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
+
+from ml_collections import ConfigDict
+
+from osv_jax.errors import UserError
+from osv_jax.models import groups, lora
+from osv_jax.models.layers import ATTENTION_IMPLEMENTATIONS
+from osv_jax.models.svd_unet import REMAT_POLICIES
+from osv_jax.runtime.ranges import (
+    COUNT,
+    DECAY,
+    FINITE,
+    FPS,
+    MOTION_BUCKET_ID,
+    NOT_NEGATIVE,
+    NUM_FRAMES,
+    POSITIVE,
+    SEED,
+    WHOLE,
+    Range,
+)
+
+T = TypeVar("T")
+GUIDANCE_KINDS = ("linspace", "constant", "range")
+DTYPES = ("float32", "bfloat16")
+# The step is an int32.
+NUM_STEPS = Range(1, 2**31 - 1, whole=True)
+# Of devices; -1: all that are left.
+SHARE = Range(1, whole=True, also=-1)
+
+
+def setting(default: Any, allowed: Range | Sequence[Any]) -> Any:
+    """A dataclass field with a default, and the numbers or values that are allowed (of a tuple, of its elements)."""
+    return dataclasses.field(default=default, metadata={"allowed": allowed})
+
+
+def from_config(cls: type[T], config: Mapping[str, Any] | ConfigDict, where: str = "config.") -> T:
+    """An instance of a dataclass of settings, from a configuration that may hold other keys, too.
+
+    Args:
+        where: what stands before a key in a message.
+
+    Raises:
+        UserError: naming the key, its value and what is allowed.
+    """
+    config = config.to_dict() if isinstance(config, ConfigDict) else config
+    values = {}
+    for field, hint in _fields(cls):
+        name = where + field.name
+        if field.name not in config:
+            raise UserError(f"{name} is missing; the configuration must have it.")
+        value = config[field.name]
+        if dataclasses.is_dataclass(hint):
+            values[field.name] = from_config(hint, value, f"{name}.")
+        else:
+            values[field.name] = _checked(name, value, hint, field.metadata.get("allowed"))
+    return cls(**values)
+
+
+def check_stored(cls: type, config: Mapping[str, Any], where: str) -> None:
+    """Checks those keys that a stored configuration has, for it may be of another version.
+
+    Raises:
+        UserError: as `from_config`.
+    """
+    for field, hint in _fields(cls):
+        value = config.get(field.name)
+        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+            check_stored(hint, value, f"{where}{field.name}.")
+        elif field.name in config and not dataclasses.is_dataclass(hint):
+            _checked(where + field.name, value, hint, field.metadata.get("allowed"))
+
+
+def to_config(cls: type) -> dict[str, Any]:
+    """The defaults of a dataclass of settings as nested dicts, for a `ConfigDict`."""
+    return dataclasses.asdict(cls())
+
+
+def _fields(cls: type) -> list[tuple[dataclasses.Field, Any]]:
+    hints = typing.get_type_hints(cls)
+    return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
+
+
+def _checked(name: str, value: Any, hint: Any, allowed: Range | Sequence[Any] | None) -> Any:
+    kind = typing.get_origin(hint) or hint
+    if kind is tuple and isinstance(value, list):
+        value = tuple(value)
+    if name.endswith("dtype") and value == "float16":
+        # Without loss scaling, which there is not, 99.97 % of a LoRA's gradients are 0.
+        raise UserError(
+            f"{name}='float16' cannot be trained with: nearly all gradients would be rounded to 0; use bfloat16, or"
+            " float32."
+        )
+    elements = value if isinstance(value, tuple) else (value,)
+    if isinstance(allowed, Range):
+        if any(element not in allowed for element in elements):
+            raise UserError(f"{name}={value!r} must be {allowed}.")
+    elif allowed is not None and not all(element in allowed for element in elements):
+        raise UserError(f"{name}={value!r} is not one of {', '.join(map(str, allowed))}.")
+    if kind is float and isinstance(value, numbers.Real):
+        value = float(value)
+    if not isinstance(value, kind):
+        raise UserError(f"{name}={value!r} must be of type {kind.__name__}.")
+    return value
+
+
+@dataclasses.dataclass(frozen=True)
+class DataOptions:
+    """The clips of a run.
+
+    Attributes:
+        videos: a folder; `demo` names the clips that come with the extra osv_jax[demo].
+        dataset: instead of videos, a dataset of osv_jax.prepare. {height} and {width} in it stand for the size of the
+            clips, for runs with several resolutions.
+        num_workers: processes that read a dataset; 0: threads, which are fast enough.
+        num_frames: of a clip.
+        fps: frames a second.
+        resolutions: (from step, height, width), ascending: what size clips have [px] from which step on.
+        motion_bucket_id: SVD's amount of motion, 1 to 255.
+    """
+
+    videos: str = "videos"
+    dataset: str = ""
+    num_workers: int = setting(0, WHOLE)
+    num_frames: int = setting(14, NUM_FRAMES)
+    fps: float = setting(7.0, FPS)
+    resolutions: tuple[tuple[int, int, int], ...] = ((0, 576, 1024),)
+    motion_bucket_id: float = setting(127, MOTION_BUCKET_ID)
+
+
+@dataclasses.dataclass(frozen=True)
+class MeshOptions:
+    """How many devices share what; one of the three may be -1, which takes what is left.
+
+    Attributes:
+        data: groups of devices with a copy of all parameters each; they split the batch.
+        fsdp: devices that share the parameters; they split the batch, too.
+        context: devices that share each clip's height.
+    """
+
+    data: int = setting(-1, SHARE)
+    fsdp: int = setting(1, SHARE)
+    context: int = setting(1, SHARE)
+
+
+@dataclasses.dataclass(frozen=True)
+class RunOptions:
+    """What every run has, whatever its objective.
+
+    Attributes:
+        objective: a name that `objectives.objective.find` knows.
+        seed: of all randomness.
+        init_from: a workdir whose student (and discriminator) this run starts from, or a LoRA trained elsewhere (PEFT
+            folder or .safetensors); empty: from the teacher.
+        weights: a folder that tools/convert_weights.py wrote: unet/, vae/, image_encoder/, dinov2/.
+        random_networks: architectures to fill with random parameters, instead of `weights` or of some networks there.
+        data: the clips.
+        batch_size: clips in a step, over all devices.
+        num_steps: of the whole run.
+        dtype: of the networks and of their frozen parameters; `bfloat16` or `float32`.
+        attention: see `models.layers.dot_product_attention`.
+        remat: what the backward pass computes again instead of keeping it.
+        mesh: of devices.
+        log_every, picture_every, checkpoint_every: steps between two lines, pictures, checkpoints.
+        keep_checkpoints: the last so many.
+    """
+
+    objective: str = ""
+    seed: int = setting(0, SEED)
+    init_from: str = ""
+    weights: str = "weights/svd"
+    random_networks: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+    data: DataOptions = dataclasses.field(default_factory=DataOptions)
+    batch_size: int = setting(8, COUNT)
+    num_steps: int = setting(2000, NUM_STEPS)
+    dtype: str = setting("bfloat16", DTYPES)
+    attention: str = setting("auto", ATTENTION_IMPLEMENTATIONS)
+    remat: str = setting("full", REMAT_POLICIES)
+    mesh: MeshOptions = dataclasses.field(default_factory=MeshOptions)
+    log_every: int = setting(10, COUNT)
+    picture_every: int = setting(200, COUNT)
+    checkpoint_every: int = setting(200, COUNT)
+    keep_checkpoints: int = setting(2, COUNT)
+
+
+@dataclasses.dataclass(frozen=True)
+class OptimizerOptions:
+    """Adam, after clipping by the global norm.
+
+    Attributes:
+        learning_rate: of everything that `group_learning_rates` does not name.
+        b1, b2: decay of the first and second moments.
+        max_grad_norm: 0: no clipping.
+        group_learning_rates: (name of `config.trainable`, its own rate) pairs; a rate of 0 holds a group still.
+    """
+
+    learning_rate: float = setting(5e-6, NOT_NEGATIVE)
+    b1: float = setting(0.9, DECAY)
+    b2: float = setting(0.999, DECAY)
+    max_grad_norm: float = setting(0.0, NOT_NEGATIVE)
+    group_learning_rates: tuple[tuple[str, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        for pair in self.group_learning_rates:
+            if not (isinstance(pair, tuple | list) and len(pair) == 2 and pair[0] in groups.TRAINABLE[:-1]):
+                break
+            if pair[1] not in NOT_NEGATIVE:
+                break
+        else:
+            return
+        raise UserError(
+            f"config.optimizer.group_learning_rates={self.group_learning_rates} must be (name, rate) pairs, the name"
+            f" being one of {', '.join(groups.TRAINABLE[:-1])}, the rate {NOT_NEGATIVE}."
+        )
+
+
+@dataclasses.dataclass(frozen=True)
+class AdversarialOptimizerOptions(OptimizerOptions):
+    """As `OptimizerOptions`, for two players.
+
+    Attributes:
+        disc_learning_rate: the discriminator's.
+    """
+
+    disc_learning_rate: float = setting(5e-6, NOT_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True)
+class LoRAOptions:
+    """Low-rank adaptation of the student.
+
+    Attributes:
+        rank: of every module.
+        alpha: what is added is scaled by alpha / rank.
+        targets: `all` modules that OSV's LoRA covers, or those of `attention` alone.
+    """
+
+    rank: int = setting(64, COUNT)
+    alpha: float = setting(64.0, POSITIVE)
+    targets: str = setting("all", tuple(lora.TARGETS))
+
+    @property
+    def scale(self) -> float:
+        return self.alpha / self.rank
+
+
+@dataclasses.dataclass(frozen=True)
+class GuidanceOptions:
+    """Classifier-free guidance of the teacher.
+
+    Attributes:
+        kind: `linspace` rises from `min` at the first frame to `max` at the last, as SVD samples; `constant` is `max`
+            on every frame; `range` draws one value a clip from `min` to `max`.
+        min, max: guidance scales w.
+    """
+
+    kind: str = setting("linspace", GUIDANCE_KINDS)
+    min: float = setting(1.0, FINITE)
+    max: float = setting(3.0, FINITE)
+
+
+@dataclasses.dataclass(frozen=True)
+class StudentOptions:
+    """What every objective has whose student is the UNet.
+
+    Attributes:
+        optimizer: of the student.
+        lora: means nothing where `trainable` lacks `lora`.
+        trainable: groups of parameters that learn, names of `models.groups.TRAINABLE`.
+        ema_decay: of the student's exponential moving average.
+        grad_accum: equal parts that a batch is worked through in, one after the other.
+    """
+
+    optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)
+    lora: LoRAOptions = dataclasses.field(default_factory=LoRAOptions)
+    trainable: tuple[str, ...] = setting(("lora",), groups.TRAINABLE)
+    ema_decay: float = setting(0.95, DECAY)
+    grad_accum: int = setting(1, COUNT)
