@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import logging
 import os
 import pathlib
 import re
@@ -27,6 +28,8 @@ Path = pathlib.Path | epath.Path
 _SCHEME = "gs://"
 # epath would go through TensorFlow wherever that happens to be installed.
 os.environ.setdefault("EPATH_USE_TF", "0")
+# It logs the tracebacks of what it raises.
+logging.getLogger("gcsfs").setLevel(logging.CRITICAL)
 
 
 def as_path(name: str | os.PathLike) -> Path:
