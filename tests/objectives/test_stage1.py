@@ -22,7 +22,7 @@ from osv_jax.objectives import osv_stage1
 from osv_jax.objectives.adversarial import AdversarialOptions
 from osv_jax.objectives.networks import Networks, build_networks
 from osv_jax.objectives.options import LoRAOptions, OptimizerOptions
-from osv_jax.objectives.players import Student, first_state, make_optimizer, update_ema
+from osv_jax.objectives.players import Student, first_state, make_optimizer, start, update_ema
 from osv_jax.objectives.random_networks import random_params
 from osv_jax.training import setup
 from osv_jax.training.config import phases_of
@@ -287,6 +287,24 @@ def test_optimizer_is_adam_after_clipping_by_the_global_norm(max_norm):
         m, v = b1 * m + (1 - b1) * gradient, b2 * v + (1 - b2) * gradient**2
         expected -= rate * (m / (1 - b1**i)) / (np.sqrt(v / (1 - b2**i)) + 1e-8)
     np.testing.assert_allclose(np.concatenate([params["a"], params["b"]]), expected, rtol=1e-5)
+
+
+def test_groups_may_have_learning_rates_of_their_own():
+    options = OptimizerOptions(0.1, group_learning_rates=(("temporal_transformer", 0.01), ("spatial_resnet", 0.0)))
+    tuned = {
+        "attentions_0": {"temporal_transformer_blocks_0": {"ff": jnp.ones(2)}, "transformer_blocks_0": jnp.ones(2)},
+        "resnets_0": {"spatial_res_block": {"conv1": jnp.ones(2)}},
+    }
+    student = Student(lora={"m": {"a": jnp.ones(2)}}, tuned=tuned)
+    optimizer = make_optimizer(options)
+    gradient = jax.tree.map(jnp.ones_like, student)
+    player = start(student, optimizer).update(gradient, optimizer)
+    # Adam's first step is its rate.
+    moved = jax.tree.map(lambda new, old: float(old[0] - new[0]), player.params, student)
+    assert moved.lora["m"]["a"] == pytest.approx(0.1, rel=1e-4)
+    expected = {("attentions_0", "temporal_transformer_blocks_0", "ff"): 0.01}
+    expected |= {("attentions_0", "transformer_blocks_0"): 0.1, ("resnets_0", "spatial_res_block", "conv1"): 0.0}
+    assert flatten_dict(moved.tuned) == pytest.approx(expected, rel=1e-4)
 
 
 def matrix_products(jaxpr):

@@ -362,6 +362,20 @@ def test_accumulated_gradients_are_the_batchs(toy, toy_step):
     assert max(differences(student_of(new_state), expected, student_of(state))) <= GRADIENT
 
 
+def test_players_that_accumulate_in_turn_make_the_step_of_the_whole_batch(toy, toy_step):
+    """The student's gradient is taken through the new discriminator, as it is without parts."""
+    *_, state = toy
+    new_state, metrics = toy_step(grad_accum=2, accumulate="in_turn")
+    whole_state, whole = toy_step()
+    together, _ = toy_step(grad_accum=2)
+    for part in (student_of, ema_of, disc_of):
+        assert max(differences(part(new_state), part(whole_state), part(state))) <= GRADIENT
+    assert max(differences(student_of(together), student_of(whole_state), student_of(state))) > 10 * GRADIENT
+    assert metrics.keys() == whole.keys()
+    for name in ("loss_disc", "loss_adversarial", "loss_huber", "loss_student"):
+        assert metrics[name] == pytest.approx(float(whole[name]), rel=1e-4)
+
+
 def test_half_precision_step_is_that_of_float32_about(toy):
     """The same networks, with weights that bfloat16 holds, computing in either."""
     networks, frozen = toy_networks_and_frozen(jnp.bfloat16)
