@@ -20,6 +20,7 @@ from jaxtyping import Array, Float
 Dtype = Any
 
 ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
+REMAT_POLICIES = ("none", "dots", "full")
 
 # Above this many queries the XLA path works through them in chunks, so that the score matrix never exists whole
 # (9,216 tokens x 14 frames x 5 heads of float32 scores would be 24 GB).
@@ -42,6 +43,23 @@ def parameter(
     if value.shape != shape:
         raise ValueError(f"{'/'.join(module.path)}/{name} has shape {value.shape}, expected {shape}.")
     return value
+
+
+def rematerialise(module: type[nn.Module], policy: str) -> type[nn.Module]:
+    """The module, with what the backward pass computes again instead of keeping it.
+
+    Args:
+        policy: `none`: nothing; `dots`: everything but the results of linear layers; `full`: everything in the module.
+
+    Raises:
+        ValueError: on an unknown policy.
+    """
+    if policy not in REMAT_POLICIES:
+        raise ValueError(f"remat must be one of {REMAT_POLICIES}, got {policy!r}.")
+    if policy == "none":
+        return module
+    saved = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[policy]
+    return nn.remat(module, policy=saved)
 
 
 class Dense(nn.Module):

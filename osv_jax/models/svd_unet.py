@@ -6,7 +6,6 @@ import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
@@ -21,11 +20,10 @@ from osv_jax.models.layers import (
     TimestepEmbedding,
     Unused,
     layer_norm,
+    rematerialise,
     timestep_embedding,
 )
 from osv_jax.models.resnet import Downsample, SpatioTemporalResBlock, TimeMixer, Upsample
-
-REMAT_POLICIES = ("none", "dots", "full")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -139,11 +137,11 @@ class _Level(nn.Module):
         return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     def resnet(self, i: int, x: Array, temb: Array) -> Array:
-        block = _remat(SpatioTemporalResBlock, self.remat)
+        block = rematerialise(SpatioTemporalResBlock, self.remat)
         return block(self.channels, self.epsilon, name=f"resnets_{i}", **self.dtypes)(x, temb)
 
     def transformer(self, i: int, x: Array, context: Array) -> Array:
-        block = _remat(TransformerSpatioTemporal, self.remat)
+        block = rematerialise(TransformerSpatioTemporal, self.remat)
         heads, depth = self.config.num_attention_heads[self.level], self.config.transformer_layers_per_block
         return block(heads, depth, self.attention, name=f"attentions_{i}", **self.dtypes)(x, context)
 
@@ -193,8 +191,7 @@ class SVDUNet(nn.Module):
         dtype: compute dtype; statistics of norms, softmax and sinusoidal embeddings stay in float32.
         param_dtype: dtype in which parameters are created.
         attention: see `layers.dot_product_attention`.
-        remat: what the backward pass computes again. `none`: nothing; `dots`: everything in a residual block or a
-            transformer but the results of its linear layers; `full`: everything in it.
+        remat: what the backward pass computes again of residual blocks and transformers, see `layers.rematerialise`.
     """
 
     config: UNetConfig
@@ -246,12 +243,3 @@ class SVDUNet(nn.Module):
         frames = nn.silu(GroupNorm(1e-5, name="conv_norm_out", **dtypes)(frames))
         frames = Conv(config.out_channels, (3, 3), name="conv_out", **dtypes)(frames)
         return frames.reshape(*sample.shape[:-1], -1).astype(jnp.float32)
-
-
-def _remat(module: type[nn.Module], policy: str) -> type[nn.Module]:
-    if policy not in REMAT_POLICIES:
-        raise ValueError(f"remat must be one of {REMAT_POLICIES}, got {policy!r}.")
-    if policy == "none":
-        return module
-    saved = {"full": None, "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable}[policy]
-    return nn.remat(module, policy=saved)

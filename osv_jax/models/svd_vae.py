@@ -13,7 +13,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from osv_jax.errors import UserError
-from osv_jax.models.layers import Conv, Dense, Dtype, GroupNorm, dot_product_attention
+from osv_jax.models.layers import Conv, Dense, Dtype, GroupNorm, dot_product_attention, rematerialise
 from osv_jax.models.resnet import Downsample, SpatialResBlock, SpatioTemporalResBlock, Upsample
 
 _EPSILON = 1e-6
@@ -66,12 +66,13 @@ class SVDVAE(nn.Module):
         config: sizes.
         attention: implementation for the middle blocks, see `layers.dot_product_attention`. There, `auto` means `xla`:
             one head as wide as the block (512) is beyond what the fused kernels take.
-        remat: recompute the residual blocks in the backward pass (for losses on decoded frames).
+        remat: what the backward pass computes again of residual blocks and attention, see `layers.rematerialise`; for
+            losses on decoded frames.
     """
 
     config: VAEConfig
     attention: str = "auto"
-    remat: bool = False
+    remat: str = "none"
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
@@ -133,7 +134,7 @@ class _Stage(nn.Module):
     channels: int
     num_layers: int
     temporal: bool
-    remat: bool
+    remat: str
     num_groups: int
     dtype: Dtype
     param_dtype: Dtype
@@ -148,12 +149,11 @@ class _Stage(nn.Module):
         else:
             block, options = SpatialResBlock, {}
         options["num_groups"] = self.num_groups
-        if self.remat:
-            block = nn.remat(block)
+        block, attention = rematerialise(block, self.remat), rematerialise(_MidAttention, self.remat)
         for i in range(self.num_layers):
             x = block(self.channels, _EPSILON, name=f"resnets_{i}", **options, **dtypes)(x)
             if i == 0 and self.attention is not None:
-                attend = _MidAttention(self.attention, self.num_groups, name="attentions_0", **dtypes)
+                attend = attention(self.attention, self.num_groups, name="attentions_0", **dtypes)
                 x = attend(x.reshape(-1, *x.shape[-3:])).reshape(x.shape)
         if not self.resample:
             return x
@@ -165,7 +165,7 @@ class _Stage(nn.Module):
 class _Encoder(nn.Module):
     config: VAEConfig
     attention: str
-    remat: bool
+    remat: str
     dtype: Dtype
     param_dtype: Dtype
 
@@ -186,7 +186,7 @@ class _Encoder(nn.Module):
 class _TemporalDecoder(nn.Module):
     config: VAEConfig
     attention: str
-    remat: bool
+    remat: str
     dtype: Dtype
     param_dtype: Dtype
 

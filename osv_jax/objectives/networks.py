@@ -63,12 +63,13 @@ def build_networks(
 ) -> Networks:
     """Modules for the architectures in `configs`: `unet`, `vae`, `image_encoder`, and `dinov2` for a discriminator.
 
-    The discriminator's trainable part keeps float32 parameters whatever `param_dtype` is.
+    `remat` is the UNet's and the VAE's, through which losses on decoded frames go (`layers.rematerialise`). The
+    discriminator's trainable part keeps float32 parameters whatever `param_dtype` is.
     """
     options = {"dtype": dtype, "param_dtype": param_dtype, "attention": attention}
     return Networks(
         unet=SVDUNet(configs["unet"], remat=remat, **options),
-        vae=SVDVAE(configs["vae"], **options),
+        vae=SVDVAE(configs["vae"], remat=remat, **options),
         image_encoder=CLIPVision(configs["image_encoder"], **options),
         dinov2=Dinov2(configs["dinov2"], **options) if "dinov2" in configs else None,
         discriminator=Discriminator(discriminator_blocks, dtype=dtype) if "dinov2" in configs else None,

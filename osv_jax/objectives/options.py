@@ -16,8 +16,7 @@ from ml_collections import ConfigDict
 
 from osv_jax.errors import UserError
 from osv_jax.models import groups, lora
-from osv_jax.models.layers import ATTENTION_IMPLEMENTATIONS
-from osv_jax.models.svd_unet import REMAT_POLICIES
+from osv_jax.models.layers import ATTENTION_IMPLEMENTATIONS, REMAT_POLICIES
 from osv_jax.runtime.ranges import (
     COUNT,
     DECAY,
@@ -171,7 +170,7 @@ class RunOptions:
         num_steps: of the whole run.
         dtype: of the networks and of their frozen parameters; `bfloat16` or `float32`.
         attention: see `models.layers.dot_product_attention`.
-        remat: what the backward pass computes again instead of keeping it.
+        remat: what the backward pass through UNet and VAE computes again, see `models.layers.rematerialise`.
         mesh: of devices.
         log_every, picture_every, checkpoint_every: steps between two lines, pictures, checkpoints.
         keep_checkpoints: the last so many.

@@ -9,7 +9,12 @@ from conftest import relative_error
 from diffusers import AutoencoderKLTemporalDecoder
 from diffusers.models.resnet import Downsample2D, Upsample2D
 from diffusers.models.resnet import SpatioTemporalResBlock as TorchSpatioTemporalResBlock
+from flax.traverse_util import unflatten_dict
+from jaxprs import equations
+from tiny import CONFIGS as TINY_CONFIGS
+from tiny import tiny_networks
 
+from osv_jax.convert.architectures import expected_params
 from osv_jax.errors import UserError
 from osv_jax.models.resnet import Downsample, SpatioTemporalResBlock, Upsample
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
@@ -134,12 +139,29 @@ def test_gradient_through_the_rematerialised_decoder_matches_torch(pair, rng):
     config, vae, params, reference, _, _ = pair
     latents = rng.standard_normal((2, 3, 3, 5, 4)).astype(np.float32)
     weights = rng.standard_normal((2, 3, *pixels(config, 3, 5), 3)).astype(np.float32)
-    remat = vae.clone(remat=True)
+    remat = vae.clone(remat="full")
     loss = lambda z, params: jnp.sum(remat.apply({"params": params}, z, method="decode") * weights)  # noqa: E731
     torch_latents = to_torch(latents).requires_grad_()
     (reference.decode(torch_latents, num_frames=3).sample * to_torch(weights)).sum().backward()
     gradient = jax.jit(jax.grad(loss))(latents, params)
     assert relative_error(gradient, from_torch(torch_latents.grad, (2, 3))) < TOLERANCE
+
+
+@pytest.mark.parametrize(("method", "shape", "blocks"), [("encode", (1, 8, 8, 3), 7), ("decode", (1, 2, 4, 4, 4), 9)])
+def test_remat_of_a_run_reaches_the_autoencoder(method, shape, blocks):
+    """Every residual block and the attention are computed again."""
+    params = unflatten_dict(expected_params("vae", TINY_CONFIGS["vae"]))
+
+    def recomputed(remat):
+        vae = tiny_networks(remat=remat).vae
+        program = jax.make_jaxpr(lambda params, x: vae.apply({"params": params}, x, method=method))(
+            params, jnp.zeros(shape)
+        )
+        return [eqn.params["policy"] for eqn in equations(program.jaxpr) if "prevent_cse" in eqn.params]
+
+    assert recomputed("none") == []
+    assert recomputed("full") == [None] * blocks
+    assert recomputed("dots") == [jax.checkpoint_policies.dots_with_no_batch_dims_saveable] * blocks
 
 
 @pytest.mark.parametrize("pair", CONFIGS[:1], ids=["2stages"], indirect=True)
