@@ -33,6 +33,7 @@ def main() -> None:
     config = read_config(arguments.config)
     config.weights, config.random_networks.unet = "", {}
     config.batch_size = arguments.batch_size
+    config = setup.with_num_frames(config)
 
     devices = mesh.make_mesh(-1, 1)
     networks = setup.networks_of(config)

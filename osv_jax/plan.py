@@ -396,6 +396,7 @@ def make_plan(config: ConfigDict, topology: str) -> bool:
     if config.data.dataset:
         print("Planning for clips that are encoded in the step, which takes more memory than reading their latents.")
         config.data.dataset = ""
+    config = setup.with_num_frames(config)
     chip, available = devices_of(topology)
     devices = layout(config, available)
     setup.check_layout(config, setup.networks_of(config), devices)

@@ -52,7 +52,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--height", type=PIXELS, metavar="PX", help="a multiple of 8 (default 576)")
     add("--width", type=PIXELS, metavar="PX", help="a multiple of 8 (default 1024)")
-    add("--num_frames", type=NUM_FRAMES, help="of a clip (default 14)")
+    add("--num_frames", type=NUM_FRAMES, help="of a clip (default: the UNet's own, 14 for SVD and 25 for SVD-XT)")
     add("--fps", type=FPS, help="of a clip, 0.1 to 240 (default 7)")
     add("--stride", type=Range(0.001), metavar="S", help="seconds from clip to clip (default: clips follow each other)")
     add("--max_clips", type=COUNT, help="of one video (default: all)")

@@ -43,6 +43,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
         distributed.Preempted: after SIGTERM.
     """
     check_config(config)
+    config = setup.with_num_frames(config)
     checkpoint.check_workdir(workdir, config.to_dict())
     networks = setup.networks_of(config)
     objective = setup.objective_of(config, networks)

@@ -148,17 +148,18 @@ def test_without_the_weights_the_sizes_are_svds(here, capsys, monkeypatch):
     class Traced(Exception):
         pass
 
-    def trace(config, networks, *_):
-        raise Traced(networks.unet.config)
+    def trace(config, objective, *_):
+        raise Traced(objective.networks.unet.config)
 
     monkeypatch.setattr(plan, "trace", trace)
-    config = small(weights="nowhere")
+    config = small(**{"weights": "nowhere", "data.num_frames": 0})
     config.random_networks = {}
     config.lock()  # As those of the command line are.
     with pytest.raises(Traced) as traced:
         plan.make_plan(config, "cpu")
     assert traced.value.args == (UNetConfig(),)
-    assert "nowhere is not there: planning for Stable Video Diffusion's own sizes" in capsys.readouterr().out
+    output = capsys.readouterr().out
+    assert "nowhere is not there: planning for Stable Video Diffusion's own sizes" in output and "\n14 x " in output
 
 
 def test_what_does_not_fit_comes_with_advice(toy, capsys, monkeypatch):

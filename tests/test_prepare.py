@@ -15,10 +15,11 @@ from fake_encoder import FakeEncoder, grey_of
 from PIL import Image
 
 from osv_jax import prepare
+from osv_jax.convert import weights
 from osv_jax.data import latents
 from osv_jax.errors import UserError
+from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.preparation import pipeline, shards
-from osv_jax.training import setup
 
 TESTS = pathlib.Path(__file__).parent
 # As kill_harness.py has them; eight clips a batch, for the eight devices of the tests.
@@ -29,8 +30,7 @@ ARGUMENTS += ["--videos_per_file=3", "--test_videos=2", "--min_motion=0", "--con
 @pytest.fixture(scope="module", autouse=True)
 def fake_networks():
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(setup, "read_config", lambda name: None)
-        patch.setattr(setup, "check_config", lambda config: None)
+        patch.setattr(pipeline, "_read_config", lambda name: None)
         patch.setattr(pipeline, "_networks", lambda *_: ("", {}))
         patch.setattr(pipeline, "_fingerprint", lambda *_: "fake")
         patch.setattr(pipeline, "_encoder", lambda *_: FakeEncoder())
@@ -313,6 +313,13 @@ def test_values_are_checked_before_anything_is_written(arguments, words, tmp_pat
     base = [f"--source={tmp_path / 'in'}", f"--output={tmp_path / 'out'}", *ARGUMENTS, "--test_videos=0"]
     assert words in refused(*base, *arguments)
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(("arguments", "expected"), [([], 25), (["--num_frames=7"], 7)])
+def test_clips_have_as_many_frames_as_the_unet_s_unless_it_is_said(arguments, expected, monkeypatch):
+    monkeypatch.setattr(weights, "load_config", lambda folder, name: UNetConfig(num_frames=25))
+    given = ["--source=videos", "--output=latents", "--weights=miniature", *arguments]
+    assert pipeline._settings(prepare._parser().parse_args(given), None, {})["num_frames"] == expected
 
 
 def test_places_are_checked(tmp_path, openvid):

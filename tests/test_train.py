@@ -269,9 +269,11 @@ def test_a_workdir_of_another_configuration_is_refused(tmp_path):
     before = config.copy_and_resolve_references()
     before.lora.rank = 99
     before.num_steps = 7
+    config.data.num_frames, config.random_networks.unet.num_frames = 0, 25
     (tmp_path / "config.json").write_text(json.dumps(before.to_dict()))
     sentence = refused(config, tmp_path)
-    assert "lora.rank (was 99, is 4)" in sentence and "num_steps" not in sentence
+    assert "lora.rank (was 99, is 4)" in sentence and "data.num_frames (was 3, is 25)" in sentence
+    assert "num_steps" not in sentence
 
 
 def test_a_workdir_that_is_a_file_is_refused(tmp_path):

@@ -47,7 +47,7 @@ class Trained:
         data = self.config.get("data", {})
         sizes = [(height, width) for start, height, width in data.get("resolutions", ()) if start < self.step]
         size = dict(zip(("height", "width"), sizes[-1], strict=True)) if sizes else {}
-        return size | {name: data[name] for name in ("num_frames", "fps") if name in data}
+        return size | {name: data[name] for name in ("num_frames", "fps") if data.get(name)}
 
     def check_fits(self, shapes: Mapping[Path, Any], source: Any) -> None:
         """Checks the student against the UNet it is to be merged into.

@@ -91,7 +91,7 @@ class Adversarial(Objective):
 
     @classmethod
     def check(cls, options: AdversarialOptions, num_frames: int) -> None:
-        if options.discriminator_frames > num_frames:
+        if num_frames and options.discriminator_frames > num_frames:
             raise UserError(
                 f"config.discriminator_frames={options.discriminator_frames} must lie in 1 .. {num_frames}"
                 " (config.data.num_frames), or be 0 for all frames."

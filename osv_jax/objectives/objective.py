@@ -71,6 +71,9 @@ class Objective(abc.ABC):
     def check(cls, options: Any, num_frames: int) -> None:
         """What can be known to be wrong with options before anything is loaded.
 
+        Args:
+            num_frames: of a clip; 0 as long as the UNet's own are not known.
+
         Raises:
             UserError: naming the key, its value and what is allowed.
         """

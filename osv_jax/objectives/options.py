@@ -124,7 +124,7 @@ class DataOptions:
         dataset: instead of videos, a dataset of osv_jax.prepare. {height} and {width} in it stand for the size of the
             clips, for runs with several resolutions.
         num_workers: processes that read a dataset; 0: threads, which are fast enough.
-        num_frames: of a clip.
+        num_frames: of a clip; 0: those that the UNet was trained on, 14 for SVD and 25 for SVD-XT.
         fps: frames a second.
         resolutions: (from step, height, width), ascending: what size clips have [px] from which step on.
         motion_bucket_id: SVD's amount of motion, 1 to 255.
@@ -133,7 +133,7 @@ class DataOptions:
     videos: str = "videos"
     dataset: str = ""
     num_workers: int = setting(0, WHOLE)
-    num_frames: int = setting(14, NUM_FRAMES)
+    num_frames: int = setting(0, dataclasses.replace(NUM_FRAMES, also=0))
     fps: float = setting(7.0, FPS)
     resolutions: tuple[tuple[int, int, int], ...] = ((0, 576, 1024),)
     motion_bucket_id: float = setting(127, MOTION_BUCKET_ID)

@@ -23,6 +23,7 @@ from osv_jax.data import demo, latents
 from osv_jax.data.cutting import Cutting
 from osv_jax.errors import UserError
 from osv_jax.models.clip_vision import CLIPVision
+from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.objectives.random_networks import random_components, random_frozen
 from osv_jax.preparation import batches, report, shards
@@ -185,7 +186,7 @@ def _read_config(name: str | None) -> ConfigDict | None:
         return None
     config = read_config(name)
     check_config(config)
-    return config
+    return setup.with_num_frames(config)
 
 
 def _networks(args: argparse.Namespace, config: ConfigDict | None) -> tuple[str, dict[str, Any]]:
@@ -250,8 +251,10 @@ def _settings(args: argparse.Namespace, config: ConfigDict | None, networks: Map
     Raises:
         UserError: on a value that no clip can have.
     """
-    defaults: dict[str, Any] = {"num_frames": 14, "fps": 7.0, "height": 576, "width": 1024}
+    defaults: dict[str, Any] = {"num_frames": UNetConfig.num_frames, "fps": 7.0, "height": 576, "width": 1024}
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
+    if args.weights and (weights.locate(args.weights) / "unet").is_dir():
+        defaults["num_frames"] = weights.load_config(args.weights, "unet").num_frames
     if config is not None:
         _, height, width = config.data.resolutions[0]
         defaults = {"num_frames": config.data.num_frames, "fps": config.data.fps, "height": height, "width": width}

@@ -22,6 +22,21 @@ from osv_jax.runtime import mesh
 from osv_jax.training.config import phases_of
 
 
+def with_num_frames(config: ConfigDict) -> ConfigDict:
+    """The configuration in which `data.num_frames`, where it is 0, is the number that the UNet was trained on.
+
+    Raises:
+        UserError: on missing weights, or options that do not go with so many frames.
+    """
+    if config.data.num_frames:
+        return config
+    config = config.copy_and_resolve_references()
+    config.data.num_frames = _architecture_of(config, "unet").num_frames
+    chosen = find(config.objective)
+    chosen.check(from_config(chosen.Options, config), config.data.num_frames)
+    return config
+
+
 def check_layout(config: ConfigDict, networks: Networks, devices: jax.sharding.Mesh) -> None:
     """Whether batches and clips can be split over the devices.
 
@@ -73,13 +88,13 @@ def architectures_of(config: ConfigDict) -> dict[str, Config]:
     Raises:
         UserError: on missing weights.
     """
-    drawn = random_components(config)
-    return {
-        name: random_architecture(config.random_networks.to_dict(), name)
-        if name in drawn
-        else weights.load_config(config.weights, name)
-        for name in find(config.objective).components
-    }
+    return {name: _architecture_of(config, name) for name in find(config.objective).components}
+
+
+def _architecture_of(config: ConfigDict, name: str) -> Config:
+    if name in random_components(config):
+        return random_architecture(config.random_networks.to_dict(), name)
+    return weights.load_config(config.weights, name)
 
 
 def frozen_shapes(config: ConfigDict, networks: Networks) -> dict[str, Params]:

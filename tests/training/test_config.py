@@ -15,6 +15,7 @@ from osv_jax.objectives import objective
 from osv_jax.objectives.autoencoder import AutoencoderOptions
 from osv_jax.objectives.options import RunOptions, check_stored, from_config
 from osv_jax.runtime.ranges import Range
+from osv_jax.training import setup
 from osv_jax.training.config import check_architectures, check_config, default_config, read_config
 
 CONFIGS = pathlib.Path(__file__).parents[2] / "configs"
@@ -167,3 +168,17 @@ def test_a_stored_configuration_is_checked_as_far_as_it_goes(stored, words):
         for cls in (RunOptions, objective.find("stage1").Options):
             check_stored(cls, stored, "run/config.json: ")
     assert str(error.value) == words
+
+
+def test_clips_have_as_many_frames_as_the_unet_s_unless_it_is_said():
+    config = read_config(str(CONFIGS / "stage1.py:tiny"))
+    config.random_networks.unet.num_frames = 25
+    config.discriminator_frames = 25
+    check_config(config)
+    assert config.data.num_frames == 0
+    assert setup.with_num_frames(config).data.num_frames == 25
+    config.data.num_frames = 7
+    assert setup.with_num_frames(config).data.num_frames == 7
+    config.data.num_frames, config.discriminator_frames = 0, 26
+    with pytest.raises(UserError, match=r"config\.discriminator_frames=26 must lie in 1 \.\. 25"):
+        setup.with_num_frames(config)
