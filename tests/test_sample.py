@@ -25,6 +25,7 @@ from osv_jax.diffusion.edm import EDMBackbone
 from osv_jax.errors import UserError
 from osv_jax.inference import pipeline
 from osv_jax.inference.pipeline import ImageToVideo, Noise, Options
+from osv_jax.inference.trained import load_trained
 from osv_jax.models.lora import init_lora, target_modules
 from osv_jax.objectives.players import Player, Student, TrainState
 from osv_jax.runtime import checkpoint
@@ -170,6 +171,12 @@ def test_a_workdir_is_merged_before_sampling(model, weights, workdir, picture, o
     assert relative_error(actual, wrong) > 1e-2
     with pytest.raises(UserError, match="steps=10 is too many for tts: at most 9"):
         merged.complete(Options(steps=10))
+
+
+def test_merging_comes_before_rounding(model, weights, workdir):
+    merged = ImageToVideo.load(weights, lora=workdir[0], dtype="bfloat16").params["unet"]
+    expected = load_trained(workdir[0]).merge_into(model.params["unet"], jnp.bfloat16)
+    jax.tree.map(np.testing.assert_array_equal, merged, expected)
 
 
 def test_the_default_is_one_step_of_time_travel(model, picture):

@@ -223,12 +223,16 @@ class ImageToVideo:
         configs = {name: weights.load_config(weights_folder, name) for name in COMPONENTS}
         # Before the weights, which take longest.
         students = [_load_trained(lora, ema, configs["unet"]) for lora in loras]
-        params = {name: weights.load_params(weights_folder, name, dtype=jnp.dtype(dtype)) for name in COMPONENTS}
+        # The UNet as it is stored: LoRAs are merged before it is rounded.
+        params = {
+            name: weights.load_params(weights_folder, name, dtype=None if name == "unet" else jnp.dtype(dtype))
+            for name in COMPONENTS
+        }
         video = weights.load_video(weights_folder)
         models = []
         for trained, notice in students:
             with jax.default_matmul_precision("highest"):
-                own = params | {"unet": trained.merge_into(params["unet"])}
+                own = params | {"unet": trained.merge_into(params["unet"], jnp.dtype(dtype))}
             models.append(cls(configs, own, trained, jnp.dtype(dtype), attention, notice, video, context))
         return models
 

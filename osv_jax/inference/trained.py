@@ -67,11 +67,16 @@ class Trained:
                     "Give the weights that the run used."
                 )
 
-    def merge_into(self, params: Params) -> dict[str, Any]:
-        """The UNet's parameters with tuned ones replaced and the LoRA added, in the dtypes of `params`."""
+    def merge_into(self, params: Params, dtype: Any = None) -> dict[str, Any]:
+        """The UNet's parameters with tuned ones replaced and the LoRA added.
+
+        Args:
+            params: as they are stored: rounding them before the LoRA is added would round it away where it is small.
+            dtype: of the result; by default that of `params`.
+        """
         variables = self.student.variables(params)
-        merged = merge_lora(variables["params"], variables["lora"])
-        return jax.tree.map(lambda new, old: new.astype(old.dtype), merged, dict(params))
+        merged = merge_lora(variables["params"], variables["lora"], dtype)
+        return jax.tree.map(lambda new, old: new.astype(dtype or old.dtype), merged, dict(params))
 
 
 def is_workdir(path: str | os.PathLike) -> bool:

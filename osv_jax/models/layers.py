@@ -65,7 +65,7 @@ def rematerialise(module: type[nn.Module], policy: str) -> type[nn.Module]:
 class Dense(nn.Module):
     """A linear layer over the last axis, with an optional LoRA path `x @ a @ b`.
 
-    Parameters: `kernel` [in, features], `bias` [features]. LoRA: `a` [in, rank], `b` [rank, features].
+    Parameters: `kernel` [in, features], `bias` [features]. LoRA: `a` [in, rank], `b` [rank, features]; see `_add_lora`.
     """
 
     features: int
@@ -81,8 +81,8 @@ class Dense(nn.Module):
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
         if self.has_variable("lora", "a"):
-            a, b = (self.get_variable("lora", leaf).astype(self.dtype) for leaf in ("a", "b"))
-            y += x @ a @ b
+            a, b = (self.get_variable("lora", leaf) for leaf in ("a", "b"))
+            y = _add_lora(y, jnp.matmul(x, a.astype(self.dtype), preferred_element_type=jnp.float32), b)
         if self.use_bias:
             y += parameter(self, "bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
         return y
@@ -121,17 +121,25 @@ class Conv(nn.Module):
         x = x.astype(self.dtype)
         y = _convolve(x, kernel.astype(self.dtype), self.strides, padding)
         if self.has_variable("lora", "a"):
-            a, b = (self.get_variable("lora", leaf).astype(self.dtype) for leaf in ("a", "b"))
-            y += _convolve(x, a, self.strides, padding) @ b
+            a, b = (self.get_variable("lora", leaf) for leaf in ("a", "b"))
+            y = _add_lora(y, _convolve(x, a.astype(self.dtype), self.strides, padding, jnp.float32), b)
         if self.use_bias:
             y += parameter(self, "bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
         return y
 
 
-def _convolve(x: Array, kernel: Array, stride: int, padding: Sequence[tuple[int, int]]) -> Array:
+def _add_lora(y: Array, low_rank: Float[Array, "*batch rank"], b: Float[Array, "rank features"]) -> Array:
+    """`y + low_rank @ b`, computed in float32 and rounded once: what a LoRA adds is small beside `y`."""
+    return (y.astype(jnp.float32) + low_rank @ b.astype(jnp.float32)).astype(y.dtype)
+
+
+def _convolve(
+    x: Array, kernel: Array, stride: int, padding: Sequence[tuple[int, int]], dtype: Dtype | None = None
+) -> Array:
+    """The convolution; `dtype` is that of the sums and the result, by default x's."""
     window = kernel.shape[:-2]
     if stride == 1 and all(size == 1 for size in window) and not any(map(any, padding)):
-        return x @ kernel.reshape(kernel.shape[-2:])
+        return jnp.matmul(x, kernel.reshape(kernel.shape[-2:]), preferred_element_type=dtype)
     if len(window) == 3:
         # Only (k, 1, 1) occurs in SVD: fold the two pointwise axes into one and stay with a 2-D convolution, which
         # every backend has a fast kernel for.
@@ -139,7 +147,7 @@ def _convolve(x: Array, kernel: Array, stride: int, padding: Sequence[tuple[int,
             raise ValueError(f"3-D convolutions must have window (k, 1, 1) and stride 1, got {window}, {stride}.")
         *batch, frames, height, width, channels = x.shape
         folded = x.reshape(-1, frames, height * width, channels)
-        y = _convolve(folded, kernel.reshape(window[0], 1, *kernel.shape[-2:]), 1, (padding[0], (0, 0)))
+        y = _convolve(folded, kernel.reshape(window[0], 1, *kernel.shape[-2:]), 1, (padding[0], (0, 0)), dtype)
         return y.reshape(*batch, y.shape[1], height, width, kernel.shape[-1])
     rank = len(window)
     batch, space = x.shape[: -rank - 1], x.shape[-rank - 1 :]
@@ -150,6 +158,7 @@ def _convolve(x: Array, kernel: Array, stride: int, padding: Sequence[tuple[int,
         (stride,) * rank,
         padding,
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
+        preferred_element_type=dtype,
     )
     return y.reshape(*batch, *y.shape[1:])
 

@@ -65,14 +65,18 @@ def scale_lora(lora: Params, scale: float) -> Params:
     return jax.tree.map_with_path(lambda path, leaf: leaf * scale if path[-1].key == "b" else leaf, lora)
 
 
-def merge_lora(params: Params, lora: Params) -> dict[str, Any]:
-    """Base parameters with `a b` added to every covered kernel, computed in float32, in the base's dtype."""
+def merge_lora(params: Params, lora: Params, dtype: Any = None) -> dict[str, Any]:
+    """Base parameters with `a b` added to every covered kernel in float32, and then rounded once.
+
+    Args:
+        dtype: of the covered kernels in the result; by default that of each in the base.
+    """
     merged = flatten_dict(params)
     flat = flatten_dict(lora)
     for path in {path[:-1] for path in flat}:
         kernel = merged[(*path, "kernel")]
         update = flat[(*path, "a")].astype(jnp.float32) @ flat[(*path, "b")].astype(jnp.float32)
-        merged[(*path, "kernel")] = (kernel.astype(jnp.float32) + update).astype(kernel.dtype)
+        merged[(*path, "kernel")] = (kernel.astype(jnp.float32) + update).astype(dtype or kernel.dtype)
     return unflatten_dict(merged)
 
 

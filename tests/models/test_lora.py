@@ -11,9 +11,11 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from torch_reference import flax_params, torch_unet
 
 from osv_jax.convert import naming
+from osv_jax.inference.trained import Trained
 from osv_jax.models import lora
 from osv_jax.models.layers import Conv, Dense
 from osv_jax.models.svd_unet import SVDUNet, UNetConfig
+from osv_jax.objectives.players import Student
 
 RANK, ALPHA = 4, 6.0
 # 64 channels: with 32, each normalisation group is one channel, and whatever only shifts a channel has no gradient. The
@@ -130,6 +132,33 @@ def test_layer_with_zero_b_is_the_base_layer_bitwise(rng, layer, dtype):
     np.testing.assert_array_equal(layer.apply({"params": params, "lora": tree}, x), layer.apply({"params": params}, x))
     tree["b"] += 1
     assert np.any(layer.apply({"params": params, "lora": tree}, x) != layer.apply({"params": params}, x))
+
+
+@pytest.mark.parametrize("layer", [Dense(5), Conv(5, (3, 3)), Conv(5, (3, 1, 1)), Conv(5, (1, 1))])
+def test_what_a_bfloat16_layer_adds_is_computed_in_float32(rng, layer):
+    """Two ranks that differ in bfloat16's last digit cancel: nothing of the difference would be left after rounding."""
+    x = jnp.asarray(rng.standard_normal((2, 4, 6, 7, 8)), jnp.bfloat16)
+    layer = layer.clone(dtype=jnp.bfloat16, use_bias=False)
+    kernel = jnp.zeros_like(layer.init(jax.random.key(0), x)["params"]["kernel"])
+    first = jnp.ones((*kernel.shape[:-1], 1))
+    tree = {"a": jnp.concatenate([first, first + 2.0**-7], axis=-1), "b": jnp.array([[-1.0] * 5, [1.0] * 5])}
+    added = layer.apply({"params": {"kernel": kernel}, "lora": tree}, x).astype(jnp.float32)
+    whole = layer.clone(dtype=jnp.float32).apply({"params": {"kernel": 2.0**-7 + kernel}}, x.astype(jnp.float32))
+    # A last rounding; the bound is above its largest error, 2^-9 of each value. In bfloat16 all along it is above 0.3.
+    assert relative_error(added, whole) < 2.0**-8
+
+
+@pytest.mark.parametrize(("stored", "least", "most"), [(jnp.float32, 0.9, 1.1), (jnp.bfloat16, 0.0, 0.8)])
+def test_merging_into_stored_float32_keeps_a_small_lora_in_bfloat16(rng, stored, least, most):
+    """How much of the change is there once the kernel is bfloat16; one that was rounded before swallows a part."""
+    kernel = jnp.asarray(rng.standard_normal((128, 128), np.float32)).astype(stored)
+    a, b = (1e-3 * rng.standard_normal((128, 4), np.float32), 0.5 * rng.standard_normal((4, 128), np.float32))
+    student = Student(lora={"m": {"a": a, "b": b}}, tuned={})
+    merged = Trained(student).merge_into({"m": {"kernel": kernel}}, jnp.bfloat16)["m"]["kernel"]
+    assert merged.dtype == jnp.bfloat16
+    change = merged.astype(jnp.float32) - kernel.astype(jnp.bfloat16).astype(jnp.float32)
+    kept = float(jnp.vdot(change, a @ b) / jnp.vdot(a @ b, a @ b))
+    assert least < kept < most
 
 
 def test_merged_weights_are_the_student(reference, teacher, student):
