@@ -34,6 +34,7 @@ from osv_jax.errors import UserError
 from osv_jax.models.groups import GROUPS
 from osv_jax.objectives.objective import Objective
 from osv_jax.runtime import checkpoint, command_line, mesh
+from osv_jax.runtime.precision import matmul_precision
 from osv_jax.runtime.ranges import Range
 from osv_jax.training import setup
 from osv_jax.training.config import Phase, check_config, phases_of
@@ -170,7 +171,7 @@ def trace(config: ConfigDict, objective: Objective, phase: Phase, devices: Mesh)
     step = setup.make_train_step(config, objective)
     shardings = mesh.parameter_shardings(devices, state)
     jitted = jax.jit(step, donate_argnums=0, out_shardings=(shardings, mesh.replicated(devices)))
-    with jax.set_mesh(devices):
+    with jax.set_mesh(devices), matmul_precision(config.dtype):
         return jitted.trace(
             checkpoint.abstract(state, shardings),
             checkpoint.abstract(frozen, mesh.parameter_shardings(devices, frozen)),

@@ -18,6 +18,7 @@ from osv_jax.errors import UserError
 from osv_jax.runtime import checkpoint, command_line, distributed, mesh, metrics
 from osv_jax.runtime.finite import blame_weights
 from osv_jax.runtime.paths import Path, as_path
+from osv_jax.runtime.precision import matmul_precision
 from osv_jax.training import origins, previews, setup
 from osv_jax.training.clips import open_clips
 from osv_jax.training.config import Phase, check_config, phases_of
@@ -60,7 +61,11 @@ def train(config: ConfigDict, workdir: Path) -> None:
     if jax.process_index() == 0:
         checkpoint.write_config(workdir, config.to_dict())
 
-    with jax.set_mesh(devices), checkpoint.open_checkpoints(workdir, config.keep_checkpoints) as checkpoints:
+    with (
+        jax.set_mesh(devices),
+        matmul_precision(config.dtype),
+        checkpoint.open_checkpoints(workdir, config.keep_checkpoints) as checkpoints,
+    ):
         frozen = setup.load_frozen(config, networks, devices)
         init = setup.make_init(objective)
         shapes = jax.eval_shape(init, jax.random.key(0), frozen)

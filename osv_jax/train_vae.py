@@ -34,6 +34,7 @@ from osv_jax.runtime import checkpoint, command_line, media, mesh, metrics, path
 from osv_jax.runtime.finite import check_finite
 from osv_jax.runtime.media import to_float
 from osv_jax.runtime.paths import Path, as_path
+from osv_jax.runtime.precision import matmul_precision
 from osv_jax.runtime.ranges import COUNT, FPS, NUM_FRAMES, PIXELS, SEED
 from osv_jax.training.clips import PixelClips, index_folder
 from osv_jax.training.config import Phase, check_architectures
@@ -91,6 +92,7 @@ def train_vae(config: ConfigDict, workdir: Path) -> None:
     phase = Phase(0, config.num_steps, data.height, data.width)
     with (
         jax.set_mesh(devices),
+        matmul_precision(config.dtype),
         checkpoint.open_checkpoints(workdir, config.keep_checkpoints) as checkpoints,
         contextlib.closing(metrics.MetricsWriter(workdir, start, jax.process_index())) as writer,
     ):
@@ -226,7 +228,8 @@ def _spread(count: int, wanted: int) -> list[int]:
 def scaling_factor(vae: SVDVAE, params: Params, index: pixels.ClipIndex) -> float:
     """1 / standard deviation of the latents' modes, over all elements of up to 256 clips spread over the index."""
     chosen = _spread(len(index.clips), _MEASURED_CLIPS)
-    values = [np.asarray(_encode(vae, params, to_float(index.read(i)["video"])), np.float64) for i in chosen]
+    with matmul_precision(vae.dtype):
+        values = [np.asarray(_encode(vae, params, to_float(index.read(i)["video"])), np.float64) for i in chosen]
     deviation = float(np.std(values))
     if not deviation:
         raise UserError("The latents of all clips are the same value: no factor gives them unit variance; add videos.")

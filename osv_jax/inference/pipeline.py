@@ -40,6 +40,7 @@ from osv_jax.objectives.players import Student
 from osv_jax.runtime.finite import blame_weights
 from osv_jax.runtime.media import to_float, to_uint8
 from osv_jax.runtime.mesh import batch_shardings, make_mesh, replicated
+from osv_jax.runtime.precision import matmul_precision
 from osv_jax.runtime.ranges import COUNT, FINITE, FPS, MOTION_BUCKET_ID, NUM_FRAMES, PIXELS, SEED, Range
 
 COMPONENTS = ("unet", "vae", "image_encoder")
@@ -365,7 +366,7 @@ class ImageToVideo:
         if program not in _PROGRAMS:
             self.on_part(f"compiling {part}")
             start = time.perf_counter()
-            with jax.set_mesh(self.devices):
+            with jax.set_mesh(self.devices), matmul_precision(self.unet.dtype):
                 compiled = jax.jit(function, out_shardings=replicated(self.devices)).lower(params, *inputs).compile()
             _PROGRAMS[program] = compiled
             self.seconds["compile"] += time.perf_counter() - start

@@ -18,6 +18,7 @@ from osv_jax.diffusion.conditioning import random_noise_aug_strength
 from osv_jax.errors import UserError
 from osv_jax.runtime.finite import NotFinite, blame_weights, first_not_finite
 from osv_jax.runtime.media import to_float, to_uint8
+from osv_jax.runtime.precision import matmul_precision
 
 Encoded = dict[str, np.ndarray]
 
@@ -60,7 +61,8 @@ class Encoder:
         self._decode_program = jax.jit(codec.decode_video)
         video = jax.ShapeDtypeStruct((batch_size, schema.num_frames, height, width, 3), jnp.uint8, sharding=self._split)
         keys = jax.ShapeDtypeStruct((batch_size, 2), jnp.uint32, sharding=self._split)
-        self._program = jax.jit(self._encode, out_shardings=self._split).lower(self.params, video, keys).compile()
+        with matmul_precision(codec.image_encoder.dtype):
+            self._program = jax.jit(self._encode, out_shardings=self._split).lower(self.params, video, keys).compile()
 
     def __call__(self, video: UInt8[np.ndarray, "n f h w 3"], keys: UInt32[np.ndarray, "n 2"]) -> Encoded:
         """Encodes up to `batch_size` clips and waits for the result.
@@ -105,7 +107,8 @@ class Encoder:
     def decode(self, latents: Float[np.ndarray, "f h w c"]) -> UInt8[np.ndarray, "f height width 3"]:
         """Frames of scaled latents, two at a time."""
         params = self.params["vae"]
-        parts = [self._decode_program(params, latents[None, i : i + 2]) for i in range(0, len(latents), 2)]
+        with matmul_precision(self.codec.vae.dtype):
+            parts = [self._decode_program(params, latents[None, i : i + 2]) for i in range(0, len(latents), 2)]
         frames = np.concatenate([np.asarray(part[0], np.float32) for part in parts])
         with blame_weights(self.params):
             return to_uint8(frames)
