@@ -182,7 +182,11 @@ def refused(config, workdir) -> str:
     [
         ("data.resolutions", ((0, 50, 64),), ["50 x 64", "divisible by 8"]),
         ("data.resolutions", ((0, 64, 0),), ["((0, 64, 0),)", "heights and widths a whole number from 1 to 8192"]),
-        ("data.resolutions", ((0, 64, float("inf")),), ["config.data.resolutions", "a finite number"]),
+        (
+            "data.resolutions",
+            ((0, 64, float("inf")),),
+            ["config.data.resolutions=((0, 64, inf),)", "heights and widths a whole number"],
+        ),
         ("data.resolutions", ((0, 64.0, 64),), ["heights and widths"]),
         ("data.resolutions", ((0, 64),), ["config.data.resolutions", "triples"]),
         ("data.resolutions", ((5, 64, 64),), ["begin with step 0"]),

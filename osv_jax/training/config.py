@@ -72,6 +72,8 @@ def check_config(config: ConfigDict) -> None:
     Raises:
         UserError: naming the key, its value and what is allowed.
     """
+    if "resolutions" in config.get("data", {}):
+        check_resolutions(config.data.resolutions)
     run = from_config(RunOptions, config)
     chosen = objective.find(run.objective)
     options = from_config(chosen.Options, config)
@@ -89,7 +91,6 @@ def check_config(config: ConfigDict) -> None:
             f"config.random_networks names all networks, so nothing of config.weights={run.weights} would be used;"
             " set one of them."
         )
-    phases_of(config)
 
 
 def check_architectures(architectures: Mapping[str, Any], where: str) -> None:
@@ -114,11 +115,23 @@ def phases_of(config: ConfigDict) -> list[Phase]:
     """The run's phases, from `config.data.resolutions`.
 
     Raises:
+        UserError: as `check_resolutions`.
+    """
+    entries = check_resolutions(config.data.resolutions)
+    ends = [*(start for start, _, _ in entries[1:]), config.num_steps]
+    phases = [Phase(start, min(end, config.num_steps), h, w) for (start, h, w), end in zip(entries, ends, strict=True)]
+    return [phase for phase in phases if phase.start < phase.end]
+
+
+def check_resolutions(resolutions: Any) -> list[tuple[int, int, int]]:
+    """The (from step, height, width) triples of `config.data.resolutions`.
+
+    Raises:
         UserError: on a malformed entry, steps out of order, or a size that the VAE cannot take.
     """
-    where = f"config.data.resolutions={tuple(config.data.resolutions)}"
+    where = f"config.data.resolutions={resolutions!r}"
     try:
-        entries = [(start, height, width) for start, height, width in config.data.resolutions]
+        entries = [(start, height, width) for start, height, width in resolutions]
     except (TypeError, ValueError) as error:
         raise UserError(f"{where} must be (from step, height, width) triples, e.g. ((0, 320, 576),).") from error
     for start, height, width in entries:
@@ -130,6 +143,4 @@ def phases_of(config: ConfigDict) -> list[Phase]:
     for _, height, width in entries:
         if height % 8 or width % 8:
             raise UserError(f"{where}: {height} x {width} is not divisible by 8, and the VAE needs that.")
-    ends = [*starts[1:], config.num_steps]
-    phases = [Phase(start, min(end, config.num_steps), h, w) for (start, h, w), end in zip(entries, ends, strict=True)]
-    return [phase for phase in phases if phase.start < phase.end]
+    return entries
