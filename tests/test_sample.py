@@ -292,7 +292,7 @@ def test_a_folders_images_are_its_files_that_are_not_hidden(images, tmp_path):
         (["--image=corrupt.png"], ["corrupt.png cannot be read as an image"]),
         (["--image=cut.png"], ["cut.png cannot be read as an image"]),
         (["--image=empty"], ["empty holds no images"]),
-        ([f"--image={300 * 'x'}"], ["cannot be read (File name too long)", "--image"]),
+        ([f"--image={300 * 'x'}"], ["cannot be reached (File name too long)"]),
         (["--output=corrupt.png/clip.mp4"], ["corrupt.png cannot be written to", "--output"]),
         (["--output=empty.mp4"], ["--output=empty.mp4 is a folder"]),
         (["--output=clip.avi"], ["clip.avi", ".mp4", "PNG"]),

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
 import math
 import os
 import re
@@ -21,9 +20,10 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 
 from osv_jax.convert.architectures import ARCHITECTURES, Config, expected_params
+from osv_jax.convert.json_files import read_json
 from osv_jax.convert.naming import Path, flax_shape_to_torch, to_flax, torch_name
-from osv_jax.convert.readers import Reader, open_weights
-from osv_jax.convert.weights import cast, save_component
+from osv_jax.convert.readers import Reader, open_weights, read_floats
+from osv_jax.convert.weights import cast, locate, save_component
 from osv_jax.errors import UserError
 from osv_jax.runtime import paths
 from osv_jax.runtime.paths import as_path
@@ -67,9 +67,9 @@ class Tensor:
         """The parameter, contiguous, in our layout and in `dtype`.
 
         Raises:
-            UserError: a value that is not finite, or too large for `dtype`.
+            UserError: no floats, a value that is not finite, or too large for `dtype`.
         """
-        array = np.split(reader.read(self.name), self.parts)[self.part]
+        array = np.split(read_floats(reader, self.name), self.parts)[self.part]
         return cast(to_flax(self.path, array), dtype, f"{reader.source}: {self.name}")
 
 
@@ -142,7 +142,7 @@ def plan_svd(folder: str | os.PathLike, components: Sequence[str] = SVD_COMPONEN
         )
     plans = []
     for component in components:
-        config = ARCHITECTURES[component].from_json(_read_json(folder / component / "config.json"))
+        config = _read_config(component, folder / component / "config.json")
         translate = _new_attention_name if component == "vae" else _same_name
         plans.append(make_plan(component, config, open_weights(folder / component), translate))
     return plans
@@ -158,7 +158,7 @@ def plan_dinov2(path: str | os.PathLike) -> Plan:
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{path} has no config.json: expected a transformers DINOv2 folder, or give a .pth file.")
-        config = ARCHITECTURES["dinov2"].from_json(_read_json(path / "config.json"))
+        config = _read_config("dinov2", path / "config.json")
         return make_plan("dinov2", config, open_weights(path), _same_name)
     reader = open_weights(path)
     return make_plan("dinov2", _hub_config(reader), reader, _from_hub_name)
@@ -254,7 +254,7 @@ def check_output(plans: Sequence[Plan], output: str | os.PathLike, overwrite: bo
 
 
 def _existing(path: str | os.PathLike, example: str) -> paths.Path:
-    given = as_path(path)
+    given = locate(path)
     if given.exists():
         return given
     if re.fullmatch(r"[\w-][\w.-]*/[\w-][\w.-]*", str(path)) and not given.parent.exists():
@@ -269,14 +269,11 @@ def _existing(path: str | os.PathLike, example: str) -> paths.Path:
     )
 
 
-def _read_json(file: paths.Path) -> dict[str, Any]:
-    try:
-        content = json.loads(file.read_text())
-    except ValueError as error:
-        raise UserError(f"{file} is not readable JSON: download it again.") from error
-    if not isinstance(content, dict):
-        raise UserError(f"{file} does not map options to values: download it again.")
-    return content
+def _read_config(component: str, file: paths.Path) -> Config:
+    fields = read_json(file)
+    if {"format", "component"} <= fields.keys():
+        raise UserError(f"{file} is of weights that are converted already: use them as they are, as --weights.")
+    return ARCHITECTURES[component].from_json(fields)
 
 
 def _same_name(name: str) -> Sequence[str]:

@@ -1,4 +1,4 @@
-"""JSON that other programs wrote, read strictly: an object, no name twice, no NaN."""
+"""JSON that other programs wrote, read strictly: an object in which no name stands twice."""
 
 from __future__ import annotations
 
@@ -29,10 +29,11 @@ def parse_json(text: str | bytes, source: Any) -> dict[str, Any]:
         source: what messages call it.
 
     Raises:
-        UserError: no JSON, another value than an object, a name twice in one object, or a number that JSON has not.
+        UserError: no JSON, another value than an object, or a name twice in one object. (NaN and infinity are read: who
+            asks for a number can say which one it must be.)
     """
     try:
-        content = json.loads(text, object_pairs_hook=_object, parse_constant=_constant)
+        content = json.loads(text, object_pairs_hook=_object)
     except (ValueError, RecursionError) as error:  # Among the first: bytes that are not UTF-8.
         raise UserError(f"{source} is not readable JSON ({error}): get another copy of it.") from error
     if not isinstance(content, dict):
@@ -47,7 +48,3 @@ def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
             raise ValueError(f"{name!r} twice")
         found[name] = value
     return found
-
-
-def _constant(name: str) -> None:
-    raise ValueError(f"{name} is no number")

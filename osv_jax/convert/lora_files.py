@@ -22,11 +22,11 @@ from safetensors.numpy import save_file
 from osv_jax.convert.adapter_config import AdapterConfig, parse_adapter_config
 from osv_jax.convert.json_files import parse_json, read_json
 from osv_jax.convert.naming import Path, flax_shape_to_torch, module_path, to_flax, to_torch, torch_module
-from osv_jax.convert.readers import Reader, open_weights, safetensors_metadata
+from osv_jax.convert.readers import Reader, open_weights, read_floats, safetensors_metadata
+from osv_jax.convert.weights import locate
 from osv_jax.errors import UserError
 from osv_jax.runtime import paths
 from osv_jax.runtime.finite import check_finite
-from osv_jax.runtime.paths import as_path
 from osv_jax.runtime.ranges import POSITIVE
 
 PEFT_CONFIG, PEFT_WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
@@ -69,7 +69,7 @@ class LoraFile:
 
 def is_lora(path: str | os.PathLike) -> bool:
     """Whether `path` looks like what `read_lora` reads."""
-    path = as_path(path)
+    path = locate(path)
     return path.suffix == ".safetensors" or any((path / name).is_file() for name in (PEFT_CONFIG, DIFFUSERS_WEIGHTS))
 
 
@@ -110,7 +110,7 @@ def read_lora(path: str | os.PathLike, shapes: Mapping[Path, Any]) -> LoraFile:
         UserError: nothing to read there; another kind of adapter, or one that is more than its A and B (see
             `adapter_config`); keys, shapes or ranks that do not match; a value that is no float, or not finite.
     """
-    path = as_path(path)
+    path = locate(path)
     file, config = _locate(path)
     reader = open_weights(file)
     halves: dict[str, dict[str, str]] = collections.defaultdict(dict)
@@ -239,7 +239,7 @@ def _to_flax(reader: Reader, names: Mapping[str, str], scale: float) -> tuple[np
 def _read_finite(reader: Reader, name: str) -> np.ndarray:
     """A tensor in float32."""
     with np.errstate(over="ignore"):  # What is infinite then is told of here.
-        array = reader.read(name).astype(np.float32)
+        array = read_floats(reader, name).astype(np.float32)
     check_finite(array, f"{reader.source}: {name}")
     return array
 

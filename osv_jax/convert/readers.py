@@ -8,19 +8,20 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import json
+import itertools
 import math
 import os
 import pathlib
 import pickle
 import struct
 import zipfile
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any, Protocol, runtime_checkable
 
 import ml_dtypes
 import numpy as np
 
+from osv_jax.convert.json_files import parse_json, read_json
 from osv_jax.errors import UserError
 from osv_jax.runtime import paths
 from osv_jax.runtime.paths import Path, as_path, in_bucket
@@ -40,6 +41,7 @@ _SAFETENSORS_DTYPES = {
     "U8": np.uint8,
     "BOOL": np.bool_,
 }
+_FLOATS = frozenset(np.dtype(_SAFETENSORS_DTYPES[name]) for name in ("F64", "F32", "F16", "BF16"))
 # The format's own limit; a larger number means that the first eight bytes are not a length.
 _MAX_HEADER = 100 * 2**20
 _METADATA = "__metadata__"
@@ -68,8 +70,9 @@ def open_weights(path: str | os.PathLike) -> Reader:
     In a folder, full-precision files are preferred to their fp16 variants, and safetensors to pickles.
 
     Raises:
-        UserError: nothing there, no weights in the folder, shards missing, or a file that is empty, truncated,
-            damaged, only a git-lfs pointer, or a pickle of something else than tensors.
+        UserError: nothing there, no weights in the folder, shards missing or with a tensor in common, or a file that
+            cannot be read, is empty, truncated, damaged, only a git-lfs pointer, or a pickle of something else than
+            tensors.
     """
     path = as_path(path)
     files = _weight_files(path) if path.is_dir() else [path]
@@ -80,12 +83,42 @@ def open_weights(path: str | os.PathLike) -> Reader:
     raise UserError(f"{path} is not a weights file: give a folder, or a .safetensors, .bin or .pth file.")
 
 
+def read_floats(reader: Reader, name: str) -> np.ndarray:
+    """One tensor, which holds numbers of the network: integers would be the codes of a quantised checkpoint.
+
+    Raises:
+        UserError: a tensor in another dtype than float64, float32, float16 or bfloat16.
+    """
+    array = reader.read(name)
+    if array.dtype not in _FLOATS:
+        raise _unsupported(reader.source, name, array.dtype)
+    return array
+
+
+def _unsupported(source: Path, name: str, dtype: Any) -> UserError:
+    return UserError(
+        f"{source}: tensor {name} is stored as {dtype}, which is not supported: use a float32, float16 or bfloat16"
+        " checkpoint."
+    )
+
+
+def _join(files: Iterable[Path], read: Callable[[Path], Mapping[str, Any]]) -> dict[str, Any]:
+    """What `read` gives for each of the shards, together."""
+    found: dict[str, Any] = {}
+    for file in files:
+        tensors = read(file)
+        if twice := found.keys() & tensors.keys():
+            raise UserError(f"{file} holds {min(twice)}, which another shard holds too: download the checkpoint again.")
+        found |= tensors
+    return found
+
+
 class SafetensorsReader:
     """Safetensors files (all shards of one checkpoint)."""
 
     def __init__(self, source: Path, files: Iterable[Path]):
         self.source = source
-        self._entries = {name: entry for file in files for name, entry in _read_header(file).items()}
+        self._entries = _join(files, _read_header)
 
     def names(self) -> list[str]:
         return sorted(self._entries)
@@ -96,10 +129,7 @@ class SafetensorsReader:
     def read(self, name: str) -> np.ndarray:
         entry = self._entries[name]
         if entry.dtype not in _SAFETENSORS_DTYPES:
-            raise UserError(
-                f"{entry.file}: tensor {name} is stored as {entry.dtype}, which is not supported: "
-                "use a float32, float16 or bfloat16 checkpoint."
-            )
+            raise _unsupported(entry.file, name, entry.dtype)
         dtype = np.dtype(_SAFETENSORS_DTYPES[entry.dtype])
         size = math.prod(entry.shape) * dtype.itemsize
         if in_bucket(entry.file):
@@ -125,8 +155,8 @@ def safetensors_metadata(file: Path) -> dict[str, str]:
     Raises:
         UserError: as `open_weights`.
     """
-    metadata = _read_table(file)[0].get(_METADATA) or {}
-    if not isinstance(metadata, dict):
+    metadata = _read_table(file)[0].get(_METADATA, {})
+    if not isinstance(metadata, dict) or not all(isinstance(text, str) for text in metadata.values()):
         raise _damaged(file)
     return metadata
 
@@ -146,12 +176,9 @@ def _read_table(file: Path) -> tuple[dict[str, Any], int]:
             " again."
         )
     try:
-        table = json.loads(header)
-    except ValueError as error:
+        return parse_json(header, file), 8 + length
+    except UserError as error:
         raise _damaged(file) from error
-    if not isinstance(table, dict):
-        raise _damaged(file)
-    return table, 8 + length
 
 
 def _damaged(file: Path) -> UserError:
@@ -160,20 +187,27 @@ def _damaged(file: Path) -> UserError:
 
 def _read_header(file: Path) -> dict[str, _Entry]:
     table, data = _read_table(file)
-    size, entries, end = paths.size_of(file), {}, data
+    entries, spans = {}, []
     try:
         for name, value in table.items():
             if name == _METADATA:
                 continue
-            begin, stop = value["data_offsets"]
-            shape = tuple(int(n) for n in value["shape"])
-            dtype = _SAFETENSORS_DTYPES.get(value["dtype"])
-            if dtype is not None and math.prod(shape) * np.dtype(dtype).itemsize != stop - begin:
+            dtype, shape, (begin, stop) = value["dtype"], value["shape"], value["data_offsets"]
+            if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in (*shape, begin, stop)):
                 raise ValueError(name)
-            entries[name] = _Entry(file, value["dtype"], shape, data + begin)
-            end = max(end, data + stop)
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+            known = _SAFETENSORS_DTYPES.get(dtype)
+            if known is not None and math.prod(shape) * np.dtype(known).itemsize != stop - begin:
+                raise ValueError(name)
+            entries[name] = _Entry(file, dtype, tuple(shape), data + begin)
+            spans.append((begin, stop))
+    except (ValueError, KeyError, TypeError) as error:
         raise _damaged(file) from error
+    # Tensors lie one after another, from the header to the end of the file.
+    spans.sort()
+    begins, stops = [begin for begin, _ in spans], [0, *(stop for _, stop in spans)]
+    size, end = paths.size_of(file), data + stops[-1]
+    if begins != stops[:-1] or size > end:
+        raise _damaged(file)
     if size < end:
         raise UserError(f"{file} is truncated: it has {size} bytes of {end}; download it again.")
     return entries
@@ -184,7 +218,7 @@ class PickleReader:
 
     def __init__(self, source: Path, files: Iterable[Path]):
         self.source = source
-        self._tensors = {name: tensor for file in files for name, tensor in _unpickle(file).items()}
+        self._tensors = _join(files, _unpickle)
 
     def names(self) -> list[str]:
         return sorted(self._tensors)
@@ -195,10 +229,14 @@ class PickleReader:
     def read(self, name: str) -> np.ndarray:
         import torch
 
-        tensor = self._tensors[name].detach().contiguous()
-        if tensor.dtype == torch.bfloat16:
-            return tensor.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
-        return tensor.numpy()
+        tensor = self._tensors[name]
+        try:
+            array = tensor.detach().contiguous()
+            if array.dtype == torch.bfloat16:
+                return array.view(torch.uint16).numpy().view(ml_dtypes.bfloat16)
+            return array.numpy()
+        except (TypeError, RuntimeError) as error:  # NumPy has no such dtype, or it is sparse or quantised.
+            raise _unsupported(self.source, name, f"{tensor.dtype}, {tensor.layout}") from error
 
 
 def _unpickle(file: Path) -> dict:
@@ -226,35 +264,37 @@ def _unpickle(file: Path) -> dict:
             f"{file} was refused, because it is not a plain PyTorch file of tensors (it is damaged, or holds objects "
             "that could run code): use another copy, best in safetensors."
         ) from error
-    except (RuntimeError, EOFError, OSError, ValueError, KeyError) as error:
+    except Exception as error:  # What is damaged makes the unpickler raise anything.
         raise UserError(
             f"{file} is not a readable PyTorch file: it is damaged or truncated; download it again."
         ) from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, torch.Tensor) for value in tensors.values()):
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
+    ):
         raise UserError(f"{file} does not map names to tensors: expected a state dict, such as a released checkpoint.")
     return tensors
 
 
 def _check_file(file: Path) -> None:
-    if not file.is_file():
-        raise UserError(f"{file} does not exist: check the path, or download the checkpoint again.")
-    if paths.size_of(file) == 0:
-        raise UserError(f"{file} is empty: download it again.")
-    with file.open("rb") as stream:
-        if stream.read(len(_LFS_POINTER)) == _LFS_POINTER:
-            raise UserError(f"{file} is a git-lfs pointer, not the weights: run `git lfs pull` in its repository.")
+    try:
+        if not file.is_file():
+            raise UserError(f"{file} does not exist: check the path, or download the checkpoint again.")
+        if paths.size_of(file) == 0:
+            raise UserError(f"{file} is empty: download it again.")
+        with file.open("rb") as stream:
+            start = stream.read(len(_LFS_POINTER))
+    except OSError as error:
+        raise UserError(f"{file} cannot be read ({error.strerror}): check its permissions.") from error
+    if start == _LFS_POINTER:
+        raise UserError(f"{file} is a git-lfs pointer, not the weights: run `git lfs pull` in its repository.")
 
 
 def _weight_files(folder: Path) -> list[Path]:
-    # Where a variant's "fp16" stands in the name differs between libraries and over time.
-    for suffixes in (
-        (".safetensors", ".safetensors.index.json"),
-        (".fp16.safetensors", ".safetensors.index.fp16.json", ".fp16.safetensors.index.json"),
-        (".bin", ".bin.index.json"),
-        (".fp16.bin", ".bin.index.fp16.json", ".fp16.bin.index.json"),
-    ):
+    for kind, variant in itertools.product((".safetensors", ".bin"), ("", ".fp16")):
+        # The variant stands where transformers and diffusers put it, where diffusers 0.30 did, or where people do.
+        indices = (f"{kind}.index{variant}.json", f"{kind}{variant}.index.json", f"{variant}{kind}.index.json")
         for stem in _STEMS:
-            for suffix in suffixes:
+            for suffix in (f"{variant}{kind}", *indices):
                 file = folder / (stem + suffix)
                 if file.is_file():
                     return _shards(file) if suffix.endswith(".json") else [file]
@@ -266,18 +306,16 @@ def _weight_files(folder: Path) -> list[Path]:
 
 def _shards(index: Path) -> list[Path]:
     _check_file(index)
-    try:
-        names = sorted(set(json.loads(index.read_text())["weight_map"].values()))
-        # A name from a file must not lead out of the folder.
-        bad = not names or any(pathlib.PurePath(name).name != name for name in names)
-    except (ValueError, KeyError, TypeError, AttributeError):
-        bad = True
-    if bad:
+    weight_map = read_json(index).get("weight_map")
+    names = weight_map.values() if isinstance(weight_map, dict) else ()
+    # A name from a file must not lead out of the folder.
+    if not names or not all(isinstance(name, str) and pathlib.PurePath(name).name == name for name in names):
         raise UserError(f"{index} is not a readable index of weight shards: download it again.")
-    missing = [name for name in names if not (index.parent / name).is_file()]
+    shards = [as_path(index.parent / name) for name in sorted(set(names))]
+    missing = [shard.name for shard in shards if not shard.is_file()]
     if missing:
         raise UserError(
-            f"{index.parent} lacks {len(missing)} of the {len(names)} weight shards its index names "
+            f"{index.parent} lacks {len(missing)} of the {len(shards)} weight shards its index names "
             f"(first: {missing[0]}): download them."
         )
-    return [index.parent / name for name in names]
+    return shards

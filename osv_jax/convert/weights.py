@@ -22,7 +22,8 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from osv_jax.convert.architectures import ARCHITECTURES, Config, check_fractions
-from osv_jax.convert.readers import open_weights
+from osv_jax.convert.json_files import read_json
+from osv_jax.convert.readers import open_weights, read_floats
 from osv_jax.errors import UserError
 from osv_jax.runtime import paths
 from osv_jax.runtime.finite import check_finite
@@ -50,7 +51,7 @@ def load_video(folder: str | os.PathLike) -> dict[str, Any]:
         UserError: a number that is none of a clip.
     """
     file = locate(folder) / _VIDEO
-    clips = json.loads(file.read_text()) if file.exists() else {}
+    clips = read_json(file) if file.exists() else {}
     for name in clips.keys() & _VIDEO_RANGES.keys():
         _VIDEO_RANGES[name].check(f"{file}: {name}", clips[name])
     return clips
@@ -136,7 +137,7 @@ def save_packed(folder: pathlib.Path, component: str, config: Config, params: di
 
 def _read_packed(file: Path, dtype: Any) -> dict[str, Any]:
     reader = open_weights(file)
-    tensors = {tuple(name.split("/")): reader.read(name) for name in reader.names()}
+    tensors = {tuple(name.split("/")): read_floats(reader, name) for name in reader.names()}
     return unflatten_dict({path: x if dtype is None else x.astype(dtype) for path, x in tensors.items()})
 
 
@@ -175,12 +176,12 @@ def _config(directory: Path, component: str) -> Config:
     file = directory / "config.json"
     if not file.exists():
         raise _incomplete(directory)
+    description = read_json(file)
     try:
-        description = json.loads(file.read_text())
         actual, version = description["component"], description["format"]
         sizes = {directory / name: int(size) for name, size in description["files"].items()}
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
         raise UserError(f"{file} was not written by tools/convert_weights.py: convert the weights again.") from error
     if actual != component:
         raise UserError(f"{directory} holds {actual!r}, not {component!r}: put each component in its own folder.")

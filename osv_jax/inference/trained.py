@@ -15,6 +15,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from osv_jax.convert.lora_files import check_lora
 from osv_jax.convert.naming import Path, torch_name
+from osv_jax.convert.weights import locate
 from osv_jax.errors import UserError
 from osv_jax.models.lora import merge_lora, scale_lora
 from osv_jax.objectives.objective import find, is_known
@@ -22,7 +23,6 @@ from osv_jax.objectives.options import RunOptions, check_stored
 from osv_jax.objectives.players import Student
 from osv_jax.runtime import checkpoint, paths
 from osv_jax.runtime.finite import check_finite
-from osv_jax.runtime.paths import as_path
 
 Params = Mapping[str, Any]
 
@@ -81,7 +81,7 @@ class Trained:
 
 def is_workdir(path: str | os.PathLike) -> bool:
     """Whether `path` looks like the workdir of a training run."""
-    return (as_path(path) / "checkpoints").is_dir()
+    return (locate(path) / "checkpoints").is_dir()
 
 
 def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
@@ -97,7 +97,7 @@ def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
     Raises:
         UserError: not a workdir, no checkpoint in it yet, or a damaged one; numbers that are not in their range.
     """
-    workdir = as_path(workdir)
+    workdir = locate(workdir)
     try:
         config = json.loads((workdir / "config.json").read_text())
         _check_stored(config, f"{workdir / 'config.json'}: ")

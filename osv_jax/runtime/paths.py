@@ -37,7 +37,7 @@ def as_path(name: str | os.PathLike) -> Path:
 
     Raises:
         UserError: a bucket without a name, one that cannot be reached or for which the driver is missing; another kind
-            of URL; `~` of nobody.
+            of URL; `~` of nobody; a name that no file can have, or in a folder that may not be looked into.
     """
     text = os.fspath(name)
     if text.startswith(_SCHEME):
@@ -52,9 +52,18 @@ def as_path(name: str | os.PathLike) -> Path:
         # pathlib makes one slash of two; a local folder called `gs:` is never meant.
         raise UserError(f"{text} has lost a slash of gs://; give it as a string.")
     try:
-        return pathlib.Path(text).expanduser()
+        path = pathlib.Path(text).expanduser()
     except RuntimeError as error:
         raise UserError(f"{text} begins with the home of a user who has none here; write the path in full.") from error
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        pass
+    except (OSError, ValueError) as error:  # Here, and not where `exists` is asked for the first time.
+        raise UserError(
+            f"{text} cannot be reached ({getattr(error, 'strerror', error)}); give another name."
+        ) from error
+    return path
 
 
 @functools.lru_cache

@@ -3,9 +3,13 @@ import re
 import runpy
 
 import jax
+import numpy as np
 import pytest
 import tiny_checkpoints
+from flax.traverse_util import flatten_dict
 
+from osv_jax.convert.architectures import expected_params
+from osv_jax.convert.lora_files import is_lora, read_lora
 from osv_jax.convert.weights import load_config, load_params
 
 main = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "tools" / "convert_weights.py"))["main"]
@@ -69,6 +73,34 @@ def test_user_errors_are_one_line_and_status_2(arguments, message, tmp_path, mon
     assert message in captured.err
     assert captured.err.count("\n") == 1
     assert captured.out == ""
+
+
+def test_names_in_the_package_are_known_to_every_command(tmp_path, capsys):
+    out = str(tmp_path / "out")
+    assert main(["import-lora", "miniature/stage2", out, "--weights=miniature"]) == 0
+    shapes = expected_params("unet", load_config("miniature", "unet"))
+    expected = flatten_dict(read_lora("miniature/stage2", shapes).lora)
+    found = flatten_dict(read_lora(out, shapes).lora)
+    assert found.keys() == expected.keys()
+    assert all(np.array_equal(found[path], leaf) for path, leaf in expected.items())
+    assert is_lora("miniature/stage2")
+    capsys.readouterr()
+    for command, source, message in (
+        ("svd", "miniature", r"osv_jax/miniature/unet/config\.json is of weights that are converted already"),
+        (
+            "dinov2",
+            "miniature/dinov2",
+            r"osv_jax/miniature/dinov2/config\.json is of weights that are converted already",
+        ),
+        ("merge", "miniature/stage2", r"osv_jax/miniature/stage2 has no config\.json: give the --workdir"),
+        ("export-lora", "miniature/stage2", r"osv_jax/miniature/stage2 has no config\.json: give the --workdir"),
+        ("import-lora", "miniature/none", r"osv_jax/miniature/none does not exist"),
+        ("pack", "miniature/stage2", r"miniature/stage2 is no weights folder"),
+    ):
+        options = ["--format=peft"] if command == "export-lora" else []
+        assert main([command, source, str(tmp_path / "none"), *options]) == 2
+        error = capsys.readouterr().err
+        assert re.search(message, error) and error.count("\n") == 1, error
 
 
 def test_overwrite(svd, tmp_path, capsys):

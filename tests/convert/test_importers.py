@@ -287,6 +287,17 @@ def test_values_that_are_not_finite_are_an_error(vae_copy, tmp_path, value, dtyp
     assert not list((tmp_path / "out").glob("*"))
 
 
+@pytest.mark.parametrize("dtype", [torch.int8, torch.float8_e4m3fn])
+def test_codes_of_a_quantised_checkpoint_are_no_weights(vae_copy, tmp_path, dtype):
+    file = vae_copy / "vae" / DIFFUSERS
+    state = load_file(file)
+    state["quant_conv.weight"] = state["quant_conv.weight"].to(dtype)
+    save_file(state, file)
+    with pytest.raises(UserError, match=r"vae.*: tensor quant_conv\.weight is stored as (int8|F8_E4M3)"):
+        import_vae(vae_copy, tmp_path / "out")
+    assert not list((tmp_path / "out").glob("*"))
+
+
 def test_a_factor_that_is_not_finite_is_an_error(vae_copy, weights, tmp_path):
     tiny_checkpoints.edit_json(vae_copy / "vae" / "config.json", scaling_factor=float("nan"))
     with pytest.raises(UserError, match=r"vae/config\.json: scaling_factor=nan must be a finite number above 0"):

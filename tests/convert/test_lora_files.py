@@ -254,6 +254,12 @@ def test_an_alpha_among_the_tensors_is_one_number_above_zero(adapter, alpha, tmp
     assert_same(read_lora(tmp_path / "lora.safetensors", SHAPES), adapter[2])
 
 
+def test_codes_of_a_quantised_lora_are_refused(adapter, tmp_path):
+    name = f"{BLOCK}.attn2.to_v.lora_A.weight"
+    save_file(adapter[1] | {name: adapter[1][name].to(torch.int8)}, tmp_path / "lora.safetensors")
+    assert f"tensor {name} is stored as int8" in refused(tmp_path / "lora.safetensors")
+
+
 def test_an_alpha_said_twice_is_refused(adapter, tmp_path):
     metadata = {"lora_adapter_metadata": json.dumps({"r": 4, "lora_alpha": 6})}
     save_file(with_alphas(adapter[1]), tmp_path / "lora.safetensors", metadata)

@@ -55,6 +55,8 @@ def test_names_in_buckets_stay_what_they_are(bucket):
         ("gs:///x", "names no bucket"),
         (pathlib.Path("gs://bucket/x"), "has lost a slash"),
         ("~nobody-of-this-name/x", "home of a user who has none here"),
+        ("x" * 300, "File name too long"),
+        ("runs/\0", "embedded null"),
     ],
 )
 def test_other_names_are_refused_in_a_sentence(name, message, bucket):
