@@ -16,7 +16,6 @@ from collections.abc import Mapping
 
 import jax
 import numpy as np
-from absl import logging
 from jaxtyping import Float, UInt8
 from tqdm import tqdm
 
@@ -24,7 +23,7 @@ from osv_jax.data import demo, pixels
 from osv_jax.errors import UserError
 from osv_jax.inference.pipeline import ImageToVideo, Options
 from osv_jax.objectives.autoencoder import frame_psnr
-from osv_jax.runtime import arguments, command_line, paths
+from osv_jax.runtime import arguments, command_line, ending, paths
 from osv_jax.runtime.finite import strict_json
 from osv_jax.runtime.media import beside_each_other, sample_grid, to_float, write_picture, write_video
 from osv_jax.runtime.paths import Path, as_path
@@ -34,6 +33,7 @@ from osv_jax.sample import add_video_options
 UNTRAINED = "untrained student, 1 step"
 # Sampler and steps that students are sampled with.
 WAYS = {"1 step": ("consistency", 1), "1 step + TTS": ("tts", 1), "2 steps": ("consistency", 2)}
+_FILES = _PICTURE, _FILM, _NUMBERS = "comparison.png", "comparison.mp4", "measured.json"
 _DRAWN_CLIPS = 2
 _FILMED_CLIPS = 4
 
@@ -59,9 +59,14 @@ def main(given: list[str] | None = None) -> None:
     Raises:
         UserError: on anything the user can mend, before anything is compiled.
     """
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of a file that it does not need.
     args = _parser().parse_args(given)
     output = as_path(args.output)
+    paths.check_folder(output, "--output")
+    for name in _FILES:
+        paths.check_file(output / name, "--output")
+    videos, real = demo.video_folder(args.videos), paths.real(output)
+    if args.videos != demo.HELD_OUT and paths.real(videos) in (real, *real.parents):
+        raise UserError(f"--output={output} lies in {videos}, and its film would be one of the videos: choose another.")
     chosen = {name: getattr(args, name) for name in ("height", "width", "num_frames", "fps", "steps")}
     options = Options(sampler="euler", **chosen)
     teacher, *trained = ImageToVideo.load_each(
@@ -72,7 +77,6 @@ def main(given: list[str] | None = None) -> None:
     # A student knows what it was trained on.
     video = trained[0].complete(options)
     clips = read_clips(args.videos, args.clips, video)
-    output.mkdir(parents=True, exist_ok=True)
     for student in trained:
         if student.notice:
             print(student.notice)
@@ -85,9 +89,9 @@ def main(given: list[str] | None = None) -> None:
     measured = measure(made, clips)
     print(table(measured))
     description = {"weights": args.weights, "lora": args.lora, "clips": len(clips), "seed": args.seed}
-    paths.write_text(output / "measured.json", strict_json(description | {"samples": measured}, indent=2) + "\n")
+    paths.write_text(output / _NUMBERS, strict_json(description | {"samples": measured}, indent=2) + "\n")
     draw(output, clips, {label: samples.frames for label, samples in made.items()}, video.fps)
-    print(f"{output / 'comparison.png'}, {output / 'comparison.mp4'}, {output / 'measured.json'}")
+    print(", ".join(str(output / name) for name in _FILES))
 
 
 def read_clips(videos: str, count: int, options: Options) -> UInt8[np.ndarray, "n f h w 3"]:
@@ -202,9 +206,9 @@ def draw(
     kinds = {"real clip": clips, **frames}
     for number in range(min(_DRAWN_CLIPS, len(clips))):
         rows |= {f"{label} ({number + 1})": made[number] for label, made in kinds.items()}
-    write_picture(output / "comparison.png", sample_grid(rows))
+    write_picture(output / _PICTURE, sample_grid(rows))
     filmed = {label: made[:_FILMED_CLIPS] for label, made in kinds.items()}
-    write_video(output / "comparison.mp4", beside_each_other(filmed), fps)
+    write_video(output / _FILM, beside_each_other(filmed), fps)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -221,9 +225,9 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run() -> None:
-    """The program: what the user can mend is one sentence on stderr and exit status 2."""
+    """The program; for how it ends see `ending.exit_status`."""
     command_line.keep_compiled_programs()
-    arguments.run(main)
+    ending.run(main)
 
 
 if __name__ == "__main__":

@@ -12,8 +12,8 @@ import os
 from collections.abc import Sequence
 
 from osv_jax.errors import UserError
-from osv_jax.runtime import arguments
-from osv_jax.runtime.arguments import COMPILED_PROGRAMS, Parser
+from osv_jax.runtime import ending
+from osv_jax.runtime.arguments import Parser, compilation_cache
 from osv_jax.runtime.ranges import COUNT, FINITE, FPS, NOT_NEGATIVE, NUM_FRAMES, PIXELS, SEED, WHOLE, Range
 
 
@@ -80,12 +80,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def run() -> None:
-    """The program: what the user can mend is one sentence on stderr and exit status 2."""
-    arguments.run(main)
+    """The program; for how it ends see `ending.exit_status`."""
+    ending.run(main)
 
 
 if __name__ == "__main__":
-    if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        # What is compiled once need not be compiled again by the next start.
-        os.environ["JAX_COMPILATION_CACHE_DIR"] = str(COMPILED_PROGRAMS)
+    if folder := compilation_cache():
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
     run()

@@ -8,22 +8,18 @@ several images need it or a folder. All images share the compiled programs; each
 from __future__ import annotations
 
 import argparse
-import os
 import sys
 import time
 
 import jax
-import numpy as np
-from absl import logging
-from jaxtyping import UInt8
 
 from osv_jax.data.image import EXTENSIONS, read_image
 from osv_jax.data.video import cover
 from osv_jax.diffusion.samplers import SAMPLERS
 from osv_jax.errors import UserError
 from osv_jax.inference.pipeline import DTYPES, ImageToVideo, Options
-from osv_jax.runtime import arguments, command_line
-from osv_jax.runtime.media import check_rate, write_picture, write_video
+from osv_jax.runtime import arguments, command_line, ending, paths
+from osv_jax.runtime.media import check_rate, write_pictures, write_video
 from osv_jax.runtime.paths import Path, as_path
 from osv_jax.runtime.ranges import SEED
 
@@ -39,7 +35,6 @@ def main(given: list[str] | None = None) -> None:
     Raises:
         UserError: on anything the user can mend, before anything is compiled.
     """
-    logging.set_verbosity(logging.ERROR)  # Orbax warns of a file that it does not need.
     args = _parser().parse_args(given)
     options = Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})
     images = list_images(args.image)
@@ -71,7 +66,10 @@ def main(given: list[str] | None = None) -> None:
         frames = model.frames(model.sample(picture, noise, options), options.decode_chunk_size)[0]
         model.on_part("write")
         writing = time.perf_counter()
-        write_output(output, frames, options.fps)
+        if _is_video(args.output):
+            write_video(output, frames, options.fps)
+        else:
+            write_pictures(output, frames)
         done = time.perf_counter()
         total["write"] += done - writing
         spent = {part: seconds - before[part] for part, seconds in model.seconds.items()} | {"write": done - writing}
@@ -109,13 +107,19 @@ def list_images(names: list[str]) -> list[Path]:
     return images
 
 
+def _is_video(output: str) -> bool:
+    """Whether `--output` names videos, and not folders for pictures."""
+    return output.lower().endswith(_VIDEO_SUFFIXES)
+
+
 def plan_outputs(images: list[Path], output: str) -> list[Path]:
     """What will be written for every image: a video's name, or a folder for pictures. Makes the folders around them.
 
     Raises:
-        UserError: another kind of file, several images with one output, or a place that cannot be written to.
+        UserError: another kind of file, several images with one output, a place that cannot be written to, or where an
+            image is.
     """
-    is_video = output.lower().endswith(_VIDEO_SUFFIXES)
+    is_video = _is_video(output)
     if output.lower().endswith(_OTHER_SUFFIXES):
         raise UserError(f"--output={output} is neither .mp4 nor .gif: choose one of these, or give a folder for PNGs.")
     if len(images) > 1 and "{name}" not in output:
@@ -130,26 +134,20 @@ def plan_outputs(images: list[Path], output: str) -> list[Path]:
         twice = next(path for path in outputs if outputs.count(path) > 1)
         raise UserError(f"Two images would be written to {twice}: rename one of them.")
     for path in outputs:
-        folder = path.parent if is_video else path
-        try:
-            folder.mkdir(parents=True, exist_ok=True)
-            trial = folder / f".{os.getpid()}.trial"
-            trial.touch()
-            trial.unlink()
-        except OSError as error:
-            raise UserError(f"{folder} cannot be written to ({error.strerror}): choose another --output.") from error
-        if is_video and path.is_dir():
-            raise UserError(f"--output={path} is a folder: choose another name for the video.")
+        if is_video:
+            if not path.suffix:
+                raise UserError(f"--output={path} has an ending but no name: choose a name for the video.")
+            paths.check_folder(path.parent, "--output")
+            paths.check_file(path, "--output")
+            clashing = [image for image in images if paths.real(image) == paths.real(path)]
+        else:
+            paths.check_folder(path, "--output")
+            for picture in path.glob("[0-9]*.png"):
+                paths.check_file(picture, "--output")
+            clashing = [image for image in images if paths.real(image.parent) == paths.real(path)]
+        if clashing:
+            raise UserError(f"--output={path} is where {clashing[0]} is: choose another output.")
     return outputs
-
-
-def write_output(path: Path, frames: UInt8[np.ndarray, "f h w 3"], fps: float) -> None:
-    """Writes frames to a video, or to a folder of pictures 000.png, 001.png, ..."""
-    if path.suffix.lower() in _VIDEO_SUFFIXES:
-        write_video(path, frames, fps)
-        return
-    for number, frame in enumerate(frames):
-        write_picture(path / f"{number:03d}.png", frame)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -199,9 +197,9 @@ def _parts(seconds: dict[str, float]) -> str:
 
 
 def run() -> None:
-    """The program: what the user can mend is one sentence on stderr and exit status 2."""
+    """The program; for how it ends see `ending.exit_status`."""
     command_line.keep_compiled_programs()
-    arguments.run(main)
+    ending.run(main)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,7 @@
 
 Started again with the same arguments it resumes, exactly, from the last checkpoint. The workdir receives config.json,
 checkpoints/, metrics.jsonl, tensorboard/, pictures/ and losses.png. SIGTERM, with which schedulers announce that they
-take the machine, makes it save the last finished step and end with status 143.
+take the machine, and Ctrl-C make it save the last finished step and end with status 143 and 130.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
 
     Raises:
         UserError: on anything the user can mend, before compilation starts where it can be known by then.
-        distributed.Preempted: after SIGTERM.
+        Stopped: after SIGTERM or Ctrl-C.
     """
     check_config(config)
     config = setup.with_num_frames(config)

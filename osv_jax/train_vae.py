@@ -2,7 +2,8 @@
 
 Started again with the same arguments it resumes, exactly, from the last checkpoint. The workdir receives config.json,
 checkpoints/, metrics.jsonl, tensorboard/, pictures/, losses.png, and at the end `vae/`, part of a weights folder,
-whose `scaling_factor` gives the training clips' latents unit variance.
+whose `scaling_factor` gives the training clips' latents unit variance. SIGTERM and Ctrl-C are taken as `osv_jax.train`
+does.
 """
 
 from __future__ import annotations

@@ -1,8 +1,6 @@
 """The programs with everything in a bucket: prepared, trained, stopped and resumed, exported, sampled."""
 
 import concurrent.futures
-import pathlib
-import runpy
 
 import micro_finetune
 import numpy as np
@@ -13,6 +11,7 @@ from fake_encoder import FakeEncoder
 from PIL import Image
 from small_videos import small_videos
 from test_prepare import ARGUMENTS
+from tool import convert
 from toy_unet import ToyUNet, toy_training
 from workdirs import assert_same, metrics_of, state_of
 
@@ -25,7 +24,6 @@ from osv_jax.runtime import checkpoint, paths
 
 STEPS = 4
 BUCKET = paths.as_path
-convert = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "tools" / "convert_weights.py"))["main"]
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -171,9 +171,14 @@ def test_the_program(tmp_path, capsys, monkeypatch):
         (["--steps=0"], "steps=0"),
         (["--weights=nowhere"], "nowhere"),
         (["--guidance=3"], "guidance"),
+        (["--output=/proc/x"], "/proc/x cannot be written to .*choose another --output"),
+        (["--output=clips/compared", "--videos=clips"], "clips/compared lies in clips"),
+        (["--output=taken"], "comparison.mp4 is a folder"),
     ],
 )
-def test_mistakes_are_named(changed, message, tmp_path):
+def test_mistakes_are_named(changed, message, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "taken" / "comparison.mp4").mkdir(parents=True)
     own = [] if changed[0].startswith("--weights") else ["--weights=miniature"]
     with pytest.raises(UserError, match=message):
         compare.main([*own, "--lora=x", "--videos=miniature", f"--output={tmp_path}", *changed])

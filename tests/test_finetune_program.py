@@ -4,7 +4,6 @@ import json
 import math
 import os
 import pathlib
-import runpy
 import shutil
 import signal
 
@@ -15,22 +14,22 @@ import numpy as np
 import pytest
 from conftest import relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
+from tool import convert as main
 from toy_unet import ToyUNet, toy_training
 from workdirs import assert_same, metrics_of, state_of
 
 from osv_jax import train
 from osv_jax.convert import weights
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
-from osv_jax.errors import UserError
+from osv_jax.errors import Stopped, UserError
 from osv_jax.inference.pipeline import ImageToVideo, Options
 from osv_jax.inference.trained import load_trained
 from osv_jax.objectives.random_networks import fill_randomly
-from osv_jax.runtime import checkpoint, distributed
+from osv_jax.runtime import checkpoint
 from osv_jax.training import origins, setup
 from osv_jax.training.config import check_config
 
 STEPS = 4
-main = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "tools" / "convert_weights.py"))["main"]
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -72,20 +71,23 @@ def test_a_stopped_run_continues_bit_for_bit(straight, tmp_path, capsys):
     assert metrics_of(workdir) == metrics_of(straight)
 
 
-def test_sigterm_saves_the_last_finished_step(straight, tmp_path, monkeypatch, capsys):
+@pytest.mark.parametrize("sent", [signal.SIGTERM, signal.SIGINT])
+def test_a_signal_saves_the_last_finished_step(sent, straight, tmp_path, monkeypatch, capsys):
     workdir, write = tmp_path / "run", train.metrics.MetricsWriter.write
-    before = signal.getsignal(signal.SIGTERM)
+    before = signal.signal(signal.SIGINT, signal.default_int_handler), signal.getsignal(signal.SIGTERM)
 
     def write_and_signal(self, step, row):
         write(self, step, row)
         if step == 1:  # The host knows of a step's metrics when two more are under way.
-            os.kill(os.getpid(), signal.SIGTERM)
+            os.kill(os.getpid(), sent)
 
     with monkeypatch.context() as patch:
         patch.setattr(train.metrics.MetricsWriter, "write", write_and_signal)
-        with pytest.raises(distributed.Preempted, match=r"step 3 is saved\. The same command continues"):
+        with pytest.raises(Stopped, match=rf"{sent.name}: step 3 is saved\. The same command continues") as stop:
             train.train(finetune_config(num_steps=STEPS, checkpoint_every=10), workdir)
-    assert signal.getsignal(signal.SIGTERM) is before
+    assert stop.value.exit_status == {signal.SIGTERM: 143, signal.SIGINT: 130}[sent]
+    assert signal.getsignal(signal.SIGTERM) is before[1]
+    assert signal.signal(signal.SIGINT, before[0]) is signal.default_int_handler
     assert checkpoint.latest_step(workdir) == 3 and sorted(metrics_of(workdir)) == [1, 2, 3]
     train.train(finetune_config(num_steps=STEPS), workdir)
     assert "Resuming from step 3." in capsys.readouterr().out
@@ -284,7 +286,7 @@ def test_merging_says_what_it_needs(straight, tmp_path, capsys):
     (tmp_path / "there").mkdir()
     assert main(["merge", str(straight), str(tmp_path / "there")]) == 2
     assert "--overwrite" in capsys.readouterr().err
-    assert main(["merge", str(tmp_path), str(tmp_path / "out")]) == 2
+    assert main(["merge", str(tmp_path / "there"), str(tmp_path / "out")]) == 2
     assert "config.json" in capsys.readouterr().err
     assert not (tmp_path / "out").exists()
 

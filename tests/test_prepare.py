@@ -116,6 +116,8 @@ def test_shards_merge_to_the_same_dataset(whole, openvid, tmp_path, capsys):
     ):
         with pytest.raises(UserError, match=words):
             prepare.main(["--merge", *wrong, f"--output={tmp_path / 'wrong'}"])
+    with pytest.raises(UserError, match="part0 is its source"):
+        prepare.main(["--merge", *names, f"--output={names[0]}"])
     # The order in which parts are named does not matter.
     capsys.readouterr()
     prepare.main(["--merge", *reversed(names), f"--output={tmp_path / 'merged'}"])
@@ -330,6 +332,9 @@ def test_places_are_checked(tmp_path, openvid):
     base = [f"--source=openvid:{openvid}", *ARGUMENTS]
     assert "holds other files" in refused(*base, f"--output={tmp_path / 'full'}")
     assert "cannot be written to" in refused(*base, f"--output={tmp_path / 'full' / 'file'}")
+    assert "cannot be written to" in refused(*base, "--output=/proc/x")
+    assert f"lies in {openvid}" in refused(*base, f"--output={openvid / 'latents'}")
+    assert f"holds {openvid}" in refused(*base, f"--output={openvid.parent}")
     with shards.locked(tmp_path / "busy"):
         assert "Another process is writing" in refused(*base, f"--output={tmp_path / 'busy'}")
     assert "is not a dataset" in refused(f"--inspect={tmp_path}")

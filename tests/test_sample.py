@@ -294,7 +294,15 @@ def test_a_folders_images_are_its_files_that_are_not_hidden(images, tmp_path):
         (["--image=empty"], ["empty holds no images"]),
         ([f"--image={300 * 'x'}"], ["cannot be reached (File name too long)"]),
         (["--output=corrupt.png/clip.mp4"], ["corrupt.png cannot be written to", "--output"]),
-        (["--output=empty.mp4"], ["--output=empty.mp4 is a folder"]),
+        (["--output=empty.mp4"], ["empty.mp4 is a folder", "--output"]),
+        (["--output=empty/.mp4"], ["empty/.mp4 has an ending but no name"]),
+        (["--output=locked.mp4"], ["locked.mp4 is read-only", "--output"]),
+        ([f"--output={300 * 'x'}.mp4"], ["cannot be written (File name too long)", "--output"]),
+        ([f"--output={300 * 'x'}"], ["cannot be written to (File name too long)", "--output"]),
+        (["--output=/proc/clips/a.mp4"], ["/proc/clips cannot be written to", "--output"]),
+        (["--image=still.gif", "--output=still.gif"], ["--output=still.gif is where still.gif is"]),
+        (["--output=other/..", "--image=good.png"], ["is where good.png is"]),
+        (["--output=pictures"], ["pictures/001.png is a folder"]),
         (["--output=clip.avi"], ["clip.avi", ".mp4", "PNG"]),
         (["--image", "good.png", "other/good.png", "--output=a.mp4"], ["2 images", "{name}"]),
         (["--image", "good.png", "other/good.png", "--output={name}.mp4"], ["good.mp4", "rename"]),
@@ -335,7 +343,10 @@ def test_bad_input_is_one_sentence_before_anything_is_compiled(arguments, words,
     (tmp_path / "empty").mkdir()
     (tmp_path / "empty.mp4").mkdir()
     (tmp_path / "other").mkdir()
+    (tmp_path / "pictures" / "001.png").mkdir(parents=True)
     Image.new("RGB", (200, 100), "red").save("good.png")
+    Image.new("RGB", (200, 100), "red").save("still.gif")
+    (tmp_path / "locked.mp4").touch(0o444)
     Image.effect_noise((200, 100), 50).save("other/good.png")
     (tmp_path / "corrupt.png").write_text("not a picture")
     (tmp_path / "cut.png").write_bytes((tmp_path / "other" / "good.png").read_bytes()[:5000])

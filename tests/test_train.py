@@ -18,7 +18,7 @@ from workdirs import assert_same, metrics_of, state_of
 
 from osv_jax import train
 from osv_jax.errors import UserError
-from osv_jax.runtime import command_line
+from osv_jax.runtime import checkpoint, command_line
 from osv_jax.training import clips
 
 TESTS = pathlib.Path(__file__).parent
@@ -275,12 +275,25 @@ def test_a_workdir_of_another_configuration_is_refused(tmp_path):
     before.num_steps = 7
     config.data.num_frames, config.random_networks.unet.num_frames = 0, 25
     (tmp_path / "config.json").write_text(json.dumps(before.to_dict()))
-    sentence = refused(config, tmp_path)
+    checkpoint.check_workdir(tmp_path, config.to_dict())  # It never came to a checkpoint.
+    (tmp_path / "checkpoints" / "3.orbax-checkpoint-tmp").mkdir(parents=True)
+    checkpoint.check_workdir(tmp_path, config.to_dict())
+    (tmp_path / "checkpoints" / "3").mkdir()
+    with pytest.raises(UserError) as error:
+        train.train(config, tmp_path)
+    sentence = str(error.value)
     assert "lora.rank (was 99, is 4)" in sentence and "data.num_frames (was 3, is 25)" in sentence
     assert "num_steps" not in sentence
 
 
-def test_a_workdir_that_is_a_file_is_refused(tmp_path):
-    file = tmp_path / "file"
-    file.write_text("")
-    assert "is a file" in refused(micro_stage1.get_config(), file)
+@pytest.mark.parametrize("made", ["run", "run/pictures", "run/tensorboard"])
+def test_files_where_folders_should_be_are_named(made, tmp_path):
+    (tmp_path / made).parent.mkdir(exist_ok=True)
+    (tmp_path / made).touch()
+    assert f"{made} cannot be written to (it is a file)" in refused(micro_stage1.get_config(), tmp_path / "run")
+
+
+@pytest.mark.parametrize("made", ["config.json", "metrics.jsonl", "losses.png"])
+def test_folders_where_files_should_be_are_named(made, tmp_path):
+    (tmp_path / "run" / made).mkdir(parents=True)
+    assert f"{made} is a folder" in refused(micro_stage1.get_config(), tmp_path / "run")

@@ -12,7 +12,7 @@ import jax
 import micro_finetune
 
 from osv_jax import train
-from osv_jax.runtime import checkpoint, distributed, mesh
+from osv_jax.runtime import checkpoint, distributed, ending, mesh
 
 
 def main(argv: list[str]) -> None:
@@ -46,7 +46,4 @@ def main(argv: list[str]) -> None:
 
 
 if __name__ == "__main__":
-    try:
-        main(sys.argv[1:])
-    except distributed.Preempted:
-        sys.exit(distributed.EXIT_STATUS)
+    ending.run(lambda: main(sys.argv[1:]))

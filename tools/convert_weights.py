@@ -17,7 +17,6 @@ each of its networks, small enough to be kept with the code.
 from __future__ import annotations
 
 import argparse
-import sys
 
 import jax
 import numpy as np
@@ -31,11 +30,16 @@ from osv_jax.inference import merging
 from osv_jax.inference.trained import Trained, load_trained
 from osv_jax.models.lora import truncate_lora
 from osv_jax.models.svd_unet import UNetConfig
+from osv_jax.runtime import ending
 from osv_jax.runtime.ranges import COUNT
 
 
-def main(arguments: list[str] | None = None) -> int:
-    """Runs the command line; returns the exit status."""
+def main(arguments: list[str] | None = None) -> None:
+    """Converts.
+
+    Raises:
+        UserError: on anything the user can mend.
+    """
     # Conversion is file work: an accelerator would only be occupied by it.
     jax.config.update("jax_platforms", "cpu")
     args = _parser().parse_args(arguments)
@@ -47,12 +51,9 @@ def main(arguments: list[str] | None = None) -> int:
         "merge": _merge,
         "pack": _pack,
     }
-    try:
-        commands[args.command](args)
-    except UserError as error:
-        print(f"convert_weights: {error}", file=sys.stderr)
-        return 2
-    return 0
+    if args.command not in ("svd", "dinov2"):
+        exporters.check_output(args.output, args.overwrite, args.source, *filter(None, [vars(args).get("weights")]))
+    commands[args.command](args)
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -185,6 +186,7 @@ def _export_unet(trained: Trained, args: argparse.Namespace) -> None:
     folder = args.weights or trained.config.get("weights")
     if not folder:
         raise UserError("The run has no weights folder of its own: give the base's with --weights.")
+    exporters.check_output(args.output, args.overwrite, folder)
     config = weights.load_config(folder, "unet")
     trained.check_fits(expected_params("unet", config), args.source)
     base = jax.tree.map(np.asarray, weights.load_params(folder, "unet", dtype=np.float32))
@@ -218,4 +220,4 @@ def _import_lora(args: argparse.Namespace) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main())
+    ending.run(main)

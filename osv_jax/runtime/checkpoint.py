@@ -26,18 +26,21 @@ _FREE_TO_CHANGE = ("num_steps", *_INTERVALS, "keep_checkpoints", "mesh", "data.n
 
 
 def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
-    """Compares the configuration with the one the workdir was started with.
+    """Compares the configuration with the one of the workdir's checkpoints, if there are any, and makes the folder.
 
     Raises:
-        UserError: naming the keys that differ, or when the folder is a file or holds something else.
+        UserError: naming the keys that differ, or when the folder cannot be written to or holds something else.
     """
-    if workdir.exists() and not workdir.is_dir():
-        raise UserError(f"--workdir={workdir} is a file; give a folder for this run's files.")
+    for folder in (workdir, *(workdir / name for name in ("checkpoints", "pictures", "tensorboard"))):
+        if folder == workdir or folder.exists():
+            paths.check_folder(folder, "--workdir")
+    for name in ("config.json", "metrics.jsonl", "losses.png"):
+        paths.check_file(workdir / name, "--workdir")
+    if latest_step(workdir) is None:
+        return  # Nothing that another configuration could spoil.
     file = workdir / "config.json"
     if not file.exists():
-        if (workdir / "checkpoints").exists():
-            raise UserError(f"{workdir} has checkpoints but no config.json; give another --workdir.")
-        return
+        raise UserError(f"{workdir} has checkpoints but no config.json; give another --workdir.")
     try:
         before = flatten_dict(json.loads(file.read_text()), sep=".", keep_empty_nodes=True)
     except json.JSONDecodeError as error:

@@ -1,42 +1,33 @@
-"""What the programs that take a configuration share: parsing, refusing, and ending."""
+"""What the programs that take a configuration share."""
 
 from __future__ import annotations
 
 import os
-import sys
 from collections.abc import Callable
 
 import jax
-from absl import app, flags, logging
+from absl import app, flags
 
 from osv_jax.errors import UserError
-from osv_jax.runtime import arguments, distributed
+from osv_jax.runtime import arguments, ending
 
 
 def run(main: Callable[[list[str]], int | None]) -> None:
-    """Runs a program; what the user can mend is one sentence on stderr and exit status 2, SIGTERM status 143."""
+    """Runs a program; for how it ends see `ending.exit_status`."""
     keep_compiled_programs()
 
-    def quietly(argv: list[str]) -> int | None:
-        logging.set_verbosity(logging.ERROR)  # Orbax tells 20 lines about every checkpoint.
+    def checked(argv: list[str]) -> int | None:
         if argv[1:]:
             raise UserError(f"Unexpected argument {argv[1]!r}; options look like --config.batch_size=4.")
         return main(argv)
 
-    try:
-        app.run(quietly, flags_parser=parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except distributed.Preempted as stop:
-        print(stop, file=sys.stderr)
-        sys.exit(distributed.EXIT_STATUS)
+    ending.run(lambda: app.run(checked, flags_parser=parse))
 
 
 def keep_compiled_programs() -> None:
     """What is compiled once need not be compiled again by the next start."""
     if "JAX_COMPILATION_CACHE_DIR" not in os.environ:
-        jax.config.update("jax_compilation_cache_dir", str(arguments.COMPILED_PROGRAMS))
+        jax.config.update("jax_compilation_cache_dir", arguments.compilation_cache())
 
 
 def parse(argv: list[str]) -> list[str]:

@@ -7,7 +7,6 @@ import glob
 import importlib.util
 import os
 import signal
-import threading
 from collections.abc import Callable, Iterator, Mapping
 
 import jax
@@ -16,12 +15,6 @@ from jax.experimental import multihost_utils
 from osv_jax.errors import UserError
 
 _VARIABLES = ("JAX_COORDINATOR_ADDRESS", "JAX_NUM_PROCESSES", "JAX_PROCESS_ID")
-# What a process that SIGTERM ended reports (128 + 15): schedulers take it for a preemption, not for a success.
-EXIT_STATUS = 143
-
-
-class Preempted(Exception):
-    """SIGTERM came; the last finished step has been saved."""
 
 
 def join(environment: Mapping[str, str] = os.environ) -> None:
@@ -69,19 +62,35 @@ def quiet_but_first() -> Iterator[None]:
 
 
 @contextlib.contextmanager
-def watch_sigterm() -> Iterator[Callable[[int], bool]]:
-    """Inside, SIGTERM does not end the process.
+def watch_signals() -> Iterator[Callable[[int], signal.Signals | None]]:
+    """Inside, neither SIGTERM nor Ctrl-C (SIGINT) ends the process, unless that comes again; see `ending.exit_status`.
 
     Yields:
-        `should_stop(step)`, to be asked once after every step: whether to save now and leave. With several processes
-        it turns true for the same step in all of them, whichever received the signal.
+        `stop_signal(step)`, to be asked once after every step: the signal for which to save now and leave, if there is
+        one. With several processes there is one for the same step in all of them, whichever received it.
     """
-    if jax.process_count() > 1:
-        yield multihost_utils.reached_preemption_sync_point
-        return
-    received = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: received.set())
+    is_alone = jax.process_count() == 1
+    received: list[signal.Signals] = []
+
+    def note(number: int, frame: object) -> None:
+        received.append(signal.Signals(number))
+        if number == signal.SIGINT:
+            # `print` cannot be called again from within itself.
+            os.write(2, b"Ctrl-C: saving after this step; once more ends at once.\n")
+            if not is_alone:
+                os.kill(os.getpid(), signal.SIGTERM)  # Of which JAX tells the others.
+
+    def stop_signal(step: int) -> signal.Signals | None:
+        own = received[0] if received else None
+        if is_alone:
+            return own
+        return (own or signal.SIGTERM) if multihost_utils.reached_preemption_sync_point(step) else None
+
+    watched = [signal.SIGINT] if signal.getsignal(signal.SIGINT) is not signal.SIG_IGN else []
+    watched += [signal.SIGTERM] if is_alone else []
+    before = {number: signal.signal(number, note) for number in watched}
     try:
-        yield lambda step: received.is_set()
+        yield stop_signal
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import contextlib
 import fractions
+import itertools
 import math
 import os
 import pathlib
@@ -18,7 +20,7 @@ from PIL import Image, ImageDraw, ImageFont
 from osv_jax.errors import UserError
 from osv_jax.runtime import paths
 from osv_jax.runtime.finite import NotFinite, is_finite
-from osv_jax.runtime.paths import as_path
+from osv_jax.runtime.paths import Path, as_path
 
 _MIN_FRAME_WIDTH = 96
 # Of a video with labels, and letters of a label that fit beside each other.
@@ -155,9 +157,23 @@ def write_picture(path: str | os.PathLike, picture: UInt8[np.ndarray, "h w 3"]) 
         Image.fromarray(picture).save(file, "PNG")
 
 
+def write_pictures(folder: Path, frames: UInt8[np.ndarray, "f h w 3"]) -> None:
+    """Writes 000.png, 001.png, ... when all are made, and removes what a longer clip left of them."""
+    with contextlib.ExitStack() as made:
+        for number, frame in enumerate(frames):
+            file = made.enter_context(paths.new_file(folder / f"{number:03d}.png"))
+            Image.fromarray(frame).save(file, "PNG")
+    for number in itertools.count(len(frames)):
+        left = folder / f"{number:03d}.png"
+        if not left.exists():
+            return
+        left.unlink()
+
+
 def _write_mp4(path: pathlib.Path, frames: np.ndarray, fps: float) -> None:
     frames = np.pad(frames, ((0, 0), (0, frames.shape[1] % 2), (0, frames.shape[2] % 2), (0, 0)), mode="edge")
-    with av.open(str(path), "w", format="mp4") as container:
+    # Absolute, as FFmpeg takes what is before a colon for a protocol.
+    with av.open(os.path.abspath(path), "w", format="mp4") as container:
         stream = container.add_stream("libx264", rate=fractions.Fraction(fps).limit_denominator(1001))
         stream.height, stream.width = frames.shape[1:3]
         stream.pix_fmt = "yuv420p"

@@ -14,6 +14,7 @@ import os
 import pathlib
 import re
 import shutil
+import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
@@ -89,6 +90,17 @@ def _file_system() -> fsspec.AbstractFileSystem:
     return fsspec.filesystem("gcs", finalize_on_close=True)
 
 
+def user_cache(name: str) -> pathlib.Path | None:
+    """A folder for what can be made again, or None where there is no home, or one that cannot be written to."""
+    with contextlib.suppress(OSError, RuntimeError):
+        cache = os.environ.get("XDG_CACHE_HOME") or pathlib.Path.home() / ".cache"
+        folder = pathlib.Path(cache, "osv_jax", name)
+        folder.mkdir(parents=True, exist_ok=True)
+        tempfile.TemporaryFile(dir=folder).close()
+        return folder
+    return None
+
+
 def in_bucket(path: str | os.PathLike) -> bool:
     """Whether a path is in a bucket."""
     return os.fspath(path).startswith(_SCHEME)
@@ -101,8 +113,8 @@ def absolute(path: Path) -> Path:
 
 def size_of(file: Path) -> int:
     """Of a file [bytes]."""
-    stat = file.stat()
-    return stat.length if isinstance(file, epath.Path) else stat.st_size
+    found = file.stat()
+    return found.length if isinstance(file, epath.Path) else found.st_size
 
 
 def files_below(folder: Path) -> dict[str, int]:
@@ -155,6 +167,73 @@ def write_text(file: Path, text: str) -> None:
         temporary.write_text(text)
 
 
+def check_folder(folder: Path, option: str) -> None:
+    """Makes a folder, if it is not there, and tries to write to it, so that what cannot be is known before the work.
+
+    Args:
+        option: what gave the folder, for the message.
+
+    Raises:
+        UserError: it is a file, or cannot be made or written to.
+    """
+    trial = folder / f".{uuid.uuid4().hex}.tmp"
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        trial.write_text("")
+        trial.unlink()
+    except FileExistsError as error:
+        raise UserError(f"{folder} cannot be written to (it is a file): choose another {option}.") from error
+    except OSError as error:
+        reason = error.strerror or error
+        raise UserError(f"{folder} cannot be written to ({reason}): choose another {option}.") from error
+
+
+def check_file(file: Path, option: str) -> None:
+    """Checks that a file can be made in a folder that can be written to, or be replaced there.
+
+    Args:
+        option: as in `check_folder`.
+
+    Raises:
+        UserError: it is a folder, is read-only, or has a name that cannot be.
+    """
+    if in_bucket(file):
+        return
+    try:
+        mode = file.stat().st_mode
+    except FileNotFoundError:
+        return
+    except OSError as error:
+        raise UserError(f"{file} cannot be written ({error.strerror}): choose another {option}.") from error
+    if stat.S_ISDIR(mode):
+        raise UserError(f"{file} is a folder, where a file is to be written: choose another {option}.")
+    # Who may do everything may write to a read-only file, too, but does not mean to.
+    if not mode & 0o222 or not os.access(file, os.W_OK):
+        raise UserError(f"{file} is read-only: choose another {option}, or make it writable.")
+
+
+def check_apart(output: Path, *sources: Path) -> None:
+    """Checks that nothing is overwritten that an output is made from; links are followed.
+
+    Raises:
+        UserError: the output is one of the sources, holds it or lies in it.
+    """
+    made = real(output)
+    for source in sources:
+        given = real(source)
+        relation = (
+            "is" if made == given else "holds" if made in given.parents else "lies in" if given in made.parents else ""
+        )
+        if relation:
+            what = "its source" if relation == "is" else f"{source}, its source"
+            raise UserError(f"The output {output} {relation} {what}: choose another output.")
+
+
+def real(path: Path) -> Path:
+    """Absolute, with links followed; two names of one file or folder are equal then."""
+    return path if in_bucket(path) else pathlib.Path(os.path.realpath(path))
+
+
 @contextlib.contextmanager
 def new_file(path: Path) -> Iterator[pathlib.Path]:
     """A local name to write to. At the end of the block the file becomes `path`; if the block raises, it is gone.
@@ -190,6 +269,7 @@ def new_folder(path: Path) -> Iterator[pathlib.Path]:
             remove_folder(path)
             copy_folder(pathlib.Path(folder), path)
         return
+    path = real(path)  # What a link names is replaced, not the link.
     partial = path.with_name(f".{path.name}.partial")
     try:
         remove_folder(partial)

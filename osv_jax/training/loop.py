@@ -17,10 +17,11 @@ import orbax.checkpoint as ocp
 from jaxtyping import Array
 from ml_collections import ConfigDict
 
+from osv_jax.errors import Stopped
 from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Objective
 from osv_jax.objectives.players import TrainState
-from osv_jax.runtime import checkpoint, distributed, mesh, metrics
+from osv_jax.runtime import checkpoint, distributed, ending, mesh, metrics
 from osv_jax.runtime.finite import NotFinite
 from osv_jax.runtime.paths import Path
 from osv_jax.training.clips import LatentClips, PixelClips
@@ -63,7 +64,7 @@ def run_phase(run: Run, phase: Phase, start: int, state: TrainState) -> TrainSta
 
     Raises:
         NotFinite: when a metric is not.
-        distributed.Preempted: after SIGTERM.
+        Stopped: after SIGTERM or Ctrl-C, when the last finished step is saved.
     """
     # Closing ends the processes that read, if there are any.
     with contextlib.closing(iter(run.clips.batches(phase, start))) as local_batches:
@@ -74,7 +75,8 @@ def _train(
     run: Run, phase: Phase, start: int, state: TrainState, batches: Iterator[dict[str, jax.Array]]
 ) -> TrainState:
     config, curves = run.config, run.objective.curves
-    batch = next(batches)
+    with ending.without_interrupts():  # Processes that read, if there are any, start with the first batch.
+        batch = next(batches)
     print(f"Compiling the step for {phase.height} x {phase.width} ...", flush=True)
     compile_start = time.perf_counter()
     names, step = compile_step(run, state, batch)
@@ -84,21 +86,21 @@ def _train(
     if start == 0:
         _write_picture(run, 0, draw(state, run.frozen))
     progress.begin()
-    with distributed.watch_sigterm() as should_stop:
+    with distributed.watch_signals() as stop_signal:
         for number in range(start + 1, phase.end + 1):
             state, values = step(state, run.frozen, batch)
             progress.add(number, values)
             last = number == phase.end
-            stops = should_stop(number) and number < config.num_steps
-            if not last:
+            stop = stop_signal(number) if number < config.num_steps else None
+            if not (last or stop):
                 batch = next(batches)
-            if number % config.checkpoint_every == 0 or last or stops:
+            if number % config.checkpoint_every == 0 or last or stop:
                 progress.finish()  # A state whose metrics are not finite must not become a checkpoint.
                 run.writer.flush()
                 checkpoint.save(run.checkpoints, number, state, run.clips.save_position(phase, number))
-            if stops:
+            if stop:
                 run.checkpoints.wait_until_finished()
-                raise distributed.Preempted(f"SIGTERM: step {number} is saved. The same command continues from there.")
+                raise Stopped(f"{stop.name}: step {number} is saved. The same command continues from there.", stop)
             if number % config.picture_every == 0 or last:
                 progress.finish()
                 _write_picture(run, number, draw(state, run.frozen))

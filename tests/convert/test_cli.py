@@ -1,18 +1,15 @@
-import pathlib
 import re
-import runpy
 
 import jax
 import numpy as np
 import pytest
 import tiny_checkpoints
 from flax.traverse_util import flatten_dict
+from tool import convert as main
 
 from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.lora_files import is_lora, read_lora
 from osv_jax.convert.weights import load_config, load_params
-
-main = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "tools" / "convert_weights.py"))["main"]
 
 
 @pytest.fixture(scope="module")

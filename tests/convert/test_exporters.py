@@ -3,7 +3,6 @@
 import json
 import pathlib
 import re
-import runpy
 
 import jax
 import jax.numpy as jnp
@@ -15,6 +14,7 @@ import tiny_pipeline
 from conftest import relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
+from tool import convert
 from torch_forward import run_flax, run_torch
 
 from osv_jax.convert import exporters
@@ -31,7 +31,6 @@ from osv_jax.training import setup
 ROOT = pathlib.Path(__file__).parents[2]
 SHAPES = expected_params("unet", tiny_pipeline.UNET)
 SCALE = 3.0
-convert = runpy.run_path(str(ROOT / "tools" / "convert_weights.py"))["main"]
 
 
 @pytest.fixture(scope="module")
@@ -294,6 +293,37 @@ def test_bad_requests_are_one_line(home, state, arguments, words, capsys):
     assert all(word in told.err for word in words), told.err
     assert told.err.count("\n") == 1 and told.out == ""
     assert not pathlib.Path("out").exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["export-lora", "runs/stage2", "runs/stage2", "--format=peft"], "runs/stage2 is its source"),
+        (["export-lora", "runs/stage2", "runs/link", "--format=peft"], "runs/link is its source"),
+        (["export-lora", "runs/stage2", "runs/stage2/checkpoints", "--format=peft"], "lies in runs/stage2"),
+        (["export-lora", "runs/stage2", "runs", "--format=diffusers"], "runs holds runs/stage2"),
+        (["export-lora", "runs/stage2", "weights/svd/unet", "--format=unet"], "weights/svd/unet lies in /"),
+        (["merge", "runs/stage2", "weights"], "weights holds /"),
+        (["merge", "runs/stage2", "weights/svd", "--weights=weights/svd"], "weights/svd is its source"),
+        (["merge", "runs/stage2", "runs/stage2"], "is its source"),
+        (["pack", "weights/svd", "weights/svd"], "is its source"),
+        (["import-lora", "runs/stage2", "runs/stage2"], "is its source"),
+        (["import-lora", "nowhere", "weights/svd", "--weights=weights/svd"], "is its source"),
+        (["svd", "svd", "svd"], "svd/unet is its source"),
+        (["export-lora", "runs/stage2", "svd/model_index.json", "--format=peft"], "is a file"),
+        (["pack", "weights/svd", "svd/model_index.json/x"], "svd/model_index.json cannot be written to"),
+        (["svd", "svd", "svd/model_index.json"], "svd/model_index.json cannot be written to"),
+        (["merge", "runs/stage2", 300 * "x"], "(File name too long)"),
+    ],
+)
+def test_no_command_overwrites_what_it_reads(home, arguments, words, capsys):
+    if not (home / "runs" / "link").is_symlink():
+        (home / "runs" / "link").symlink_to("stage2")
+    before = sorted(home.rglob("*"))
+    assert convert([*arguments, "--overwrite"]) == 2
+    told = capsys.readouterr()
+    assert words in told.err and told.err.count("\n") == 1, told.err
+    assert sorted(home.rglob("*")) == before
 
 
 def _other_weights(folder):

@@ -1,9 +1,7 @@
 """LoRA made by PEFT and by other programs, read here."""
 
 import json
-import pathlib
 import re
-import runpy
 
 import jax
 import numpy as np
@@ -15,6 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from safetensors.torch import load_file, save_file
 from tiny_pipeline import CONFIGS, UNET
+from tool import convert
 from torch_forward import run_flax, run_torch
 from torch_reference import flax_params, torch_unet
 
@@ -33,7 +32,6 @@ from osv_jax.training import origins, setup
 
 SHAPES = expected_params("unet", UNET)
 BLOCK = "mid_block.attentions.0.transformer_blocks.0"
-convert = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "tools" / "convert_weights.py"))["main"]
 
 
 @pytest.fixture(scope="module")

@@ -1,9 +1,11 @@
 """Which environments make a process join others; that joined ones train together is in test_processes.py."""
 
+import signal
+
 import pytest
 
 from osv_jax import train
-from osv_jax.errors import UserError
+from osv_jax.errors import Stopped, UserError
 from osv_jax.runtime import command_line, distributed
 
 
@@ -62,7 +64,7 @@ def test_half_an_environment_is_refused(joined, values, words):
 
 def test_a_preempted_program_reports_it(monkeypatch, capsys):
     def preempted(*args, **kwargs):
-        raise distributed.Preempted("SIGTERM: step 3 is saved.")
+        raise Stopped("SIGTERM: step 3 is saved.", signal.SIGTERM)
 
     monkeypatch.setattr(command_line.app, "run", preempted)
     with pytest.raises(SystemExit) as status:

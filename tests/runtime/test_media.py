@@ -1,5 +1,8 @@
 """Grids show the exact pixels with their labels; videos survive the round trip through a file."""
 
+import errno
+import pathlib
+
 import av
 import numpy as np
 import pytest
@@ -113,6 +116,44 @@ def test_there_is_no_pixel_for_what_is_not_finite(value):
         media.to_uint8(frames)
     frames[1, 2, 3, 0] = 3e38
     assert media.to_uint8(frames)[1, 2, 3, 0] == 255
+
+
+@pytest.mark.parametrize("name", ["12:30.mp4", "pipe:1.mp4", "pipe:/a.mp4", "a%03d.mp4", "concat:a|b.gif"])
+def test_names_are_files_whatever_ffmpeg_makes_of_them(name, tmp_path, clip, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / name).parent.mkdir(exist_ok=True)
+    media.write_video(name, clip[:2], 7)
+    assert [path.as_posix() for path in (tmp_path / name).parent.iterdir()] == [str(tmp_path / name)]
+    with av.open(str(tmp_path / name)) as container:
+        assert sum(1 for _ in container.decode(video=0)) == 2
+
+
+def test_a_shorter_clip_replaces_a_longer_one(tmp_path, clip):
+    media.write_pictures(tmp_path, clip)
+    (tmp_path / "cat.png").touch()
+    (tmp_path / "020.png").touch()  # Not of the clip, as there is no 014.png.
+    media.write_pictures(tmp_path, clip[:3] // 2)
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["000.png", "001.png", "002.png", "020.png", "cat.png"]
+    with Image.open(tmp_path / "002.png") as picture:
+        np.testing.assert_array_equal(picture, clip[2] // 2)
+
+
+@pytest.mark.parametrize(
+    "failing",
+    [lambda folder, clip: media.write_pictures(folder, clip)]
+    + [lambda folder, clip, name=name: media.write_video(folder / name, clip, 7) for name in ("a.mp4", "a.gif")],
+)
+def test_what_cannot_be_written_whole_leaves_what_was_there(failing, tmp_path, clip, monkeypatch):
+    (tmp_path / "000.png").write_text("before")
+    (tmp_path / "a.mp4").write_text("before")
+
+    def full(*_, **__):
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    monkeypatch.setattr(pathlib.Path, "replace", full)
+    with pytest.raises(OSError, match="No space"):
+        failing(tmp_path, clip[:2])
+    assert {path.name: path.read_text() for path in tmp_path.iterdir()} == {"000.png": "before", "a.mp4": "before"}
 
 
 def test_other_endings_are_refused(tmp_path, clip):

@@ -1,7 +1,10 @@
 """Names of files and folders, here and in buckets."""
 
+import errno
 import pathlib
+import re
 import sys
+import tempfile
 
 import pytest
 from bucket import OBJECTS, BucketFileSystem, stand_in
@@ -9,10 +12,14 @@ from etils import epath
 
 from osv_jax import sample
 from osv_jax.convert import weights
+from osv_jax.data import demo
 from osv_jax.errors import UserError
-from osv_jax.runtime import command_line
+from osv_jax.runtime import arguments, command_line
 from osv_jax.runtime.paths import (
     as_path,
+    check_apart,
+    check_file,
+    check_folder,
     copy_file,
     copy_folder,
     files_below,
@@ -21,6 +28,7 @@ from osv_jax.runtime.paths import (
     new_folder,
     remove_folder,
     size_of,
+    user_cache,
 )
 
 
@@ -132,6 +140,82 @@ def test_files_are_copied_to_and_from_buckets_and_what_readers_ask_for_comes_las
     assert files_below(tmp_path / "back") == files_below(made) == files_below(bucket / "one")
     copy_file(bucket / "one" / "z", bucket / "two")
     assert (bucket / "two").read_text() == "z"
+
+
+def test_an_output_is_apart_from_what_it_is_made_of(tmp_path):
+    source, link = tmp_path / "run", tmp_path / "link"
+    (source / "inside").mkdir(parents=True)
+    link.symlink_to(source)
+    for output, words in (
+        (source, "is its source"),
+        (tmp_path / "run" / ".." / "run", "is its source"),
+        (link, "is its source"),
+        (source / "inside", f"lies in {source}, its source"),
+        (link / "inside" / "deeper", f"lies in {source}, its source"),
+        (tmp_path, f"holds {source}, its source"),
+    ):
+        with pytest.raises(UserError, match=f"The output {re.escape(str(output))} {words}: choose another"):
+            check_apart(output, pathlib.Path("elsewhere"), source)
+    check_apart(tmp_path / "run2", source, tmp_path / "ru")
+    check_apart(tmp_path / "run2", as_path("run2"))
+
+
+def test_folders_are_tried_before_the_work(tmp_path):
+    check_folder(tmp_path / "a" / "b", "--output")
+    assert list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").touch()
+    for folder, words in (
+        ("file", "it is a file"),
+        ("file/x", "Not a directory"),
+        (300 * "x", "File name too long"),
+        ("/proc/x", ""),
+    ):
+        with pytest.raises(UserError, match=rf"{folder} cannot be written to \(.*{words}\): choose another --output"):
+            check_folder(tmp_path / folder, "--output")
+
+
+def test_a_folder_that_takes_no_files_is_refused(tmp_path, monkeypatch):
+    """As a read-only one is, in which root may write all the same."""
+
+    def refuse(*_):
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(pathlib.Path, "write_text", refuse)
+    with pytest.raises(UserError, match=r"cannot be written to \(Permission denied\)"):
+        check_folder(tmp_path, "--output")
+
+
+def test_files_that_cannot_be_replaced_are_refused(tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "locked").touch(0o444)
+    (tmp_path / "open").touch()
+    for name, words in (("folder", "is a folder"), ("locked", "is read-only"), (300 * "x", "File name too long")):
+        with pytest.raises(UserError, match=rf"{name} .*{words}.*choose another --output"):
+            check_file(tmp_path / name, "--output")
+    check_file(tmp_path / "open", "--output")
+    check_file(tmp_path / "new", "--output")
+
+
+def test_what_a_link_names_is_replaced(tmp_path):
+    (tmp_path / "made" / "old").mkdir(parents=True)
+    (tmp_path / "link").symlink_to("made")
+    with new_folder(tmp_path / "link") as folder:
+        (folder / "new").touch()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["link", "made"] and (tmp_path / "link").is_symlink()
+    assert [path.name for path in (tmp_path / "made").iterdir()] == ["new"]
+
+
+@pytest.mark.parametrize("home", [None, "/proc/nowhere"])
+def test_without_a_home_nothing_is_kept_for_the_user(home, tmp_path, monkeypatch):
+    for name in ("HOME", "XDG_CACHE_HOME"):
+        monkeypatch.delenv(name, raising=False)
+    if home:
+        monkeypatch.setenv("HOME", home)
+    else:
+        monkeypatch.setattr("pwd.getpwuid", {}.__getitem__)  # As for a user whom the machine does not know.
+    assert user_cache("jax") is None and arguments.compilation_cache() is None
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    assert list(demo.demo_videos().iterdir()) and list(tmp_path.iterdir())
 
 
 def test_a_local_path_of_epath_becomes_pathlibs():

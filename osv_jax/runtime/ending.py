@@ -1,0 +1,156 @@
+"""How programs end: with a line on stderr that says why, and an exit status. Imports no JAX, for `osv_jax.prepare`."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import multiprocessing
+import os
+import pathlib
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator
+
+from absl import logging
+
+from osv_jax.errors import Stopped, UserError
+
+# What the machine may refuse to any program that writes files: room, and all else.
+_FULL = (errno.ENOSPC, errno.EDQUOT)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG, errno.ENAMETOOLONG)
+
+
+def run(main: Callable[[], object]) -> None:
+    """Runs a program and exits with its status, see `exit_status`, unless that is 0; after Ctrl-C with status 130."""
+    try:
+        status = exit_status(main)
+    except KeyboardInterrupt:
+        sys.stdout.flush()
+        print("Ended by Ctrl-C.", file=sys.stderr, flush=True)
+        # XLA crashes when the interpreter is taken down while it still computes.
+        os._exit(128 + signal.SIGINT)
+    if status:
+        sys.exit(status)
+
+
+def exit_status(main: Callable[[], object]) -> int:
+    """Runs a program, to be called in the main thread.
+
+    Ctrl-C (SIGINT) raises KeyboardInterrupt, unless the program handles that itself; a second one ends the process at
+    once, whatever it is doing.
+
+    Returns:
+        0, or after a line on stderr: 2 for what the user can mend, which is `UserError` or that the machine refuses a
+        file, a full disk for example; or what `Stopped` says. Any other exception is raised.
+    """
+    # Orbax warns of files that it does not need, and of an error, which it raises, too, it logs hundreds of lines.
+    logging.set_verbosity(logging.FATAL)
+    with _ending_at_second_interrupt(), _quiet_threads():
+        try:
+            main()
+            return 0
+        except UserError as error:
+            print(f"error: {error}", file=sys.stderr)
+            return 2
+        except Stopped as stop:
+            print(stop, file=sys.stderr)
+            return stop.exit_status
+        except Exception as error:
+            sentence = _refusal(error)
+            if sentence is None:
+                raise
+            print(f"error: {sentence}", file=sys.stderr)
+            return 2
+
+
+@contextlib.contextmanager
+def without_interrupts() -> Iterator[None]:
+    """What is started inside, threads and processes, never receives Ctrl-C: this process ends them in good order."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def end_with_parent() -> None:
+    """To be called in a worker process, which would wait for work for ever if its parent were killed."""
+
+    def wait() -> None:
+        multiprocessing.parent_process().join()
+        os._exit(1)
+
+    threading.Thread(target=wait, daemon=True).start()
+
+
+@contextlib.contextmanager
+def _ending_at_second_interrupt() -> Iterator[None]:
+    """Python's handlers of signals wait until the main thread comes back from C, from a compilation for example."""
+    handler = signal.getsignal(signal.SIGINT)
+    if handler is signal.SIG_IGN:  # As shells start what is in the background.
+        yield
+        return
+    reader, writer = os.pipe()
+    os.set_blocking(writer, False)
+    interrupts = 0
+
+    def watch() -> None:
+        nonlocal interrupts
+        with open(reader, "rb", buffering=0) as signals:
+            while received := signals.read(1):
+                interrupts += received[0] == signal.SIGINT
+                if interrupts > 1:
+                    os._exit(128 + signal.SIGINT)
+
+    watcher = threading.Thread(target=watch, daemon=True)
+    watcher.start()
+    signal.signal(signal.SIGINT, signal.default_int_handler)
+    before = signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(before)
+        os.close(writer)
+        watcher.join()
+        # Ending takes a moment, in which another one must not cause a traceback.
+        signal.signal(signal.SIGINT, signal.SIG_DFL if interrupts else handler)
+
+
+@contextlib.contextmanager
+def _quiet_threads() -> Iterator[None]:
+    """What the machine refuses to a thread it refuses to the program, too, which then says so."""
+    before = threading.excepthook
+    threading.excepthook = lambda args: _refusal(args.exc_value) or before(args)
+    try:
+        yield
+    finally:
+        threading.excepthook = before
+
+
+def _refusal(error: BaseException) -> str | None:
+    """A sentence about what the machine refused, if that is what an exception comes from."""
+    for cause in _causes(error):
+        is_full = isinstance(cause, OSError) and cause.errno in _FULL
+        # Libraries in C++ and Rust raise their own, with the operating system's words in it.
+        if is_full or any(os.strerror(number) in str(cause) for number in _FULL):
+            file = getattr(cause, "filename", None)
+            where = f" in {pathlib.Path(os.fsdecode(file)).parent}" if file else ""
+            return (
+                f"There is no room left{where}: make some, and give the same command again; what had been saved is"
+                " intact."
+            )
+    if isinstance(error, OSError) and error.errno in _REFUSED:
+        return f"{error.filename or 'A file'} cannot be read or written ({error.strerror})."
+    return None
+
+
+def _causes(error: BaseException) -> Iterator[BaseException]:
+    """An exception, those that it was raised from or while handling, and those of a group."""
+    seen, waiting = set(), [error]
+    while waiting:
+        error = waiting.pop()
+        if error is not None and id(error) not in seen:
+            seen.add(id(error))
+            waiting += [error.__context__, error.__cause__, *getattr(error, "exceptions", ())]
+            yield error

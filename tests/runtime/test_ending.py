@@ -1,0 +1,120 @@
+"""How programs end: what they say, their exit statuses, and Ctrl-C while they are busy."""
+
+import errno
+import os
+import signal
+import subprocess
+import sys
+import threading
+
+import pytest
+
+from osv_jax.errors import Stopped, UserError
+from osv_jax.runtime import ending
+
+
+def raising(error):
+    def main():
+        raise error
+
+    return main
+
+
+def raised_from(error, cause):
+    error.__cause__ = cause
+    return error
+
+
+FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "line"),
+    [
+        (UserError("No such thing."), 2, "error: No such thing.\n"),
+        (Stopped("SIGTERM: step 3 is saved.", signal.SIGTERM), 143, "SIGTERM: step 3 is saved.\n"),
+        (OSError(errno.ENOSPC, "No space left on device", "/a/b/.x.tmp"), 2, "error: There is no room left in /a/b: "),
+        (OSError(errno.EDQUOT, os.strerror(errno.EDQUOT)), 2, "error: There is no room left: "),
+        # TensorStore's, ArrayRecord's and safetensors' are no OSError.
+        (ValueError("RESOURCE_EXHAUSTED: Failed writing: No space left on device [os_error_code='28']"), 2, "no room"),
+        (raised_from(RuntimeError("The checkpoint failed"), FULL), 2, "no room"),
+        (ExceptionGroup("threads", [ValueError("x"), FULL]), 2, "no room"),
+        (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 2, "/a/b cannot be read or written (Permission"),
+    ],
+)
+def test_programs_end_with_a_line_and_a_status(error, status, line, capsys):
+    assert ending.exit_status(raising(error)) == status
+    written = capsys.readouterr().err
+    assert line in written and written.count("\n") == 1
+
+
+@pytest.mark.parametrize(
+    "error", [ValueError("x"), FileNotFoundError("x"), raised_from(ValueError("x"), PermissionError(13, "x"))]
+)
+def test_bugs_keep_their_traceback(error):
+    with pytest.raises(type(error)):
+        ending.exit_status(raising(error))
+
+
+def test_success_is_no_exit(capsys):
+    ending.run(lambda: None)
+    with pytest.raises(SystemExit) as end:
+        ending.run(raising(UserError("x")))
+    assert end.value.code == 2
+
+
+def test_a_thread_does_not_repeat_that_the_disk_is_full(capsys):
+    def in_threads(*errors):
+        for error in errors:
+            thread = threading.Thread(target=raising(error), name=str(error))
+            thread.start()
+            thread.join()
+
+    assert ending.exit_status(lambda: in_threads(FULL)) == 0 and capsys.readouterr().err == ""
+    told = []
+    before, threading.excepthook = threading.excepthook, told.append
+    try:
+        ending.exit_status(lambda: in_threads(FULL, ValueError("a bug")))
+    finally:
+        threading.excepthook = before
+    assert [str(thread.exc_value) for thread in told] == ["a bug"]
+    assert threading.excepthook is before
+
+
+def start(code, *arguments, **options):
+    """A Python process in a session of its own, to which Ctrl-C is sent as a terminal does: to all that it started."""
+    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Tests in the background may have it ignored, and children.
+    try:
+        command = [sys.executable, *code, *arguments]
+        return subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
+        )
+    finally:
+        signal.signal(signal.SIGINT, before)
+
+
+def press(process):
+    os.killpg(process.pid, signal.SIGINT)
+
+
+# In C for a minute, where signals are not looked for; it handles the first one itself, as training does.
+BUSY = """
+import hashlib, signal
+from osv_jax.runtime import ending
+def main():
+    signal.signal(signal.SIGINT, lambda *_: None)
+    print("ready", flush=True)
+    hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)
+ending.run(main)
+"""
+
+
+def test_a_second_interrupt_ends_what_is_busy_in_c():
+    with start(["-c", BUSY]) as process:
+        assert process.stdout.readline() == "ready\n"
+        press(process)
+        with pytest.raises(subprocess.TimeoutExpired):
+            process.wait(0.3)
+        press(process)
+        assert process.wait(10) == 130
+        assert process.stderr.read() == ""
