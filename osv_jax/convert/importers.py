@@ -34,7 +34,8 @@ DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.f
 # Tensors that released checkpoints carry and no forward pass uses.
 IGNORED = frozenset({"mask_token", "embeddings.mask_token", "position_ids", "vision_model.embeddings.position_ids"})
 
-# A translation maps a tensor's name on disk to the names of its equal parts along axis 0, usually one.
+# A translation maps a tensor's name on disk to the names of its equal parts along axis 0, usually one, or to none where
+# no forward pass uses it.
 Translation = Callable[[str], Sequence[str]]
 
 # facebookresearch's DINOv2 names -> transformers' on-disk names, all applied in turn.
@@ -128,7 +129,7 @@ def plan_svd(folder: str | os.PathLike, components: Sequence[str] = SVD_COMPONEN
         UserError: not such a folder, an architecture we have no code for, unreadable weights, or tensors that do not
             match the architecture.
     """
-    folder = _existing(folder, "stabilityai/stable-video-diffusion-img2vid")
+    folder = existing(folder, "stabilityai/stable-video-diffusion-img2vid")
     unknown = [component for component in components if component not in SVD_COMPONENTS]
     if unknown:
         raise UserError(f"There is no component {unknown[0]!r} in SVD: expected some of {', '.join(SVD_COMPONENTS)}.")
@@ -142,7 +143,7 @@ def plan_svd(folder: str | os.PathLike, components: Sequence[str] = SVD_COMPONEN
         )
     plans = []
     for component in components:
-        config = _read_config(component, folder / component / "config.json")
+        config = read_config(component, folder / component / "config.json")
         translate = _new_attention_name if component == "vae" else _same_name
         plans.append(make_plan(component, config, open_weights(folder / component), translate))
     return plans
@@ -154,11 +155,11 @@ def plan_dinov2(path: str | os.PathLike) -> Plan:
     Raises:
         UserError: as `plan_svd`.
     """
-    path = _existing(path, "facebook/dinov2-small")
+    path = existing(path, "facebook/dinov2-small")
     if path.is_dir():
         if not (path / "config.json").is_file():
             raise UserError(f"{path} has no config.json: expected a transformers DINOv2 folder, or give a .pth file.")
-        config = _read_config("dinov2", path / "config.json")
+        config = read_config("dinov2", path / "config.json")
         return make_plan("dinov2", config, open_weights(path), _same_name)
     reader = open_weights(path)
     return make_plan("dinov2", _hub_config(reader), reader, _from_hub_name)
@@ -261,7 +262,8 @@ def check_output(plans: Sequence[Plan], output: str | os.PathLike, overwrite: bo
         )
 
 
-def _existing(path: str | os.PathLike, example: str) -> paths.Path:
+def existing(path: str | os.PathLike, example: str) -> paths.Path:
+    """The path of a checkpoint; raises UserError if nothing is there, with how to get `example`, a Hugging Face id."""
     given = locate(path)
     if given.exists():
         return given
@@ -277,7 +279,8 @@ def _existing(path: str | os.PathLike, example: str) -> paths.Path:
     )
 
 
-def _read_config(component: str, file: paths.Path) -> Config:
+def read_config(component: str, file: paths.Path) -> Config:
+    """A checkpoint's config.json, as our architecture; raises UserError for one that is damaged or ours."""
     fields = read_json(file)
     if {"format", "component"} <= fields.keys():
         raise UserError(f"{file} is of weights that are converted already: use them as they are, as --weights.")

@@ -47,6 +47,9 @@ _MAX_HEADER = 100 * 2**20
 _METADATA = "__metadata__"
 _LFS_POINTER = b"version https://git-lfs.github.com/spec/"
 
+# Where the tensors are in what some trainers save.
+_WRAPPERS = ("module", "model", "state_dict")
+
 
 @runtime_checkable
 class Reader(Protocol):
@@ -268,6 +271,10 @@ def _unpickle(file: Path) -> dict:
         raise UserError(
             f"{file} is not a readable PyTorch file: it is damaged or truncated; download it again."
         ) from error
+    for wrapper in _WRAPPERS:
+        if isinstance(tensors, dict) and isinstance(tensors.get(wrapper), dict):
+            tensors = tensors[wrapper]
+            break
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
     ):

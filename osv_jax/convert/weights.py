@@ -64,7 +64,7 @@ def save_video(folder: pathlib.Path, clips: Mapping[str, Any]) -> None:
 
 
 def load_config(folder: str | os.PathLike, component: str) -> Config:
-    """The architecture of `component` ("unet", "vae", "image_encoder" or "dinov2") in a weights folder.
+    """The architecture of `component` (one of `architectures.ARCHITECTURES`) in a weights folder.
 
     Raises:
         UserError: no such folder or component, another component's files, or a config.json that cannot be understood.
@@ -77,7 +77,7 @@ def load_params(folder: str | os.PathLike, component: str, shardings: Any = None
 
     Args:
         folder: what tools/convert_weights.py wrote.
-        component: "unet", "vae", "image_encoder" or "dinov2".
+        component: one of `architectures.ARCHITECTURES`.
         shardings: a `jax.sharding.Sharding` for all parameters, or a tree of them; by default the first local device.
         dtype: cast to this on the way; by default the stored dtype.
 
@@ -166,8 +166,7 @@ def _component_folder(folder: str | os.PathLike, component: str) -> Path:
         raise UserError(f"{folder} is one component: give the folder that contains it, {folder.parent}.")
     directory = folder / component
     if not directory.is_dir():
-        source = "DINOV2_FOLDER_OR_PTH" if component == "dinov2" else "SVD_FOLDER"
-        command = f"python tools/convert_weights.py {ARCHITECTURES[component].command} {source} {folder}"
+        command = f"python tools/convert_weights.py {ARCHITECTURES[component].command} {folder}"
         raise UserError(f"{directory} does not exist: make it with `{command}`.")
     return directory
 

@@ -9,7 +9,6 @@ from __future__ import annotations
 import importlib.util
 import pathlib
 import pickle
-from collections.abc import Mapping
 from typing import Any
 
 import flax.linen as nn
@@ -19,6 +18,7 @@ from jaxtyping import Array, Float
 
 from osv_jax.errors import UserError
 from osv_jax.models.layers import Conv
+from osv_jax.runtime.array_pickles import read_arrays
 
 # Of images in [-1, 1]: ImageNet's mean and standard deviation.
 _SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
@@ -80,21 +80,8 @@ def read_lpips(file: pathlib.Path) -> dict[str, Any]:
     Raises:
         pickle.UnpicklingError: on a pickle of anything else, of which nothing is run.
     """
-    with file.open("rb") as stream:
-        stored: Mapping[str, Any] = _ArrayUnpickler(stream).load()
+    stored = read_arrays(file.read_bytes())
     params: dict[str, Any] = {f"conv_{i}": dict(stored["AlexNet_0"][f"Conv_{i}"]) for i in range(len(_LAYERS))}
     for i in range(len(_LAYERS)):
         params[f"weight_{i}"] = np.asarray(stored[f"NetLinLayer_{i}"]["Conv_0"]["kernel"])[0, 0, :, 0]
     return params
-
-
-class _ArrayUnpickler(pickle.Unpickler):
-    """Knows NumPy's arrays and nothing else, so that a file cannot run code."""
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) in (("numpy", "ndarray"), ("numpy", "dtype")):
-            return getattr(np, name)
-        # Its home has moved since the file was written.
-        if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np._core.multiarray._reconstruct
-        raise pickle.UnpicklingError(f"{module}.{name} is not a NumPy array")

@@ -11,13 +11,13 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
-from osv_jax.convert.architectures import ARCHITECTURES, Config, expected_params
+from osv_jax.convert.architectures import ARCHITECTURES, TRAINING, Config, expected_params
 from osv_jax.objectives.networks import Params
 
 
 def random_components(config: ConfigDict | Mapping[str, Any]) -> set[str]:
     """The networks with random parameters: those that `random_networks` names, or all where there are no weights."""
-    return set(config["random_networks"] if config["weights"] else ARCHITECTURES)
+    return set(config["random_networks"] if config["weights"] else TRAINING)
 
 
 def random_architecture(random_networks: Mapping[str, Any], name: str) -> Config:

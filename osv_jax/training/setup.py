@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from osv_jax.convert import weights
-from osv_jax.convert.architectures import ARCHITECTURES, Config
+from osv_jax.convert.architectures import TRAINING, Config
 from osv_jax.errors import UserError
 from osv_jax.models import groups
 from osv_jax.objectives.networks import Networks, Params, build_networks
@@ -99,7 +99,7 @@ def _architecture_of(config: ConfigDict, name: str) -> Config:
 
 def frozen_shapes(config: ConfigDict, networks: Networks) -> dict[str, Params]:
     """Shapes of the frozen parameters that a step takes; CLIP's only where clips are to be encoded."""
-    needed = [name for name in ARCHITECTURES if not (config.data.dataset and name == "image_encoder")]
+    needed = [name for name in TRAINING if not (config.data.dataset and name == "image_encoder")]
     modules = {name: getattr(networks, name) for name in needed}
     return shapes_of({name: module.config for name, module in modules.items() if module is not None})
 
