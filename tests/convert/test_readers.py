@@ -219,7 +219,7 @@ def test_a_pickle_that_runs_code_is_refused_and_does_not_run(tmp_path, zipped):
 
 
 def test_a_pickle_of_something_else(tmp_path):
-    torch.save({"model": {"x": torch.zeros(2)}}, tmp_path / "training.pth")
+    torch.save({"optimizer": {"x": torch.zeros(2)}}, tmp_path / "training.pth")
     with pytest.raises(UserError, match="does not map names to tensors"):
         open_weights(tmp_path / "training.pth")
 

@@ -2,7 +2,6 @@
 
 import pathlib
 import pickle
-import runpy
 import zipfile
 
 import i3d_files
@@ -10,6 +9,7 @@ import numpy as np
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
+from tool import convert
 from torch_i3d import random_i3d
 
 from osv_jax.convert import i3d, importers, torchscript
@@ -120,8 +120,7 @@ def test_other_networks_and_no_file_are_refused(tmp_path, monkeypatch):
 
 
 def test_the_command_line_keeps_float32(model, tmp_path, capsys):
-    main = runpy.run_path(str(pathlib.Path(__file__).parents[2] / "tools" / "convert_weights.py"))["main"]
     file = save(model, tmp_path, "i3d.ckpt")
-    assert main(["i3d", str(file), str(tmp_path / "weights")]) == 0
+    assert convert(["i3d", str(file), str(tmp_path / "weights")]) == 0
     assert "230 tensors" in capsys.readouterr().out
     assert load_params(tmp_path / "weights", "i3d")["logits"]["conv3d"]["bias"].dtype == np.float32
