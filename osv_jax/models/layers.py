@@ -129,8 +129,9 @@ class Conv(nn.Module):
 
 
 def _add_lora(y: Array, low_rank: Float[Array, "*batch rank"], b: Float[Array, "rank features"]) -> Array:
-    """`y + low_rank @ b`, computed in float32 and rounded once: what a LoRA adds is small beside `y`."""
-    return (y.astype(jnp.float32) + low_rank @ b.astype(jnp.float32)).astype(y.dtype)
+    """`y + low_rank @ b`, summed in float32 and rounded once: what a LoRA adds is small beside `y`."""
+    update = jnp.matmul(low_rank.astype(y.dtype), b.astype(y.dtype), preferred_element_type=jnp.float32)
+    return (y.astype(jnp.float32) + update).astype(y.dtype)
 
 
 def _convolve(
