@@ -252,7 +252,7 @@ def check_output(plans: Sequence[Plan], output: str | os.PathLike, overwrite: bo
         UserError: if `output` has one of the planned components already, unless it may be overwritten; if it cannot be
             written to, or a component would take the place of what it is made from.
     """
-    paths.check_folder(as_path(output), "output")
+    paths.try_folder(as_path(output), "output")
     for plan in plans:
         paths.check_apart(as_path(output) / plan.component, plan.reader.source)
     existing = [plan.component for plan in plans if (as_path(output) / plan.component).exists()]

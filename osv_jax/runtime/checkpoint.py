@@ -26,14 +26,14 @@ _FREE_TO_CHANGE = ("num_steps", *_INTERVALS, "keep_checkpoints", "mesh", "data.n
 
 
 def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
-    """Compares the configuration with the one of the workdir's checkpoints, if there are any, and makes the folder.
+    """Compares the configuration with the one of the workdir's checkpoints, if there are any.
 
     Raises:
         UserError: naming the keys that differ, or when the folder cannot be written to or holds something else.
     """
     for folder in (workdir, *(workdir / name for name in ("checkpoints", "pictures", "tensorboard"))):
         if folder == workdir or folder.exists():
-            paths.check_folder(folder, "--workdir")
+            paths.try_folder(folder, "--workdir")
     for name in ("config.json", "metrics.jsonl", "losses.png"):
         paths.check_file(workdir / name, "--workdir")
     if latest_step(workdir) is None:

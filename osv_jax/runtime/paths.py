@@ -167,6 +167,16 @@ def write_text(file: Path, text: str) -> None:
         temporary.write_text(text)
 
 
+def try_folder(folder: Path, option: str) -> None:
+    """As `check_folder`, but nothing is left of a folder that was not there: the program may be refused yet."""
+    missing = [place for place in (folder, *folder.parents) if not place.exists()]
+    check_folder(folder, option)
+    for place in missing:
+        # Not where another process has begun to write by now; and a bucket has no empty folders.
+        with contextlib.suppress(OSError):
+            place.rmdir()
+
+
 def check_folder(folder: Path, option: str) -> None:
     """Makes a folder, if it is not there, and tries to write to it, so that what cannot be is known before the work.
 

@@ -16,7 +16,7 @@ from jaxprs import equations
 from ml_collections import ConfigDict
 from students import CONFIGS, GRADIENT, disc_of, ema_of, student_of, with_student
 
-from osv_jax.convert.architectures import ARCHITECTURES, expected_params
+from osv_jax.convert.architectures import expected_params
 from osv_jax.models.discriminator import discriminate
 from osv_jax.objectives import osv_stage1
 from osv_jax.objectives.adversarial import AdversarialOptions
@@ -342,9 +342,10 @@ def test_real_configuration_traces():
     unet |= {"has_attention": (True, False)}
     few = {"image_encoder": {"num_hidden_layers": 2}, "dinov2": {"num_hidden_layers": 12}}
     config.weights, config.random_networks = "", ConfigDict(few | {"unet": unet})
+    config = setup.with_num_frames(config)
     real = setup.networks_of(config)
     objective = setup.objective_of(config, real)
-    shapes = {name: unflatten_dict(expected_params(name, getattr(real, name).config)) for name in ARCHITECTURES}
+    shapes = {name: unflatten_dict(expected_params(name, getattr(real, name).config)) for name in objective.components}
     weights = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, jnp.bfloat16), shapes)
     state = jax.eval_shape(setup.make_init(objective), jax.random.key(0), weights)
     phase, *_ = phases_of(config)
