@@ -4,9 +4,11 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import typing
 from collections.abc import Callable, Mapping
 from typing import Any
 
+import flax.errors
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -20,9 +22,24 @@ from osv_jax.models.i3d import I3D, MIN_FRAMES, SIDES, I3DConfig
 from osv_jax.models.svd_unet import SVDUNet, UNetConfig
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
 from osv_jax.models.videomae import VideoMAE, VideoMAEConfig
-from osv_jax.runtime.ranges import POSITIVE
+from osv_jax.runtime.ranges import POSITIVE, Range
 
 Config = UNetConfig | VAEConfig | CLIPVisionConfig | Dinov2Config | I3DConfig | VideoMAEConfig
+
+# Of a field that is not named: a number of channels, heads, tokens or pixels.
+_SIZE = Range(1, 2**16, whole=True)
+# What is counted here is traced one by one: a number that is damaged would take for ever.
+_RANGES = {
+    "fc_norm_eps": POSITIVE,
+    "layer_norm_eps": POSITIVE,
+    "mlp_ratio": POSITIVE,
+    "scaling_factor": POSITIVE,
+    "num_register_tokens": Range(0, 2**10, whole=True),
+    "num_hidden_layers": Range(1, 128, whole=True),
+    "layers_per_block": Range(1, 16, whole=True),
+    "transformer_layers_per_block": Range(1, 16, whole=True),
+}
+_MAX_LEVELS = 8
 
 
 @dataclasses.dataclass(frozen=True)
@@ -31,7 +48,7 @@ class Architecture:
 
     Attributes:
         config, network: our classes.
-        from_json: a checkpoint's config.json -> our config; raises UserError on an option we have no code for.
+        from_json: a checkpoint's config.json -> our config; see `parse_config`.
         inputs: config -> the smallest inputs that make the network create all its parameters.
         options: further keyword arguments of the network's call.
         command: what imports it: of tools/convert_weights.py, the sub-command and its source.
@@ -45,11 +62,31 @@ class Architecture:
     command: str
 
 
+def parse_config(component: str, json: dict[str, Any]) -> Config:
+    """Our config, from a checkpoint's config.json.
+
+    Raises:
+        UserError: an option that is missing, that we have no code for, or that no network has.
+    """
+    try:
+        return ARCHITECTURES[component].from_json(json)
+    except (TypeError, ValueError, LookupError, ArithmeticError) as error:
+        raise UserError(f"The config.json of {component} is damaged ({error}): download it again.") from error
+
+
 def expected_params(component: str, config: Config) -> dict[Path, jax.ShapeDtypeStruct]:
-    """The parameters that `component` has under `config`, by path; nothing is computed."""
+    """The parameters that `component` has under `config`, by path; nothing is computed.
+
+    Raises:
+        UserError: sizes that do not go together.
+    """
     architecture = ARCHITECTURES[component]
     options = tuple(architecture.options.items())
-    return dict(_expected_params(architecture.network(config), architecture.inputs(config), options))
+    try:
+        return dict(_expected_params(architecture.network(config), architecture.inputs(config), options))
+    except (TypeError, ValueError, LookupError, ArithmeticError, flax.errors.FlaxError) as error:
+        reason = (str(error).strip().splitlines() or [type(error).__name__])[0]
+        raise UserError(f"No {component} has the sizes {config} ({reason}): check its config.json.") from error
 
 
 # Tracing the full-size UNet takes seconds, and a program asks for it more than once.
@@ -69,15 +106,38 @@ def _fields(json: dict[str, Any], names: list[str], where: str) -> dict[str, Any
         raise UserError(
             f"{where} does not say {', '.join(missing)}: expected the config.json that was saved with the weights."
         )
-    check_fractions({name: json[name] for name in names}, where)
     return {name: tuple(json[name]) if isinstance(json[name], list) else json[name] for name in names}
 
 
-def check_fractions(fields: Mapping[str, Any], where: Any) -> None:
-    """Raises UserError for a factor or an epsilon that no network can have; wrong sizes do not match the weights."""
+def make_config(component: str, fields: Mapping[str, Any], where: Any) -> Config:
+    """The config of `component` with all these fields.
+
+    Args:
+        where: the file that they are from.
+
+    Raises:
+        UserError: naming a field with a value that no network has; wrong sizes may also not match the weights.
+    """
+    config_class = ARCHITECTURES[component].config
+    hints = typing.get_type_hints(config_class)
     for name, value in fields.items():
-        if isinstance(value, float):
-            POSITIVE.check(f"{where}: {name}", value)
+        _check_field(f"{where}: {name}", name, value, hints[name])
+    try:
+        return config_class(**fields)
+    except ValueError as error:
+        raise UserError(f"{where}: {error}") from error
+
+
+def _check_field(told: str, name: str, value: Any, hint: Any) -> None:
+    is_list = typing.get_origin(hint) is tuple
+    kind = typing.get_args(hint)[0] if is_list else hint
+    if is_list and not (isinstance(value, tuple) and 1 <= len(value) <= _MAX_LEVELS):
+        raise UserError(f"{told}={value!r} must be a list of 1 to {_MAX_LEVELS} values.")
+    for element in value if is_list else (value,):
+        if kind not in (bool, str):
+            _RANGES.get(name, _SIZE).check(told, element)
+        elif not isinstance(element, kind):
+            raise UserError(f"{told}={element!r} must be of type {kind.__name__}.")
 
 
 def _require(json: dict[str, Any], where: str, **expected: Any) -> None:
@@ -106,7 +166,8 @@ def _unet_config(json: dict[str, Any]) -> UNetConfig:
     for name in ("num_attention_heads", "layers_per_block", "transformer_layers_per_block", "cross_attention_dim"):
         fields[name] = _per_level(fields[name], len(down), name, isinstance(getattr(UNetConfig, name), tuple), where)
     ids = fields.pop("projection_class_embeddings_input_dim") // fields["addition_time_embed_dim"]
-    return UNetConfig(**fields, has_attention=tuple(kinds[kind] for kind in down), num_added_time_ids=ids)
+    fields |= {"has_attention": tuple(kinds[kind] for kind in down), "num_added_time_ids": ids}
+    return make_config("unet", fields, where)
 
 
 def _per_level(value: Any, levels: int, name: str, wants_tuple: bool, where: str) -> Any:
@@ -125,17 +186,14 @@ def _vae_config(json: dict[str, Any]) -> VAEConfig:
     names = [field.name for field in dataclasses.fields(VAEConfig) if field.name != "norm_num_groups"]
     fields = _fields(json, names, where)
     _require(json, where, down_block_types=["DownEncoderBlock2D"] * len(fields["block_out_channels"]))
-    return VAEConfig(**fields)
+    return make_config("vae", fields, where)
 
 
 def _clip_config(json: dict[str, Any]) -> CLIPVisionConfig:
     where = "image_encoder/config.json"
     _require(json, where, model_type="clip_vision_model", num_channels=3)
     fields = _fields(json, [field.name for field in dataclasses.fields(CLIPVisionConfig)], where)
-    try:
-        return CLIPVisionConfig(**fields)
-    except ValueError as error:
-        raise UserError(f"{where}: {error}") from error
+    return make_config("image_encoder", fields, where)
 
 
 def _dinov2_config(json: dict[str, Any]) -> Dinov2Config:
@@ -147,11 +205,12 @@ def _dinov2_config(json: dict[str, Any]) -> Dinov2Config:
     names = [field.name for field in dataclasses.fields(Dinov2Config)]
     if not registers:
         names.remove("num_register_tokens")
-    return Dinov2Config(**_fields(json, names, where))
+    return make_config("dinov2", _fields(json, names, where), where)
 
 
 def _i3d_config(json: dict[str, Any]) -> I3DConfig:
-    return I3DConfig(**_fields(json, [field.name for field in dataclasses.fields(I3DConfig)], "I3D's config.json"))
+    where = "I3D's config.json"
+    return make_config("i3d", _fields(json, [field.name for field in dataclasses.fields(I3DConfig)], where), where)
 
 
 def _videomae_config(json: dict[str, Any]) -> VideoMAEConfig:
@@ -161,7 +220,7 @@ def _videomae_config(json: dict[str, Any]) -> VideoMAEConfig:
     _require(json, where, **supported, qkv_bias=True, qv_bias=True)
     names = [field.name for field in dataclasses.fields(VideoMAEConfig) if field.name != "fc_norm_eps"]
     # Which transformers' module does not take from the file.
-    return VideoMAEConfig(**_fields(json, names, where), fc_norm_eps=1e-5)
+    return make_config("videomae", _fields(json, names, where) | {"fc_norm_eps": 1e-5}, where)
 
 
 def _unet_inputs(config: UNetConfig) -> tuple[tuple[int, ...], ...]:

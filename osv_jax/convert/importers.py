@@ -19,7 +19,7 @@ import ml_dtypes
 import numpy as np
 from flax.traverse_util import unflatten_dict
 
-from osv_jax.convert.architectures import ARCHITECTURES, Config, expected_params
+from osv_jax.convert.architectures import ARCHITECTURES, Config, expected_params, parse_config
 from osv_jax.convert.json_files import read_json
 from osv_jax.convert.naming import Path, flax_shape_to_torch, to_flax, torch_name
 from osv_jax.convert.readers import Reader, open_weights, read_floats
@@ -284,7 +284,7 @@ def read_config(component: str, file: paths.Path) -> Config:
     fields = read_json(file)
     if {"format", "component"} <= fields.keys():
         raise UserError(f"{file} is of weights that are converted already: use them as they are, as --weights.")
-    return ARCHITECTURES[component].from_json(fields)
+    return parse_config(component, fields)
 
 
 def _same_name(name: str) -> Sequence[str]:

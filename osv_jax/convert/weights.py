@@ -8,11 +8,12 @@ trained here also says on what clips, in `video.json`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -21,7 +22,7 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from osv_jax.convert.architectures import ARCHITECTURES, Config, check_fractions
+from osv_jax.convert.architectures import ARCHITECTURES, Config, expected_params, make_config
 from osv_jax.convert.json_files import read_json
 from osv_jax.convert.readers import open_weights, read_floats
 from osv_jax.errors import UserError
@@ -85,18 +86,21 @@ def load_params(folder: str | os.PathLike, component: str, shardings: Any = None
         The tree that goes under "params" in the network's `apply`.
 
     Raises:
-        UserError: as `load_config`, or an incomplete checkpoint.
+        UserError: as `load_config`, or a checkpoint that is incomplete, damaged or of another network.
     """
     directory = _component_folder(folder, component)
-    _config(directory, component)
+    expected = expected_params(component, _config(directory, component))
     if shardings is None:
         shardings = jax.sharding.SingleDeviceSharding(jax.local_devices()[0])
     if (directory / _PACKED).exists():
-        return jax.device_put(_read_packed(directory / _PACKED, dtype), shardings)
+        packed = _read_packed(directory / _PACKED, dtype)
+        _check_shapes(directory, packed, expected)
+        return jax.device_put(packed, shardings)
     params = paths.absolute(directory / "params")
     # Closing the checkpointer stops its threads.
-    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
+    with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer, _reading(directory):
         stored = checkpointer.metadata(params).item_metadata.tree
+        _check_shapes(directory, stored, expected)
         if isinstance(shardings, jax.sharding.Sharding):
             shardings = jax.tree.map(lambda _: shardings, stored)
         restore = jax.tree.map(
@@ -107,6 +111,27 @@ def load_params(folder: str | os.PathLike, component: str, shardings: Any = None
             shardings,
         )
         return checkpointer.restore(params, args=ocp.args.PyTreeRestore(restore_args=restore))
+
+
+@contextlib.contextmanager
+def _reading(directory: Path) -> Iterator[None]:
+    """What Orbax and TensorStore raise about damaged files becomes a `UserError`."""
+    try:
+        yield
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise UserError(f"{directory} is damaged: convert the weights again with --overwrite.") from error
+
+
+def _check_shapes(directory: Path, stored: Mapping[str, Any], expected: Mapping[tuple[str, ...], Any]) -> None:
+    """Raises UserError, with the first name, unless the parameters are those of the network that config.json is of."""
+    found = {path: tuple(leaf.shape) for path, leaf in flatten_dict(stored).items()}
+    for path in sorted(found.keys() | expected.keys()):
+        wanted = expected[path].shape if path in expected else None
+        if found.get(path) != wanted:
+            raise UserError(
+                f"{directory} does not match its config.json: {'/'.join(path)} is {found.get(path, 'missing')}, not"
+                f" {wanted or 'there'}; convert the weights again with --overwrite."
+            )
 
 
 def save_component(folder: pathlib.Path, component: str, config: Config, params: dict[str, Any], source: Path) -> None:
@@ -138,6 +163,7 @@ def save_packed(folder: pathlib.Path, component: str, config: Config, params: di
 def _read_packed(file: Path, dtype: Any) -> dict[str, Any]:
     reader = open_weights(file)
     tensors = {tuple(name.split("/")): read_floats(reader, name) for name in reader.names()}
+    check_finite(tensors, str(file))
     return unflatten_dict({path: x if dtype is None else x.astype(dtype) for path, x in tensors.items()})
 
 
@@ -184,7 +210,6 @@ def _config(directory: Path, component: str) -> Config:
         raise UserError(f"{file} was not written by tools/convert_weights.py: convert the weights again.") from error
     if actual != component:
         raise UserError(f"{directory} holds {actual!r}, not {component!r}: put each component in its own folder.")
-    check_fractions(fields, file)
     config_class = ARCHITECTURES[component].config
     if version != FORMAT or fields.keys() != {field.name for field in dataclasses.fields(config_class)}:
         raise UserError(
@@ -192,7 +217,7 @@ def _config(directory: Path, component: str) -> Config:
         )
     if not all(path.exists() and paths.size_of(path) == size for path, size in sizes.items()):
         raise _incomplete(directory)
-    return config_class(**fields)
+    return make_config(component, fields, file)
 
 
 def _incomplete(directory: Path) -> UserError:

@@ -1,3 +1,4 @@
+import dataclasses
 import json
 import pathlib
 import re
@@ -19,8 +20,9 @@ from flax.traverse_util import flatten_dict
 from safetensors.torch import load_file, save_file
 
 from osv_jax.convert import importers
+from osv_jax.convert.architectures import expected_params, parse_config
 from osv_jax.convert.naming import to_torch
-from osv_jax.convert.weights import load_config, load_params, load_video
+from osv_jax.convert.weights import load_config, load_params, load_video, save_packed
 from osv_jax.errors import UserError
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.dinov2 import Dinov2
@@ -307,6 +309,70 @@ def test_a_factor_that_is_not_finite_is_an_error(vae_copy, weights, tmp_path):
     file.write_text(file.read_text().replace("0.18215", "Infinity"))
     with pytest.raises(UserError, match=r"vae/config\.json: scaling_factor=inf must be a finite number above 0"):
         load_config(tmp_path / "weights", "vae")
+
+
+@pytest.mark.parametrize(
+    ("component", "changes", "words"),
+    [
+        ("unet", {"block_out_channels": 32}, "block_out_channels=32 must be a list of 1 to 8 values"),
+        ("unet", {"block_out_channels": [32, "64"]}, "block_out_channels='64' must be a whole number"),
+        ("unet", {"num_attention_heads": [2, 0]}, "num_attention_heads=0 must be a whole number"),
+        ("unet", {"layers_per_block": 10**9}, "layers_per_block=1000000000 must be a whole number from 1 to 16"),
+        ("unet", {"layers_per_block": []}, "only one value for all levels"),
+        ("unet", {"cross_attention_dim": [24, None]}, "only one value for all levels"),
+        ("unet", {"addition_time_embed_dim": 0}, "is damaged"),
+        ("unet", {"addition_time_embed_dim": "32"}, "is damaged"),
+        ("unet", {"down_block_types": 5}, "is damaged"),
+        ("unet", {"down_block_types": [["x"], "y"]}, "is damaged"),
+        ("vae", {"block_out_channels": 32}, "is damaged"),
+        ("vae", {"scaling_factor": "0.18"}, "scaling_factor='0.18' must be a finite number above 0"),
+        ("vae", {"scaling_factor": True}, "scaling_factor=True must be"),
+        ("image_encoder", {"hidden_size": -32}, "hidden_size=-32 must be a whole number"),
+        ("image_encoder", {"hidden_size": 32.0}, "hidden_size=32.0 must be a whole number"),
+        ("image_encoder", {"num_hidden_layers": 10**30}, "must be a whole number from 1 to 128"),
+        ("image_encoder", {"hidden_act": 3}, "hidden_act=3 must be of type str"),
+        ("image_encoder", {"hidden_act": "relu"}, "hidden_act must be one of"),
+    ],
+)
+def test_a_configuration_that_no_network_has_is_an_error(svd, component, changes, words):
+    fields = json.loads((svd / component / "config.json").read_text())
+    with pytest.raises(UserError) as error:
+        parse_config(component, fields | changes)
+    assert words in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    ("component", "changes"),
+    [("unet", {"num_attention_heads": (2,)}), ("image_encoder", {"num_attention_heads": 5})],
+)
+def test_sizes_that_do_not_go_together_are_an_error(svd, component, changes):
+    config = parse_config(component, json.loads((svd / component / "config.json").read_text()))
+    with pytest.raises(UserError, match=f"No {component} has the sizes .* check its config.json") as error:
+        expected_params(component, dataclasses.replace(config, **changes))
+    assert "\n" not in str(error.value)
+
+
+def test_weights_that_are_not_their_configurations_are_an_error(weights, tmp_path):
+    shutil.copytree(weights / "dinov2", tmp_path / "orbax" / "dinov2")
+    file = tmp_path / "orbax" / "dinov2" / "config.json"
+    stored = json.loads(file.read_text())
+    file.write_text(json.dumps(stored | {"config": stored["config"] | {"mlp_ratio": 2}}))
+    with pytest.raises(UserError, match=r"does not match its config\.json: encoder/layer_0/mlp/fc1/bias is \(512,\)"):
+        load_params(tmp_path / "orbax", "dinov2")
+    params, config = load_params(weights, "dinov2"), load_config(weights, "dinov2")
+    del params["layernorm"]["scale"]
+    save_packed(tmp_path / "packed" / "dinov2", "dinov2", config, params, weights)
+    with pytest.raises(UserError, match=r"layernorm/scale is missing, not \(128,\)"):
+        load_params(tmp_path / "packed", "dinov2")
+
+
+@pytest.mark.parametrize("name", ["_METADATA", "manifest.ocdbt"])
+def test_a_damaged_checkpoint_of_weights_is_an_error(weights, tmp_path, name):
+    shutil.copytree(weights / "dinov2", tmp_path / "dinov2")
+    file = tmp_path / "dinov2" / "params" / name
+    file.write_bytes(b"x" * file.stat().st_size)  # Of the size that config.json says.
+    with pytest.raises(UserError, match="dinov2 is damaged: convert the weights again"):
+        load_params(tmp_path, "dinov2")
 
 
 def test_a_rate_that_no_clip_has_is_an_error(tmp_path):
