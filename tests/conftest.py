@@ -3,6 +3,7 @@
 import gc
 import os
 import pathlib
+import subprocess
 import sys
 
 # jaxtyping would keep what checked modules import under the name of checked code, which it is not: see `test_typing`.
@@ -75,6 +76,18 @@ def relative_error(actual, expected) -> float:
 def flat(tree) -> np.ndarray:
     """All leaves of a tree as one vector, in float64; of JAX's own, every shape would be a program to compile."""
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+@pytest.fixture
+def small_disk(tmp_path, request) -> pathlib.Path:
+    """A disk of its own, of 1 MB if not parametrized."""
+    disk = tmp_path / "disk"
+    disk.mkdir()
+    options = ["-t", "tmpfs", "-o", f"size={getattr(request, 'param', '1m')}"]
+    if sys.platform != "linux" or subprocess.run(["mount", *options, "tmpfs", disk], capture_output=True).returncode:
+        pytest.skip("mounting a small disk needs root on Linux; test_ending.py has the errors of a full one")
+    yield disk
+    subprocess.run(["umount", "--lazy", str(disk)], check=True)
 
 
 @pytest.fixture

@@ -1,5 +1,6 @@
 """The training program's fine-tuning: stopped and resumed, continued, read back, and merged into a teacher."""
 
+import contextlib
 import json
 import math
 import os
@@ -25,7 +26,7 @@ from osv_jax.errors import Stopped, UserError
 from osv_jax.inference.pipeline import ImageToVideo, Options
 from osv_jax.inference.trained import load_trained
 from osv_jax.objectives.random_networks import fill_randomly
-from osv_jax.runtime import checkpoint
+from osv_jax.runtime import checkpoint, ending
 from osv_jax.training import origins, setup
 from osv_jax.training.config import check_config
 
@@ -91,6 +92,25 @@ def test_a_signal_saves_the_last_finished_step(sent, straight, tmp_path, monkeyp
     assert checkpoint.latest_step(workdir) == 3 and sorted(metrics_of(workdir)) == [1, 2, 3]
     train.train(finetune_config(num_steps=STEPS), workdir)
     assert "Resuming from step 3." in capsys.readouterr().out
+    assert_same(state_of(workdir, STEPS), state_of(straight, STEPS))
+    assert metrics_of(workdir) == metrics_of(straight)
+
+
+def test_a_full_disk_loses_nothing_that_was_saved(straight, small_disk, capfd):
+    workdir, filler = small_disk / "run", small_disk / "filler"
+    shutil.copytree(straight, workdir)
+    shutil.rmtree(workdir / "checkpoints" / str(STEPS))
+    with filler.open("wb", buffering=0) as file, contextlib.suppress(OSError):
+        while True:
+            file.write(bytes(4096))
+    filler.write_bytes(bytes(filler.stat().st_size - 50_000))  # Room for metrics, but not for a checkpoint.
+    capfd.readouterr()
+    assert ending.exit_status(lambda: train.train(finetune_config(num_steps=STEPS), workdir)) == 2
+    told = capfd.readouterr().err.splitlines()
+    assert told[-1].startswith("error: There is no room left") and not any("Traceback" in line for line in told)
+    assert checkpoint.latest_step(workdir) == 2
+    filler.unlink()
+    assert ending.exit_status(lambda: train.train(finetune_config(num_steps=STEPS), workdir)) == 0
     assert_same(state_of(workdir, STEPS), state_of(straight, STEPS))
     assert metrics_of(workdir) == metrics_of(straight)
 

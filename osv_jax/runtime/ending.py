@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import contextlib
 import errno
+import logging
 import multiprocessing
 import os
 import pathlib
 import signal
 import sys
 import threading
+import warnings
 from collections.abc import Callable, Iterator
 
-from absl import logging
+import absl.logging
 
 from osv_jax.errors import Stopped, UserError
 
@@ -44,8 +46,11 @@ def exit_status(main: Callable[[], object]) -> int:
         0, or after a line on stderr: 2 for what the user can mend, which is `UserError` or that the machine refuses a
         file, a full disk for example; or what `Stopped` says. Any other exception is raised.
     """
-    # Orbax warns of files that it does not need, and of an error, which it raises, too, it logs hundreds of lines.
-    logging.set_verbosity(logging.FATAL)
+    # Orbax warns of files that it does not need, and logs hundreds of lines about an error, which it raises, too.
+    absl.logging.set_verbosity(absl.logging.FATAL)
+    logging.getLogger("asyncio").setLevel(logging.CRITICAL)
+    # It is only slower without.
+    warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
     with _ending_at_second_interrupt(), _quiet_threads():
         try:
             main()
@@ -119,13 +124,13 @@ def _ending_at_second_interrupt() -> Iterator[None]:
 
 @contextlib.contextmanager
 def _quiet_threads() -> Iterator[None]:
-    """What the machine refuses to a thread it refuses to the program, too, which then says so."""
-    before = threading.excepthook
-    threading.excepthook = lambda args: _refusal(args.exc_value) or before(args)
+    """After an error of TensorStore's, which is raised, its threads complain that their event loop is closed."""
+    before = sys.unraisablehook
+    sys.unraisablehook = lambda error: before(error) if threading.current_thread() is threading.main_thread() else None
     try:
         yield
     finally:
-        threading.excepthook = before
+        sys.unraisablehook = before
 
 
 def _refusal(error: BaseException) -> str | None:

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import contextlib
 import json
 import math
 import os
 import pathlib
+import socket
 import tempfile
 import time
 from collections.abc import Mapping, Sequence
-from typing import SupportsFloat
+from typing import Any, SupportsFloat
 
 import numpy as np
 from jaxtyping import UInt8
@@ -22,6 +24,9 @@ from osv_jax.runtime.paths import as_path, in_bucket
 
 _LINES = "metrics.jsonl"
 _BOARD = "tensorboard"
+_PICTURES = "pictures"
+# TensorBoard shows what was written this long ago [s].
+_SHOW_SECONDS = 10
 # In a bucket, what grows is uploaded whole, again and again: after this time [s] at the earliest, and so that it takes
 # no more than this share of the time.
 _UPLOAD_SECONDS, _UPLOAD_SHARE = 60, 0.05
@@ -41,11 +46,8 @@ class MetricsWriter:
         self._active = process_index == 0
         if not self._active:
             return
-        # It imports torch where there is one, which takes longer than all else.
-        from tensorboardX import SummaryWriter
-
         self._workdir = as_path(workdir)
-        (self._workdir / "pictures").mkdir(parents=True, exist_ok=True)
+        (self._workdir / _PICTURES).mkdir(parents=True, exist_ok=True)
         # Nothing in a bucket can be appended to: what grows is written here, and uploaded by `flush`.
         self._scratch = tempfile.TemporaryDirectory() if in_bucket(self._workdir) else None
         self._folder = pathlib.Path(self._scratch.name) if self._scratch else self._workdir
@@ -55,7 +57,7 @@ class MetricsWriter:
             kept = [row for row in read_metrics(lines) if row["step"] <= step]
             paths.write_text(self._folder / _LINES, "".join(strict_json(row) + "\n" for row in kept))
         self._file = (self._folder / _LINES).open("a")
-        self._board = SummaryWriter(str(self._folder / _BOARD), purge_step=step + 1, flush_secs=10)
+        self._board = _Board(self._folder / _BOARD, step)
 
     def write(self, step: int, metrics: Mapping[str, SupportsFloat]) -> None:
         """Appends one line `{"step": step, **metrics}`. JSON has no NaN or infinity: they are written as null."""
@@ -64,8 +66,7 @@ class MetricsWriter:
         values = {name: float(value) for name, value in metrics.items()}
         self._file.write(strict_json({"step": int(step), **values}) + "\n")
         self._file.flush()
-        for name, value in values.items():
-            self._board.add_scalar(name, value, step)
+        self._board.write(step, values)
         if time.monotonic() - self._flushed > max(_UPLOAD_SECONDS, self._flush_seconds / _UPLOAD_SHARE):
             self.flush()
 
@@ -73,8 +74,8 @@ class MetricsWriter:
         """Saves `pictures/{name}_{step}.png`, the step in seven digits so that the files sort, and shows it."""
         if not self._active:
             return
-        write_picture(self._workdir / "pictures" / f"{name}_{step:07d}.png", image)
-        self._board.add_image(name, image, step, dataformats="HWC")
+        write_picture(self._workdir / _PICTURES / f"{name}_{step:07d}.png", image)
+        self._board.write_picture(step, name, image)
 
     def flush(self) -> None:
         """To be called before others read what has been written: uploads it, if the run's folder is in a bucket."""
@@ -90,11 +91,54 @@ class MetricsWriter:
     def close(self) -> None:
         if not self._active:
             return
+        # A full disk may refuse any of these.
+        with contextlib.ExitStack() as ending:
+            if self._scratch:
+                ending.callback(self._scratch.cleanup)
+            ending.callback(self.flush)
+            ending.callback(self._board.close)
+            ending.callback(self._file.close)
+
+
+class _Board:
+    """TensorBoard's events, written by the thread that calls: one of tensorboardX's own ends with the first error, and
+    whoever gives it more waits for ever.
+
+    Args:
+        step: what has been written about later ones is not shown any more.
+    """
+
+    def __init__(self, folder: pathlib.Path, step: int):
+        # It imports torch where there is one, which takes longer than all else.
+        from tensorboardX import summary
+        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.record_writer import RecordWriter
+
+        self._summary, self._event = summary, Event
+        folder.mkdir(exist_ok=True)
+        name = f"events.out.tfevents.{time.time():.0f}.{socket.gethostname()}.{step}"
+        self._file, self._flushed = RecordWriter(os.path.abspath(folder / name)), time.monotonic()
+        self._write(0, file_version="brain.Event:2")
+        self._write(step + 1, session_log=SessionLog(status=SessionLog.START))
+
+    def write(self, step: int, values: Mapping[str, float]) -> None:
+        for name, value in values.items():
+            self._write(step, summary=self._summary.scalar(name, value))
+        if time.monotonic() - self._flushed > _SHOW_SECONDS:
+            self.flush()
+
+    def write_picture(self, step: int, name: str, image: UInt8[np.ndarray, "h w 3"]) -> None:
+        self._write(step, summary=self._summary.image(name, image, dataformats="HWC"))
+
+    def flush(self) -> None:
+        self._file.flush()
+        self._flushed = time.monotonic()
+
+    def close(self) -> None:
         self._file.close()
-        self._board.close()
-        self.flush()
-        if self._scratch:
-            self._scratch.cleanup()
+
+    def _write(self, step: int, **content: Any) -> None:
+        self._file.write(self._event(wall_time=time.time(), step=step, **content).SerializeToString())
 
 
 def read_metrics(jsonl: str | os.PathLike) -> list[dict[str, float | None]]:

@@ -5,7 +5,6 @@ import os
 import signal
 import subprocess
 import sys
-import threading
 
 import pytest
 
@@ -61,24 +60,6 @@ def test_success_is_no_exit(capsys):
     with pytest.raises(SystemExit) as end:
         ending.run(raising(UserError("x")))
     assert end.value.code == 2
-
-
-def test_a_thread_does_not_repeat_that_the_disk_is_full(capsys):
-    def in_threads(*errors):
-        for error in errors:
-            thread = threading.Thread(target=raising(error), name=str(error))
-            thread.start()
-            thread.join()
-
-    assert ending.exit_status(lambda: in_threads(FULL)) == 0 and capsys.readouterr().err == ""
-    told = []
-    before, threading.excepthook = threading.excepthook, told.append
-    try:
-        ending.exit_status(lambda: in_threads(FULL, ValueError("a bug")))
-    finally:
-        threading.excepthook = before
-    assert [str(thread.exc_value) for thread in told] == ["a bug"]
-    assert threading.excepthook is before
 
 
 def start(code, *arguments, **options):
