@@ -17,6 +17,7 @@ import os
 import pathlib
 import re
 import sys
+import tempfile
 
 import numpy as np
 from _pytest.approx import ApproxScalar
@@ -114,13 +115,17 @@ def _record(kind: str, value, bound) -> None:
 
 
 def fingerprint() -> str:
-    """A digest of a small program's last bits: another one where other instructions were really generated for it."""
+    """Digests of a small program's machine code and of its results' last bits: what a variant of XLA really changes."""
     import jax
     import jax.numpy as jnp
 
     x = np.random.default_rng(0).standard_normal((64, 257), np.float32)
-    results = jax.jit(lambda x: (jnp.sum(x, 1), jax.nn.softmax(x), x @ x.T, jnp.tanh(x)))(x)
-    return hashlib.sha256(b"".join(np.asarray(result).tobytes() for result in results)).hexdigest()[:6]
+    program = jax.jit(lambda x: (jnp.sum(x, 1), jax.nn.softmax(x), x @ x.T, jnp.tanh(x))).lower(x)
+    with tempfile.TemporaryDirectory() as folder:
+        results = program.compile({"xla_dump_to": folder})(x)
+        code = [path.read_bytes() for path in sorted(pathlib.Path(folder).glob("*.o"))]
+    parts = code, [np.asarray(result).tobytes() for result in results]
+    return " ".join(hashlib.sha256(b"".join(part)).hexdigest()[:6] for part in parts)
 
 
 def pytest_configure(config):

@@ -93,7 +93,7 @@ def read(name: str) -> tuple[str, dict[tuple[str, int], dict]]:
 def table(names: list[str], rows: int) -> str:
     """In Markdown: how the variants went, and the tightest lines whose margin differs between them."""
     programs, recorded = zip(*map(read, names), strict=True)
-    lines = ["| variant | XLA_FLAGS, NPROC | program | tests |", "|---|---|---|---|"]
+    lines = ["| variant | XLA_FLAGS, NPROC | machine code, results | tests |", "|---|---|---|---|"]
     for name, program, places in zip(names, programs, recorded, strict=True):
         variant, outcome = VARIANTS[name], json.loads((_OUTPUT / name / "outcome.json").read_text())
         result = f"{'passed' if outcome['passed'] else 'FAILED'} in {outcome['seconds'] / 60:.0f} min"
