@@ -15,7 +15,7 @@ import time
 import jax
 import numpy as np
 
-from osv_jax.plan import CPU_OPTIONS
+from osv_jax.planning.compiling import CPU_OPTIONS
 from osv_jax.runtime import mesh
 from osv_jax.runtime.ranges import COUNT, PIXELS
 from osv_jax.training import setup

@@ -11,8 +11,8 @@ import micro_stage1  # noqa: E402
 import pytest  # noqa: E402
 import tiny  # noqa: E402
 
-from osv_jax import plan  # noqa: E402
 from osv_jax.models.layers import Dense, timestep_embedding  # noqa: E402
+from osv_jax.planning import compiling  # noqa: E402
 from osv_jax.training import setup  # noqa: E402
 from osv_jax.training.config import phases_of  # noqa: E402
 
@@ -30,7 +30,7 @@ def main() -> None:
     config.lora.targets, config.trainable = "all", ("lora", "temporal_transformer")
     networks = setup.networks_of(config)
     (phase,) = phases_of(config)
-    plan.trace(config, setup.objective_of(config, networks), phase, tiny.one_device_mesh())
+    compiling.trace(config, setup.objective_of(config, networks), phase, tiny.one_device_mesh())
     frozen = setup.frozen_shapes(config, networks)
     latents = jax.ShapeDtypeStruct((1, 3, 8, 12, 4), jnp.float32)
     assert jax.eval_shape(networks.codec.decode_video, frozen["vae"], latents).shape == (1, 3, 16, 24, 3)

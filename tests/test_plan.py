@@ -1,4 +1,4 @@
-"""What `osv_jax.plan` says about programs, and whether it compiles the step that training runs."""
+"""What `osv_jax.planning` says about programs, and whether it compiles the step that training runs."""
 
 import importlib.util
 import multiprocessing
@@ -12,10 +12,10 @@ import pytest
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from toy_unet import toy_networks
 
-from osv_jax import plan
 from osv_jax.errors import UserError
 from osv_jax.models import layers
 from osv_jax.models.svd_unet import UNetConfig
+from osv_jax.planning import compiling, hlo, report, topologies
 from osv_jax.runtime import mesh
 from osv_jax.training.config import phases_of
 
@@ -30,7 +30,7 @@ def test_operations_of_loops_count_as_often_as_they_run():
 
     traced = jax.jit(program).trace(jnp.ones((6, 4)), jnp.ones((4, 4)))
     products, convolution, sums = 5 * 2 * 6 * 4 * 4, 2 * (2 * 3 * 4 * 8) * 9, 2 * 2 * 3 * 4 * 8
-    assert plan.operations(traced.jaxpr.jaxpr) == products + convolution + sums
+    assert hlo.operations(traced.jaxpr.jaxpr) == products + convolution + sums
 
 
 @pytest.mark.parametrize("sizes", [(1, 1, 1), (2, 2, 2)])
@@ -38,7 +38,7 @@ def test_operations_of_a_kernel_count_for_all_its_blocks_and_devices(sizes):
     q = jnp.ones((8, 256, 2, 64))
     with jax.set_mesh(mesh.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])):
         counts = [
-            plan.operations(jax.make_jaxpr(lambda x, kind=kind: layers.dot_product_attention(x, x, x, kind))(q).jaxpr)
+            hlo.operations(jax.make_jaxpr(lambda x, kind=kind: layers.dot_product_attention(x, x, x, kind))(q).jaxpr)
             for kind in ("splash", "xla")
         ]
     assert counts == [2 * 2 * 8 * 2 * 256 * 256 * 64] * 2
@@ -49,17 +49,17 @@ def test_collectives_are_counted_by_kind_with_their_bytes():
     rows, whole = NamedSharding(devices, PartitionSpec("fsdp")), NamedSharding(devices, PartitionSpec())
     x = jax.ShapeDtypeStruct((64, 32), jnp.float32, sharding=rows)
     gathered = jax.jit(lambda x: x, out_shardings=whole).lower(x).compile()
-    assert plan.collectives_of(gathered.as_text()) == {"all-gather": (1, 64 * 32 * 4)}
+    assert hlo.collectives_of(gathered.as_text()) == {"all-gather": (1, 64 * 32 * 4)}
     summed = jax.jit(lambda x: x.sum(axis=0), out_shardings=whole).lower(x).compile()
-    assert plan.collectives_of(summed.as_text()) == {"all-reduce": (1, 32 * 4)}
+    assert hlo.collectives_of(summed.as_text()) == {"all-reduce": (1, 32 * 4)}
     text = "  %a = (f32[2,4]{1,0}, f32[8,4]{1,0}) all-gather-start(f32[2,4]{1,0} %p), dimensions={0}"
-    assert plan.collectives_of(text) == {"all-gather": (1, 8 * 4 * 4)}
+    assert hlo.collectives_of(text) == {"all-gather": (1, 8 * 4 * 4)}
     # One that is hidden behind three computations, once more by itself, and two that were combined.
     part = "  %g = bf16[8,4]{1,0:T(8,128)S(1)} all-gather(%p), channel_id=7, dimensions={0}"
     both = "  %r = (f32[6]{0}, f32[2]{0}) all-reduce(%a, %b), channel_id=1, to_apply=%add"
     fusions = [f"%async_collective_fusion.{i} (p: bf16[2,4]) -> bf16[8,4] {{\n{part}\n}}" for i in range(3)]
     text = "\n\n".join([*fusions, f"ENTRY %main (p: bf16[2,4]) -> f32[2] {{\n{part}\n{both}\n}}"])
-    assert plan.collectives_of(text) == {"all-gather": (2, 2 * 8 * 4 * 2), "all-reduce": (1, 8 * 4)}
+    assert hlo.collectives_of(text) == {"all-gather": (2, 2 * 8 * 4 * 2), "all-reduce": (1, 8 * 4)}
 
 
 def test_assigned_memory_is_that_of_the_finished_program(tmp_path):
@@ -70,9 +70,9 @@ def test_assigned_memory_is_that_of_the_finished_program(tmp_path):
         return x + 1, all_of_x.sum(axis=1)
 
     lowered = jax.jit(train_step, donate_argnums=0).lower(jnp.ones((64, 128)), jnp.ones((128, 128)))
-    assert plan.read_assignment(tmp_path, 5.0) is None
+    assert hlo.read_assignment(tmp_path, 5.0) is None
     compiled = lowered.compile({"xla_dump_to": str(tmp_path), "xla_dump_hlo_module_re": "train_step"})
-    expected, actual = plan.analyse(compiled, 5.0), plan.read_assignment(tmp_path, 5.0)
+    expected, actual = hlo.analyse(compiled, 5.0), hlo.read_assignment(tmp_path, 5.0)
     assert actual.arguments == expected.arguments == (64 * 128 + 128 * 128) * 4
     assert actual.total == pytest.approx(expected.total, rel=1e-3) and actual.temporaries > 4 * 64 * 128 * 4
     assert (actual.flops, actual.collectives) == (expected.flops, expected.collectives)
@@ -80,30 +80,30 @@ def test_assigned_memory_is_that_of_the_finished_program(tmp_path):
     # As soon as it is there, whatever is still being compiled.
     receiver, sender = multiprocessing.Pipe(duplex=False)
     sender.send(5.0)
-    assert plan.first_result(receiver, tmp_path) == actual
+    assert compiling.first_result(receiver, tmp_path) == actual
 
 
 def compile_toy(*arguments):
     with toy_networks():
-        plan.compile_for(*arguments)
+        compiling.compile_for(*arguments)
 
 
 def test_a_step_is_compiled_in_a_process_of_its_own(monkeypatch):
-    monkeypatch.setattr(plan, "compile_for", compile_toy)
+    monkeypatch.setattr(compiling, "compile_for", compile_toy)
     config = small(**{"mesh.fsdp": 2, "mesh.data": -1})
     (phase,) = phases_of(config)
-    made = plan.plan_without_code(config, phase, "gpu:4x80GB")
+    made = compiling.plan_without_code(config, phase, "gpu:4x80GB")
     assert made.temporaries > 0 and made.flops > 0 and "all-reduce" in made.collectives
     with toy_networks():
         devices = mesh.make_mesh(2, 2, devices=jax.devices()[:4])
-        expected = plan.plan_step(config, phase, devices)
+        expected = compiling.plan_step(config, phase, devices)
     assert (made.arguments, made.flops) == (expected.arguments, expected.flops)
 
 
 def test_a_process_that_ends_without_a_plan_is_told_of(monkeypatch, capfd):
-    monkeypatch.setattr(plan, "compile_for", operator.neg)  # Which takes one argument.
+    monkeypatch.setattr(compiling, "compile_for", operator.neg)  # Which takes one argument.
     with pytest.raises(UserError, match=r"ended with status 1; -9 means that this machine's memory was not enough"):
-        plan.plan_without_code(small(), phases_of(small())[0], "cpu")
+        compiling.plan_without_code(small(), phases_of(small())[0], "cpu")
     assert "TypeError" in capfd.readouterr().err
 
 
@@ -119,9 +119,9 @@ def here(monkeypatch):
     """Compilation in this process, where things can be put in the place of others."""
 
     def plan_here(config, phase, topology):
-        return plan.plan_step(config, phase, plan.layout(config, plan.devices_of(topology)[1]))
+        return compiling.plan_step(config, phase, topologies.layout(config, topologies.devices_of(topology)[1]))
 
-    monkeypatch.setattr(plan, "plan_without_code", plan_here)
+    monkeypatch.setattr(compiling, "plan_without_code", plan_here)
 
 
 @pytest.fixture
@@ -132,15 +132,15 @@ def toy(here):
 
 def test_the_memory_of_a_step(toy, capsys, monkeypatch):
     monkeypatch.setattr(mesh, "_MIN_SHARDED_ELEMENTS", 16)
-    monkeypatch.setattr(plan, "devices_of", lambda topology: (plan.Chip("chip", 1e9, 1e9), jax.devices()))
-    assert plan.make_plan(small(**{"mesh.data": 2, "mesh.fsdp": 4}), "v5e:2x4")
+    monkeypatch.setattr(topologies, "devices_of", lambda topology: (topologies.Chip("chip", 1e9, 1e9), jax.devices()))
+    assert report.make_plan(small(**{"mesh.data": 2, "mesh.fsdp": 4}), "v5e:2x4")
     output = capsys.readouterr().out
     assert "finetune on 8 x chip (data 2 x fsdp 4 x context 1), batch 8, float32" in output
     assert "all-gather" in output and "of 1.00 GB" in output and "at the chip's peak" in output and "  fits (" in output
 
 
 def test_prepared_latents_need_not_be_there(toy, capsys):
-    assert plan.make_plan(small(**{"data.dataset": "nowhere"}), "cpu")
+    assert report.make_plan(small(**{"data.dataset": "nowhere"}), "cpu")
     assert "Planning for clips that are encoded in the step" in capsys.readouterr().out
 
 
@@ -151,20 +151,21 @@ def test_without_the_weights_the_sizes_are_svds(here, capsys, monkeypatch):
     def trace(config, objective, *_):
         raise Traced(objective.networks.unet.config)
 
-    monkeypatch.setattr(plan, "trace", trace)
+    monkeypatch.setattr(compiling, "trace", trace)
     config = small(**{"weights": "nowhere", "data.num_frames": 0})
     config.random_networks = {}
     config.lock()  # As those of the command line are.
     with pytest.raises(Traced) as traced:
-        plan.make_plan(config, "cpu")
+        report.make_plan(config, "cpu")
     assert traced.value.args == (UNetConfig(),)
     output = capsys.readouterr().out
     assert "nowhere is not there: planning for Stable Video Diffusion's own sizes" in output and "\n14 x " in output
 
 
 def test_what_does_not_fit_comes_with_advice(toy, capsys, monkeypatch):
-    monkeypatch.setattr(plan, "devices_of", lambda topology: (plan.Chip("chip", 1e3, None), jax.devices()[:1]))
-    assert not plan.make_plan(small(remat="full"), "v5e:1")
+    chip = topologies.Chip("chip", 1e3, None)
+    monkeypatch.setattr(topologies, "devices_of", lambda topology: (chip, jax.devices()[:1]))
+    assert not report.make_plan(small(remat="full"), "v5e:1")
     assert "does not fit: compute a device's clips one after the other: config.grad_accum=8" in capsys.readouterr().out
 
 
@@ -186,9 +187,10 @@ def test_what_xla_refuses_does_not_fit(toy, capsys, monkeypatch, sentence, neede
             raise jax.errors.JaxRuntimeError(f"RESOURCE_EXHAUSTED: {sentence}")
 
     traced = type("Traced", (), {"lower": lambda self: Refused(), "jaxpr": jax.make_jaxpr(jnp.sin)(1.0)})()
-    monkeypatch.setattr(plan, "trace", lambda *args: traced)
-    monkeypatch.setattr(plan, "devices_of", lambda topology: (plan.Chip("chip", 1e3, None), jax.devices()[:1]))
-    assert not plan.make_plan(small(remat="full", batch_size=1), "v5e:1")
+    monkeypatch.setattr(compiling, "trace", lambda *args: traced)
+    chip = topologies.Chip("chip", 1e3, None)
+    monkeypatch.setattr(topologies, "devices_of", lambda topology: (chip, jax.devices()[:1]))
+    assert not report.make_plan(small(remat="full", batch_size=1), "v5e:1")
     assert f"does not fit ({needed}): train less" in capsys.readouterr().out
 
 
@@ -206,28 +208,28 @@ def test_what_xla_refuses_does_not_fit(toy, capsys, monkeypatch, sentence, neede
 def test_advice(changes, sizes, words):
     config = small(**({"remat": "full", "batch_size": sizes[1]} | changes))
     devices = np.array(jax.devices()[: int(np.prod(sizes))]).reshape(sizes)
-    assert words in plan.advice(config, jax.sharding.Mesh(devices, mesh.AXES))
+    assert words in report.advice(config, jax.sharding.Mesh(devices, mesh.AXES))
 
 
 def test_a_gpu_host_is_as_many_cpu_devices(monkeypatch):
-    monkeypatch.setattr(plan.jax.config, "update", lambda name, value: None)
-    chip, devices = plan.devices_of("gpu:8x80GB")
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    chip, devices = topologies.devices_of("gpu:8x80GB")
     assert (chip.memory, len(devices)) == (80e9, 8)
-    chip, devices = plan.devices_of("cpu")
+    chip, devices = topologies.devices_of("cpu")
     assert chip.memory is None and len(devices) == 1
 
 
 @pytest.mark.parametrize("topology", ["v9:2x2", "gpu:eight", "gpu", "v5e", "v5e:two", "v5e:0x4", "cpu:2"])
 def test_unknown_topologies_are_refused(topology):
     with pytest.raises(UserError, match=f"--topology={topology} is unknown; give a TPU slice"):
-        plan.devices_of(topology)
+        topologies.devices_of(topology)
 
 
 @pytest.mark.parametrize("topology", ["gpu:0x80GB", "gpu:8x0GB", "gpu:100000x80GB", f"gpu:8x{10**400}GB"])
 def test_impossible_numbers_of_gpus_are_refused(topology):
     words = rf"--topology={topology} must have a whole number from 1 to 1024 for the devices, .* such as gpu:8x80GB"
     with pytest.raises(UserError, match=words):
-        plan.devices_of(topology)
+        topologies.devices_of(topology)
 
 
 def test_one_chip_is_a_host_of_its_own(monkeypatch):
@@ -235,10 +237,10 @@ def test_one_chip_is_a_host_of_its_own(monkeypatch):
     asked = []
     described = type("Described", (), {"devices": jax.devices()})()
     monkeypatch.setattr(
-        plan.topologies, "get_topology_desc", lambda name, **options: asked.append((name, options)) or described
+        topologies, "get_topology_desc", lambda name, **options: asked.append((name, options)) or described
     )
     for name in ("v5e:1x1", "v5p:1x1x1", "v5e:2x2"):
-        plan.devices_of(name)
+        topologies.devices_of(name)
     single = {"platform": "tpu", "chips_per_host_bounds": (1, 1, 1)}
     assert asked == [("v5e:1x1", single), ("v5p:1x1x1", single), ("v5e:2x2", {"platform": "tpu"})]
 
@@ -247,7 +249,7 @@ def test_a_slice_without_libtpu_is_refused():
     if importlib.util.find_spec("libtpu"):
         pytest.skip("libtpu is installed; that a slice is then compiled for is in docs/scaling.md, with its figures")
     with pytest.raises(UserError, match=r"cannot be compiled for: .* install libtpu"):
-        plan.devices_of("v5e:2x2")
+        topologies.devices_of("v5e:2x2")
 
 
 def test_the_platform_is_that_of_the_devices_compiled_for(toy):

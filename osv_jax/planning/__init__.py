@@ -1,0 +1,1 @@
+"""Whether a step fits devices that need not be there, and what it costs on them."""
