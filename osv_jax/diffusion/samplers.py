@@ -130,5 +130,5 @@ def time_travel(
     return x
 
 
-def _per_clip(sigma: np.float32, x: Float[Array, "b *rest"]) -> Float[np.ndarray, " b"]:
+def _per_clip(sigma: np.float32, x: Float[Array, " b *rest"]) -> Float[np.ndarray, " b"]:
     return np.full(len(x), sigma, np.float32)

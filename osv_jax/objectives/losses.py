@@ -11,7 +11,7 @@ from jaxtyping import Array, Float
 Logits = dict[str, Array]
 
 
-def pseudo_huber(x: Float[Array, "b *rest"], y: Float[Array, "b *rest"], c: float = 1e-3) -> Float[Array, " b"]:
+def pseudo_huber(x: Float[Array, " b *rest"], y: Float[Array, " b *rest"], c: float = 1e-3) -> Float[Array, " b"]:
     """d(x, y) = sqrt((x - y)^2 + c^2) - c, averaged over a clip's elements (OSV, below Eq. 7; c: appendix C).
 
     The paper prints a vector norm. The public implementations of this family take the mean over elements, and only
@@ -21,7 +21,7 @@ def pseudo_huber(x: Float[Array, "b *rest"], y: Float[Array, "b *rest"], c: floa
     return distance.reshape(distance.shape[0], -1).mean(axis=1)
 
 
-def squared_error(x: Float[Array, "b *rest"], y: Float[Array, "b *rest"]) -> Float[Array, " b"]:
+def squared_error(x: Float[Array, " b *rest"], y: Float[Array, " b *rest"]) -> Float[Array, " b"]:
     """||x - y||^2 of SF-V Eq. 1, as the mean over a clip's elements (EDM's own code does the same)."""
     square = (x - y) ** 2
     return square.reshape(square.shape[0], -1).mean(axis=1)
