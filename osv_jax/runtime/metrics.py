@@ -95,8 +95,8 @@ class MetricsWriter:
         with contextlib.ExitStack() as ending:
             if self._scratch:
                 ending.callback(self._scratch.cleanup)
-            ending.callback(self.flush)
             ending.callback(self._board.close)
+            ending.callback(self.flush)
             ending.callback(self._file.close)
 
 
