@@ -21,7 +21,7 @@ demo: $(VENV)/.demo
 # Two processes; a file stays in one, for its fixtures, and the shortest files come last, so that both end together.
 test: $(VENV)/.test lint
 	$(VENV)/bin/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/objectives tests/test_*.py tests/models \
-	    tests/convert tests/diffusion tests/data tests/training tests/runtime
+	    tests/convert tests/diffusion tests/data tests/training tests/evaluation tests/runtime
 
 # The full-size UNet against diffusers, which takes 16 GiB of memory, and a real UNet on every mesh. XLA has one thread
 # for each fake device by default; where all of them wait for one another, none is left for what they wait for.

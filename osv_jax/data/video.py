@@ -142,10 +142,7 @@ class _Timeline:
         first, last = self._first, self._last
         if last is None:
             raise VideoError(self._file, "has a video stream without a frame")
-        height, width = last.picture.height, last.picture.width * last.pixel_aspect
-        if last.quarter_turns % 2:
-            height, width = width, height
-        return VideoInfo(first.time, last.end, self._num_frames, round(height), round(width))
+        return VideoInfo(first.time, last.end, self._num_frames, *last.size)
 
 
 def read_clip(
@@ -184,6 +181,32 @@ def _read_clip(
         clip = list(_pictures(file, shown, height, width))
     if len(clip) < num_frames:
         raise VideoError(file, f"ends before the {num_frames / fps:.2f} s from {start:.2f} s that are wanted")
+    return np.stack(clip)
+
+
+def read_frames(file: VideoFile, num_frames: int, fps: float | None = None) -> UInt8[np.ndarray, "f h w 3"]:
+    """Reads the first `num_frames` RGB frames, at the size in which the video is shown.
+
+    Args:
+        file: the video.
+        num_frames: how many.
+        fps: take those that are 1 / fps [s] apart, see `read_clip`; by default every frame.
+
+    Raises:
+        VideoError: if the file does not decode, or has fewer frames.
+    """
+    with _opened(file) as (container, stream):
+        frames = _frames(file, container, stream)
+        first = next(frames, None)
+        if first is None:
+            raise VideoError(file, "has a video stream without a frame")
+        frames = itertools.chain([first], frames)
+        if fps is not None:
+            frames = _on_screen(frames, _wanted(first.time, num_frames, fps, stream))
+        clip = list(itertools.islice(_pictures(file, frames, *first.size), num_frames))
+    if len(clip) < num_frames:
+        rate = f" at {fps:g} fps" if fps is not None else ""
+        raise VideoError(file, f"has {len(clip)} frames{rate}, and {num_frames} are wanted")
     return np.stack(clip)
 
 
@@ -266,6 +289,14 @@ class _Frame:
     end: float
     quarter_turns: int
     pixel_aspect: float
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width [px], as it is shown."""
+        height, width = self.picture.height, self.picture.width * self.pixel_aspect
+        if self.quarter_turns % 2:
+            height, width = width, height
+        return round(height), round(width)
 
 
 def _frames(file: VideoFile, container: av.container.InputContainer, stream: av.VideoStream) -> Iterator[_Frame]:

@@ -17,9 +17,10 @@ import zipfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 
 from osv_jax.data.cutting import Location, open_archive
+from osv_jax.data.folder import Skipped, printable
 from osv_jax.data.video import EXTENSIONS
 from osv_jax.errors import UserError
-from osv_jax.preparation.sources import Skipped, SourceVideo, printable
+from osv_jax.preparation.sources import SourceVideo
 from osv_jax.runtime.paths import Path, files_below
 
 SCORES = ("aesthetic score", "motion score", "temporal consistency score")

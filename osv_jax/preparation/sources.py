@@ -8,12 +8,9 @@ import json
 from collections.abc import Sequence
 
 from osv_jax.data.cutting import Location
-from osv_jax.data.video import EXTENSIONS
+from osv_jax.data.folder import Skipped, list_videos
 from osv_jax.errors import UserError
-from osv_jax.runtime.paths import Path, absolute, files_below
-
-# (name, reason) of what cannot be used.
-Skipped = list[tuple[str, str]]
+from osv_jax.runtime.paths import Path
 
 
 @dataclasses.dataclass(frozen=True)
@@ -49,31 +46,9 @@ class Source:
 
 
 def read_folder(folder: Path) -> tuple[list[SourceVideo], Skipped]:
-    """The videos below a folder, sorted; links to files are followed, links to folders are not.
-
-    Raises:
-        UserError: if it is missing, no folder, or holds no video.
-    """
-    if not folder.exists():
-        raise UserError(f"The video folder {folder} does not exist; give the path of a folder with videos.")
-    if not folder.is_dir():
-        raise UserError(f"{folder} is a file, but a folder with videos is needed; give the folder it is in.")
-    videos: list[SourceVideo] = []
-    skipped: Skipped = []
-    for path, size in files_below(folder).items():
-        file, name = absolute(folder) / path, printable(path)
-        if file.suffix.lower() not in EXTENSIONS:
-            skipped.append((name, "does not end in the extension of a video, such as .mp4"))
-        elif size < 0:
-            skipped.append((name, "is a link to nowhere, or no file"))
-        elif size == 0:
-            skipped.append((name, "is empty"))
-        else:
-            videos.append(SourceVideo(name, Location((str(file),)), size))
-    if not videos:
-        known = " ".join(EXTENSIONS)
-        raise UserError(f"The folder {folder} holds no videos; put files in it that end in one of {known}.")
-    return videos, skipped
+    """The videos below a folder; see `list_videos`."""
+    videos, skipped = list_videos(folder)
+    return [SourceVideo(video.name, Location((str(video.file),)), video.size) for video in videos], skipped
 
 
 def split_videos(
@@ -100,8 +75,3 @@ def split_videos(
     train = {video.name for video in ranked[num_test:][:max_train]}
     chosen = {"train": train, "test": test}
     return {split: [v for v in videos if v.name in names] for split, names in chosen.items() if names}
-
-
-def printable(name: str) -> str:
-    """A file name as text: bytes that are no UTF-8 become question marks."""
-    return name.encode(errors="surrogateescape").decode(errors="replace")

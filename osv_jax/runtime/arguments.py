@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import argparse
 import pathlib
-from typing import NoReturn
+from typing import Any, NoReturn
 
 from osv_jax.errors import UserError
 from osv_jax.runtime.paths import as_path, user_cache
@@ -22,13 +22,11 @@ def compilation_cache() -> str | None:
 class Parser(argparse.ArgumentParser):
     """Of a program `python -m osv_jax.NAME`, whose help begins with its docstring; mistakes are `UserError`s."""
 
-    def __init__(self, name: str, description: str):
-        super().__init__(
-            prog=f"python -m osv_jax.{name}",
-            description=description,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-            allow_abbrev=False,
-        )
+    def __init__(self, name: str = "", description: str | None = None, **options: Any):
+        """`options` are argparse's own, which gives its sub-commands a `prog` this way."""
+        options = {"prog": f"python -m osv_jax.{name}", **options}
+        options |= {"formatter_class": argparse.RawDescriptionHelpFormatter, "allow_abbrev": False}
+        super().__init__(description=description, **options)
 
     def error(self, message: str) -> NoReturn:
         raise UserError(f"{message[0].upper()}{message[1:]}; see --help.")

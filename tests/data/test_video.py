@@ -295,3 +295,15 @@ def test_absurd_times_are_told_or_refused(tmp_path):
     for start in (0.4, 1e13, 1e300):
         with contextlib.suppress(video.VideoError):
             assert video.read_clip(tmp_path / "late.mkv", start, 4, 10.0, **SIZE).shape == (4, 24, 32, 3)
+
+
+def test_the_first_frames_at_the_size_in_which_they_are_shown(tmp_path):
+    file = synthetic_video.write_constant(tmp_path / "a.mp4", 20, 10, rotation=90, pixel_aspect=2)
+    frames = video.read_frames(file, 12)
+    assert frames.shape == (12, 64, 24, 3)
+    assert synthetic_video.numbers(frames) == list(range(12))
+    assert synthetic_video.numbers(video.read_frames(file, 4, fps=5)) == [0, 2, 4, 6]
+    with pytest.raises(video.VideoError, match="has 20 frames, and 21 are wanted"):
+        video.read_frames(file, 21)
+    with pytest.raises(video.VideoError, match="has 10 frames at 5 fps, and 11 are wanted"):
+        video.read_frames(file, 11, fps=5)

@@ -1,4 +1,4 @@
-"""Bicubic resampling against torch."""
+"""Bicubic and bilinear resampling against torch."""
 
 import jax.numpy as jnp
 import numpy as np
@@ -6,7 +6,7 @@ import pytest
 import torch
 from conftest import relative_error
 
-from osv_jax.models.resize import resize_bicubic
+from osv_jax.models.resize import apply_per_axis, bilinear_matrix, resize_bicubic
 
 SIZES = [
     ((37, 37), (23, 41)),
@@ -30,6 +30,17 @@ def test_matches_torch(size, new_size, align_corners, antialias, rng):
     assert relative_error(actual, expected) <= 1e-5
 
 
+@pytest.mark.parametrize("antialias", [False, True])
+@pytest.mark.parametrize(("size", "new_size"), SIZES)
+def test_bilinear_matches_torch(size, new_size, antialias, rng):
+    x = rng.standard_normal((2, *size, 3), dtype=np.float32)
+    expected = torch.nn.functional.interpolate(
+        torch.from_numpy(x).movedim(-1, 1), new_size, mode="bilinear", antialias=antialias
+    ).movedim(1, -1)
+    matrices = (bilinear_matrix(*lengths, antialias) for lengths in zip(size, new_size, strict=True))
+    assert relative_error(apply_per_axis(*matrices, x), expected) <= 1e-5
+
+
 def test_every_leading_axis_is_a_batch_axis_and_the_result_is_float32(rng):
     x = jnp.asarray(rng.standard_normal((2, 3, 6, 5, 4)), jnp.bfloat16)
     y = resize_bicubic(x, (4, 9))
@@ -40,3 +51,5 @@ def test_every_leading_axis_is_a_batch_axis_and_the_result_is_float32(rng):
 def test_an_empty_size_is_refused():
     with pytest.raises(ValueError, match="must be positive"):
         resize_bicubic(jnp.ones((4, 4, 1)), (0, 4))
+    with pytest.raises(ValueError, match="must be positive"):
+        bilinear_matrix(4, 0)
