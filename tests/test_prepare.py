@@ -62,12 +62,18 @@ def records_of(folder: pathlib.Path) -> dict[str, list[bytes]]:
     return {file.name: shards._read_records(file) for file in sorted(folder.glob("*.array_record-*"))}
 
 
+def read_all(folder: pathlib.Path, split: str = "train") -> list[dict]:
+    """All records in the order of the files."""
+    dataset = latents.open_dataset(folder, split)
+    return [dataset.read(index) for index in range(len(dataset))]
+
+
 def test_openvid_becomes_a_dataset(whole):
     train, test = latents.open_dataset(whole), latents.open_dataset(whole, "test")
     assert (len(train), len(test)) == (7 * 3, 2 * 3)
-    sources = [{record["source"] for record in latents.iterate(dataset)} for dataset in (train, test)]
+    sources = [{record["source"] for record in read_all(whole, split)} for split in ("train", "test")]
     assert not sources[0] & sources[1] and len(sources[0] | sources[1]) == 9
-    for record in [*latents.iterate(train), *latents.iterate(test)]:
+    for record in [*read_all(whole), *read_all(whole, "test")]:
         first = round(record["clip_start"] * 10)
         assert grey_of(record) == list(range(first, first + 4))
         assert record["caption"].startswith('Line "') and record["fps"] == 10
@@ -82,7 +88,7 @@ def test_openvid_becomes_a_dataset(whole):
 
 
 def test_noise_is_a_function_of_the_clip(whole):
-    records = list(latents.iterate(latents.open_dataset(whole)))
+    records = read_all(whole)
     assert len({record["image_latents"].tobytes() for record in records}) == len(records)
 
 
@@ -107,7 +113,7 @@ def test_a_finished_dataset_is_left_alone(whole, openvid, capsys):
 
 def test_shards_merge_to_the_same_dataset(whole, openvid, tmp_path, capsys):
     parts = [run(f"openvid:{openvid}", tmp_path / f"part{i}", f"--shard={i}/2") for i in range(2)]
-    sources = [{r["source"] for r in latents.iterate(latents.open_dataset(part))} for part in parts]
+    sources = [{r["source"] for r in read_all(part)} for part in parts]
     assert not sources[0] & sources[1]
     names = [str(part) for part in parts]
     for wrong, words in (
@@ -210,7 +216,7 @@ def test_fifty_damaged_inputs(tmp_path):
     before = {path for path in tmp_path.rglob("*") if tmp_path / "in" in path.parents}
     output = run(tmp_path / "in", tmp_path / "out", "--test_videos=0", "--videos_per_file=100")
     counts: dict[str, int] = {}
-    for record in latents.iterate(latents.open_dataset(output)):
+    for record in read_all(output):
         counts[record["source"]] = counts.get(record["source"], 0) + 1
         first = round(record["clip_start"] * 10)
         if record["source"] not in ("variable.mp4", "gray.mp4"):  # (which is darker: of full range)
@@ -257,9 +263,7 @@ def test_damaged_archives(tmp_path):
     tiny_openvid.write_csv(folder / "OpenVid-1M.csv", [*rows, tiny_openvid.row("good.mp4", "twice")])
 
     output = run(f"openvid:{folder}", tmp_path / "out", "--test_videos=0")
-    assert {record["source"] for record in latents.iterate(latents.open_dataset(output))} == {
-        "OpenVid_part0.zip/good.mp4"
-    }
+    assert {record["source"] for record in read_all(output)} == {"OpenVid_part0.zip/good.mp4"}
     listed = (output / "skipped.txt").read_text()
     for line in (
         "OpenVid_part0.zip/../outside.mp4 has a name that leads out of the archive",

@@ -10,7 +10,7 @@ import transformers
 from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, StableVideoDiffusionPipeline
 from torch_reference import randomise, torch_unet
 
-from osv_jax.convert.importers import import_dinov2, import_svd
+from osv_jax.convert.importers import import_svd, plan_dinov2, write
 
 # In a network of 32 channels every group of a GroupNorm is one channel, which takes away what the time embedding adds.
 UNET = dataclasses.replace(tiny.CONFIGS["unet"], block_out_channels=(64, 32))
@@ -84,4 +84,4 @@ def import_all(folder: pathlib.Path, output: pathlib.Path) -> None:
     """Imports a saved pipeline, and DINOv2 if it lies beside it, as float32."""
     import_svd(folder, output, "float32")
     if (folder / "dinov2").is_dir():
-        import_dinov2(folder / "dinov2", output, "float32")
+        write([plan_dinov2(folder / "dinov2")], output, "float32")

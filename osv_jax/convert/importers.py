@@ -115,13 +115,6 @@ def import_svd(
     return write(plan_svd(folder, components), output, dtype, overwrite)
 
 
-def import_dinov2(
-    path: str | os.PathLike, output: str | os.PathLike, dtype: str = "bfloat16", overwrite: bool = False
-) -> Summary:
-    """Imports DINOv2 from a transformers folder or a torch-hub file; see `plan_dinov2` and `write`."""
-    return write([plan_dinov2(path)], output, dtype, overwrite)
-
-
 def plan_svd(folder: str | os.PathLike, components: Sequence[str] = SVD_COMPONENTS) -> list[Plan]:
     """Plans the import of an SVD folder in diffusers layout (`unet/ vae/ image_encoder/`).
 

@@ -14,7 +14,7 @@ import json
 import os
 import pathlib
 import tempfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import grain
@@ -219,7 +219,6 @@ def latent_batches(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    num_epochs: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
     num_workers: int = 0,
@@ -230,7 +229,7 @@ def latent_batches(
     Args:
         dataset: the records.
         start_step: the first step to read.
-        batch_size, seed, num_epochs, process_index, process_count: see `order.Order`.
+        batch_size, seed, process_index, process_count: see `order.Order`.
         num_workers: processes that read; 0 for threads of this one. It does not change the order.
         num_threads: batches that each process reads at the same time.
 
@@ -239,9 +238,9 @@ def latent_batches(
         [b k h w c], `noise_aug_strength`: float32 [b k], `fps`: float32 [b], `clip_id`: int32 [b]}.
 
     Raises:
-        UserError: if the batch does not split over the processes, or exceeds `num_epochs` passes.
+        UserError: if the batch does not split over the processes.
     """
-    records = order.Order(len(dataset), batch_size, seed, num_epochs, process_index, process_count)
+    records = order.Order(len(dataset), batch_size, seed, process_index, process_count)
     read_step = _ReadStep(dataset, records)
     # A whole step is one element, so that worker processes, which take elements in turn, keep the order.
     prefetch = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=2 * num_threads)
@@ -286,8 +285,3 @@ class _ReadStep:
 
 def _as_bfloat16(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
     return batch | {name: batch[name].view(ml_dtypes.bfloat16) for name in _BFLOAT16}
-
-
-def iterate(dataset: LatentDataset) -> Iterator[dict[str, Any]]:
-    """All records in the order of the files."""
-    return (dataset.read(index) for index in range(len(dataset)))

@@ -16,17 +16,14 @@ from osv_jax.errors import UserError
 class Order:
     """The records of this process; every epoch is a new permutation, and batches run across the ends of epochs.
 
-    With `num_epochs`, records that do not fill a last batch are left out.
-
     Args:
         num_records: of an epoch.
         batch_size: B, of all processes together.
         seed: 0 .. 2**32 - 1.
-        num_epochs: after how many passes to stop; endless by default.
         process_index, process_count: which of how many equal parts of each batch is this process's.
 
     Raises:
-        UserError: if the batch does not split over the processes, or exceeds `num_epochs` passes.
+        UserError: if the batch does not split over the processes.
     """
 
     def __init__(
@@ -34,7 +31,6 @@ class Order:
         num_records: int,
         batch_size: int,
         seed: int,
-        num_epochs: int | None = None,
         process_index: int = 0,
         process_count: int = 1,
     ):
@@ -43,12 +39,7 @@ class Order:
                 f"A batch of {batch_size} clips does not split over {process_count} processes; use a multiple of that."
             )
         self.part = batch_size // process_count
-        self.num_steps = sys.maxsize // batch_size if num_epochs is None else num_epochs * num_records // batch_size
-        if self.num_steps == 0:
-            raise UserError(
-                f"{num_epochs} epochs of {num_records} clips do not fill one batch of {batch_size};"
-                " use a smaller batch or more epochs."
-            )
+        self.num_steps = sys.maxsize // batch_size
         self._batch_size, self._first = batch_size, process_index * self.part
         self._records = grain.MapDataset.source(range(num_records)).seed(seed).shuffle().repeat()
 

@@ -220,7 +220,6 @@ def pixel_dataset(
     batch_size: int,
     seed: int,
     start_step: int = 0,
-    num_epochs: int | None = None,
     process_index: int = 0,
     process_count: int = 1,
     num_threads: int = 8,
@@ -230,17 +229,17 @@ def pixel_dataset(
     Args:
         index: the clips.
         start_step: the first step to read.
-        batch_size, seed, num_epochs, process_index, process_count: see `order.Order`.
+        batch_size, seed, process_index, process_count: see `order.Order`.
         num_threads: clips decoded at the same time. It does not change the order.
 
     Returns:
         An iterable of {`video`: uint8 [b f h w 3], `fps`: float32 [b], `clip_id`: int32 [b]}, b = B / process_count.
 
     Raises:
-        UserError: if the batch does not split over the processes, or exceeds `num_epochs` passes.
+        UserError: if the batch does not split over the processes.
         video.VideoError: while iterating, naming the file, if one has become unreadable.
     """
-    records = order.Order(len(index.clips), batch_size, seed, num_epochs, process_index, process_count)
+    records = order.Order(len(index.clips), batch_size, seed, process_index, process_count)
     part = records.part
     positions = grain.MapDataset.range(start_step * part, records.num_steps * part)
     prefetch = grain.ReadOptions(num_threads=num_threads, prefetch_buffer_size=max(2 * part, num_threads))

@@ -33,14 +33,6 @@ class Dinov2Config:
     num_register_tokens: int = 0
 
 
-DINOV2_PRESETS = {
-    "small": Dinov2Config(),
-    "base": Dinov2Config(hidden_size=768, num_attention_heads=12),
-    "large": Dinov2Config(hidden_size=1024, num_hidden_layers=24, num_attention_heads=16),
-    "giant": Dinov2Config(hidden_size=1536, num_hidden_layers=40, num_attention_heads=24, use_swiglu_ffn=True),
-}
-
-
 class Dinov2(nn.Module):
     """ImageNet-normalised pixels to patch features.
 
@@ -55,6 +47,7 @@ class Dinov2(nn.Module):
     param_dtype: Dtype = jnp.float32
     attention: str = "auto"
 
+    @nn.compact
     def __call__(
         self, pixels: Float[Array, "n h w 3"], blocks: tuple[int, ...]
     ) -> tuple[Float[Array, "n grid_h grid_w c"], ...]:
@@ -68,29 +61,20 @@ class Dinov2(nn.Module):
         Raises:
             ValueError: on an image size that is not whole patches, or a block that does not exist.
         """
-        depth = self.config.num_hidden_layers
+        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        depth = config.num_hidden_layers
         if not all(0 <= block < depth for block in blocks):
             raise ValueError(f"blocks must lie in 0 .. {depth - 1}, got {blocks}.")
-        hidden, _ = self._run(pixels)
         n, height, width, _ = pixels.shape
-        grid = (height // self.config.patch_size, width // self.config.patch_size)
-        first_patch = 1 + self.config.num_register_tokens
-        return tuple(hidden[block][:, first_patch:].reshape(n, *grid, -1) for block in blocks)
-
-    def sequence(self, pixels: Float[Array, "n h w 3"]) -> Float[Array, "n t c"]:
-        """The whole final sequence after the last norm: class token, registers, patches."""
-        return self._run(pixels)[1]
-
-    @nn.compact
-    def _run(self, pixels: Float[Array, "n h w 3"]) -> tuple[list[Float[Array, "n t c"]], Float[Array, "n t c"]]:
-        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        _, height, width, _ = pixels.shape
         if height % config.patch_size or width % config.patch_size:
             raise ValueError(f"DINOv2 takes sides that are multiples of {config.patch_size}, got {height} x {width}.")
         x = _Embeddings(config, name="embeddings", **dtypes)(pixels)
         hidden = _Encoder(config, self.attention, name="encoder", **dtypes)(x)
-        # Always there, so that the parameters do not depend on what is asked for.
-        return hidden, layer_norm("layernorm", config.layer_norm_eps, **dtypes)(hidden[-1])
+        # The checkpoint's final norm: it has parameters, and no feature passes it.
+        layer_norm("layernorm", config.layer_norm_eps, **dtypes)(hidden[-1])
+        grid = (height // config.patch_size, width // config.patch_size)
+        first_patch = 1 + config.num_register_tokens
+        return tuple(hidden[block][:, first_patch:].reshape(n, *grid, -1) for block in blocks)
 
 
 class _Embeddings(nn.Module):

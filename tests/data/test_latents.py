@@ -125,7 +125,7 @@ def test_batches_hold_what_they_say(dataset):
 
 
 def test_every_epoch_is_a_new_permutation_over_all_files(dataset):
-    epochs = np.concatenate(ids(dataset, batch_size=13, seed=3, num_epochs=3)).reshape(3, NUM_RECORDS).tolist()
+    epochs = np.concatenate(ids(dataset, 3 * NUM_RECORDS // 13, batch_size=13, seed=3)).reshape(3, NUM_RECORDS).tolist()
     assert [sorted(epoch) for epoch in epochs] == [list(range(NUM_RECORDS))] * 3
     assert epochs[0] != epochs[1] != epochs[2] != epochs[0]
     # Global: the first records of an epoch come from both files.
@@ -133,26 +133,25 @@ def test_every_epoch_is_a_new_permutation_over_all_files(dataset):
 
 
 def test_two_processes_read_what_one_reads(dataset):
-    options = {"batch_size": 4, "seed": 7, "num_epochs": 2}
+    options = {"steps": 2 * NUM_RECORDS // 4, "batch_size": 4, "seed": 7}
     whole = ids(dataset, **options)
     parts = [ids(dataset, **options, process_index=p, process_count=2) for p in range(2)]
-    assert len(whole) == 2 * NUM_RECORDS // 4
     assert [first + second for first, second in zip(*parts, strict=True)] == whole
     assert ids(dataset, **options | {"seed": 8}) != whole
 
 
 @pytest.mark.timeout(120)
 def test_resuming_in_an_epoch_with_other_workers_gives_exactly_the_rest(dataset):
-    options = {"batch_size": 2, "seed": 5, "num_epochs": 2}
+    options = {"batch_size": 2, "seed": 5}
 
-    def read(steps=None, **more):
+    def read(steps, **more):
         with contextlib.closing(iter(latent_batches(dataset, **options, **more))) as batches:
             return [{name: value.copy() for name, value in b.items()} for b in itertools.islice(batches, steps)]
 
-    whole, stop = read(), 9  # in the second epoch
+    whole, stop = read(NUM_RECORDS), 9  # of two epochs, in the second
     state = json.loads(json.dumps(order.save_position(dataset.content_hash, 2, 5, stop)))
     step = order.restore_step(state, dataset.content_hash, "The records", 2, 5)
-    joined = read(stop, num_workers=1) + read(start_step=step, num_workers=2)
+    joined = read(stop, num_workers=1) + read(NUM_RECORDS - stop, start_step=step, num_workers=2)
     assert len(joined) == len(whole) == NUM_RECORDS
     for own, other in zip(joined, whole, strict=True):
         assert own.keys() == other.keys()
@@ -160,7 +159,8 @@ def test_resuming_in_an_epoch_with_other_workers_gives_exactly_the_rest(dataset)
             assert own[name].dtype == other[name].dtype
             np.testing.assert_array_equal(own[name], other[name])
     # On another number of processes too.
-    rest = [ids(dataset, **options, start_step=step, process_index=p, process_count=2) for p in range(2)]
+    split = [{"start_step": step, "process_index": p, "process_count": 2} for p in range(2)]
+    rest = [ids(dataset, NUM_RECORDS - stop, **options, **part) for part in split]
     assert [a + b for a, b in zip(*rest, strict=True)] == [batch["clip_id"].tolist() for batch in whole[step:]]
     with pytest.raises(UserError, match="The records are not those that the checkpoint was trained on"):
         order.restore_step(state, "other", "The records", 2, 5)
@@ -175,12 +175,12 @@ def test_the_first_record_is_read_before_any_thread_starts(dataset, monkeypatch)
         return original(schema)
 
     monkeypatch.setattr(Schema, "features", features)
-    latents._features.cache_clear()
-    assert len(ids(dataset, batch_size=2, seed=5, num_epochs=1)) == NUM_RECORDS // 2
-    assert opened_by == [threading.main_thread()]
     # What travels to a worker process reads there as it arrives.
     latents._features.cache_clear()
     pickle.loads(pickle.dumps(latents._ReadStep(dataset, order.Order(NUM_RECORDS, 2, 5))))
+    assert opened_by == [threading.main_thread()]
+    latents._features.cache_clear()
+    ids(dataset, NUM_RECORDS // 2, batch_size=2, seed=5)
     assert opened_by == 2 * [threading.main_thread()]
 
 
