@@ -1,9 +1,9 @@
 """Fine-tuning of SVD: denoising of real clips as SVD itself was trained (SF-V Eq. 1 to 3).
 
 `configs/finetune.py` trains a LoRA; `configs/finetune.py:tiny` trains every layer of tiny random networks on the clips
-of a Python package; `configs/finetune.py:miniature` is how the UNet of `--weights=miniature` was made, and
-`configs/finetune.py:miniature_lora` adapts that UNet to other clips, see docs/miniature.md. What comes out is a teacher
-for `configs/stage1.py`: see docs/training.md.
+of a Python package; `configs/finetune.py:miniature` made the UNet of `--weights=miniature`, and
+`configs/finetune.py:miniature_lora` adapts that UNet to other clips, see docs/miniature.md. The result is a teacher for
+`configs/stage1.py`: see docs/training.md.
 """
 
 import pathlib
@@ -16,7 +16,8 @@ from osv_jax.training.config import default_config
 
 def get_config(variant: str = "") -> ConfigDict:
     stage1 = runpy.run_path(str(pathlib.Path(__file__).with_name("stage1.py")))
-    # All keys: osv_jax/training/config.py (RunOptions) and osv_jax/objectives/finetune.py (FinetuneOptions).
+    # All keys: osv_jax/objectives/options.py (RunOptions, StudentOptions) and osv_jax/objectives/finetune.py
+    # (FinetuneOptions).
     config = default_config("finetune")
     config.trainable = ("lora",)  # or ("all",): every layer
     if variant == "tiny":
@@ -44,11 +45,11 @@ def get_config(variant: str = "") -> ConfigDict:
 
 
 def _make_miniature(config: ConfigDict) -> None:
-    """A UNet from nothing, for the VAE that comes with the package; CLIP there is random."""
+    """A UNet from scratch, for the VAE that comes with the package; CLIP there is random."""
     config.random_networks = ConfigDict(
         {
             "unet": {
-                # A norm's 32 groups have two channels or more: one alone would lose what the time embedding adds.
+                # At least two channels for each of a norm's 32 groups: one would lose what the time embedding adds.
                 "block_out_channels": (64, 64, 96),
                 "layers_per_block": 1,
                 "num_attention_heads": (2, 2, 3),

@@ -1,8 +1,8 @@
 """Stage 1 of OSV (latent GAN pretraining).
 
-`configs/stage1.py` holds the paper's settings for 8 devices; `configs/stage1.py:miniature` is how the LoRA was made
-that comes with the small SVD, see docs/miniature.md; `configs/stage1.py:tiny` has tiny random networks and the clips of
-a Python package, minutes on two CPU cores.
+`configs/stage1.py` holds the paper's settings for 8 devices; `configs/stage1.py:miniature` made the LoRA that
+comes with the small SVD, see docs/miniature.md; `configs/stage1.py:tiny` trains tiny random networks on the clips of a
+Python package, in minutes on two CPU cores.
 """
 
 from ml_collections import ConfigDict
@@ -11,8 +11,8 @@ from osv_jax.training.config import default_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    # All keys and what they mean: osv_jax/training/config.py (RunOptions) and osv_jax/objectives/adversarial.py
-    # (AdversarialOptions), whose defaults are the paper's. Those that are changed most often:
+    # All keys and what they mean: osv_jax/objectives/options.py (RunOptions, StudentOptions) and
+    # osv_jax/objectives/adversarial.py (AdversarialOptions); the defaults are the paper's. Changed most often:
     config = default_config("stage1")
     config.weights = "weights/svd"
     config.data.videos = "videos"
@@ -81,7 +81,7 @@ def make_tiny(config: ConfigDict) -> None:
     config.data.resolutions = ((0, 32, 48),)
     config.batch_size = 2
     config.num_steps = 60
-    # Gentle: this teacher is random, and what pulls the student to real latents pulls it away from the teacher.
+    # Low: this teacher is random, and what moves the student towards real latents moves it away from the teacher.
     config.optimizer.learning_rate = 2e-4
     config.lora.rank = config.lora.alpha = 8
     config.lora.targets = "attention"

@@ -14,7 +14,8 @@ from osv_jax.training.config import default_config
 
 def get_config(variant: str = "") -> ConfigDict:
     stage1 = runpy.run_path(str(pathlib.Path(__file__).with_name("stage1.py")))
-    # All keys: osv_jax/training/config.py (RunOptions) and osv_jax/objectives/osv_stage2.py (Stage2Options).
+    # All keys: osv_jax/objectives/options.py (RunOptions, StudentOptions), osv_jax/objectives/adversarial.py
+    # (AdversarialOptions) and osv_jax/objectives/osv_stage2.py (Stage2Options).
     config = default_config("stage2")
     config.batch_size = 2
     config.num_steps = 20_000
@@ -31,13 +32,13 @@ def get_config(variant: str = "") -> ConfigDict:
         config.init_from = "runs/demo/stage1"
     elif variant == "miniature":
         stage1["make_miniature"](config)
-        # What stage 1 gave, stored in the package; the demo makes the dataset of a few other clips.
+        # The LoRA of stage 1 is stored in the package; the demo makes the dataset from a few other clips.
         config.init_from = "miniature/stage1"
         config.data.dataset = "runs/demo/latents"
         config.trainable = ("lora",)
         config.lora.rank = config.lora.alpha = 4
-        # The teacher's whole way at once, on a coarse grid: with a part of it, what the teacher has at the end takes
-        # long to reach the beginning.
+        # The teacher's whole trajectory at once, on a coarse grid: in parts, what it has at the low end of the noise
+        # levels takes long to reach the high end.
         config.num_levels = 9
         config.solver_steps = 8
         config.batch_size = 1

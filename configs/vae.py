@@ -1,8 +1,8 @@
-"""Training of a VAE of one's own, `python -m osv_jax.train_vae`: all of it on images, then its decoder on clips.
+"""Training of one's own VAE, `python -m osv_jax.train_vae`: all of it on images, then its decoder on clips.
 
-`configs/vae.py` is the first, and what the miniature's VAE was made with, see docs/miniature.md;
-`configs/vae.py:temporal` is the second, which starts from the workdir of the first. `configs/vae.py:tiny` tries the
-first out on the clips of a Python package.
+`configs/vae.py` is the first part, which made the miniature's VAE, see docs/miniature.md; `configs/vae.py:temporal` is
+the second, which starts from the workdir of the first. `configs/vae.py:tiny` tries the first on the clips of a Python
+package.
 """
 
 from ml_collections import ConfigDict
@@ -15,7 +15,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.seed = 0  # 0 to 2^32 - 1
     config.train = "all"  # or `decoder`, which leaves the latents as they are
 
-    # A weights folder or another run's workdir to go on from, whose architecture it is then; empty: from nothing.
+    # A weights folder or another run's workdir to start from, with its architecture; empty: from scratch.
     config.init_from = ""
     # Fields of `VAEConfig`; scaling_factor is measured at the end.
     config.architecture = ConfigDict({"block_out_channels": (32, 32, 64), "norm_num_groups": 8})

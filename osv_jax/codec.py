@@ -1,4 +1,4 @@
-"""Pixels <-> scaled latents and conditions: the one place that knows a VAE and an image encoder."""
+"""Pixels <-> scaled latents and conditions: the one place that applies VAE and image encoder."""
 
 from __future__ import annotations
 
@@ -21,10 +21,10 @@ Params = Mapping[str, Any]
 
 @dataclasses.dataclass(frozen=True)
 class Codec:
-    """What stands between pixels and what the UNet sees; results are float32.
+    """Between pixels and what the UNet sees; results are float32.
 
     Attributes:
-        vae, image_encoder: modules without parameters; each method takes those that it needs.
+        vae, image_encoder: modules without parameters; each method is given the parameters it needs.
     """
 
     vae: SVDVAE
@@ -47,7 +47,7 @@ class Codec:
     ) -> Float[Array, "b f latent_h latent_w c"]:
         """SCALED latents (modes) of clips in [-1, 1] or of bytes.
 
-        One frame of every clip at a time: that is all that has to fit into memory.
+        One frame of every clip at a time, so that no more has to fit into memory.
         """
 
         def encode_frame(frame: Array) -> Array:

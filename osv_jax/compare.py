@@ -57,7 +57,7 @@ def main(given: list[str] | None = None) -> None:
     """Samples, measures, draws.
 
     Raises:
-        UserError: on anything the user can mend, before anything is compiled.
+        UserError: on anything the user can fix, before anything is compiled.
     """
     args = _parser().parse_args(given)
     output = as_path(args.output)

@@ -21,7 +21,7 @@ def main(given: Sequence[str] | None = None) -> None:
     """Prepares, merges or inspects.
 
     Raises:
-        UserError: on anything the user can mend, before anything is decoded where it can be known by then.
+        UserError: on anything the user can fix, before anything is decoded where it can be known by then.
     """
     args = _parser().parse_args(given)
     modes = [name for name in ("source", "merge", "inspect") if getattr(args, name)]

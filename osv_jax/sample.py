@@ -33,7 +33,7 @@ def main(given: list[str] | None = None) -> None:
     """Samples a video for every image.
 
     Raises:
-        UserError: on anything the user can mend, before anything is compiled.
+        UserError: on anything the user can fix, before anything is compiled.
     """
     args = _parser().parse_args(given)
     options = Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})
@@ -176,7 +176,7 @@ def _parser() -> argparse.ArgumentParser:
 def add_video_options(parser: argparse.ArgumentParser) -> None:
     """What every program that makes videos with a student can be told."""
     add, own = parser.add_argument, "what it was trained at"
-    add("--ema", action="store_true", help="of a workdir, use the student's average")
+    add("--ema", action="store_true", help="of a workdir, use the student's EMA")
     add("--seed", type=SEED, default=0, help="of all noise, 0 to 2^32 - 1 (default %(default)s)")
     add("--fps", type=float, help=f"frames a second, 0.1 to 240, told to SVD and played (default: {own} here, or 7)")
     add("--height", type=int, metavar="PX", help=f"a multiple of 8 (default: {own} here, or 576)")

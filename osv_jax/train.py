@@ -40,7 +40,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     """Runs or resumes one training run.
 
     Raises:
-        UserError: on anything the user can mend, before compilation starts where it can be known by then.
+        UserError: on anything the user can fix, before compilation starts where it can be known by then.
         Stopped: after SIGTERM or Ctrl-C.
     """
     check_config(config)

@@ -76,7 +76,7 @@ def train_vae(config: ConfigDict, workdir: Path) -> None:
     """Runs or resumes one training run.
 
     Raises:
-        UserError: on anything the user can mend, before compilation starts where it can be known by then.
+        UserError: on anything the user can fix, before compilation starts where it can be known by then.
     """
     architecture = check_config(config)
     checkpoint.check_workdir(workdir, config.to_dict())

@@ -74,7 +74,7 @@ def images(folder):
 
 @pytest.fixture(scope="module")
 def workdir(model, folder):
-    """What a run leaves behind: a LoRA with alpha twice the rank, a tuned layer, and another average of both."""
+    """What a run leaves behind: a LoRA with alpha twice the rank, a tuned layer, and another EMA of both."""
     workdir, params = folder / "run", model.params["unet"]
 
     def student(seed):
@@ -161,8 +161,8 @@ def test_a_workdir_is_merged_before_sampling(model, weights, workdir, picture, o
         jax.jit(model.codec.encode_mode)(model.params["vae"], pixels + 0.02 * noise.image),
         jnp.array([[6.0, 127.0, 0.02]]),
     )
-    trained, average = state.players["student"].params, state.players["student"].ema
-    wanted, other = (average, trained) if ema else (trained, average)
+    trained, ema_params = state.players["student"].params, state.players["student"].ema
+    wanted, other = (ema_params, trained) if ema else (trained, ema_params)
     expected, wrong = (
         one_step(student.variables(model.params["unet"], lora_scale=2.0), cond, noise.latents)
         for student in (wanted, other)

@@ -44,7 +44,7 @@ def main(arguments: list[str] | None = None) -> None:
     """Converts.
 
     Raises:
-        UserError: on anything the user can mend.
+        UserError: on anything the user can fix.
     """
     # Conversion is file work: an accelerator would only be occupied by it.
     jax.config.update("jax_platforms", "cpu")
@@ -94,7 +94,7 @@ def _parser() -> argparse.ArgumentParser:
         help="peft: an adapter folder; diffusers: pytorch_lora_weights.safetensors; unet: the whole UNet, LoRA merged",
     )
     export.add_argument("--rank", type=int, help="export the closest LoRA of this smaller rank")
-    export.add_argument("--ema", action="store_true", help="export the student's average instead of the student")
+    export.add_argument("--ema", action="store_true", help="export the student's EMA instead of the student")
     export.add_argument("--weights", help="with --format=unet: the base's weights folder (default: the run's own)")
     export.add_argument("--dtype", default="float32", choices=importers.DTYPES, help="stored dtype (%(default)s)")
     lora = commands.add_parser("import-lora", help="a LoRA trained elsewhere, to start training from or to sample with")
@@ -104,7 +104,7 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="what a run trained, merged into a new weights folder")
     merge.add_argument("source", metavar="WORKDIR", help="the --workdir of a training run")
     merge.add_argument("output", metavar="OUTPUT", help="weights folder to write")
-    merge.add_argument("--ema", action="store_true", help="the student's average instead of the student")
+    merge.add_argument("--ema", action="store_true", help="the student's EMA instead of the student")
     merge.add_argument("--weights", help="the base's weights folder (default: the run's own)")
     merge.add_argument("--dtype", default="bfloat16", choices=importers.DTYPES, help="of the UNet (%(default)s)")
     pack = commands.add_parser("pack", help="a weights folder with one file a network")
@@ -169,7 +169,7 @@ def _export_lora(args: argparse.Namespace) -> None:
     if args.rank is not None:
         COUNT.check("--rank", args.rank)
     trained = load_trained(args.source, args.ema)
-    which = f"the {'average' if args.ema else 'student'} of step {trained.step}"
+    which = f"the {'EMA' if args.ema else 'student'} of step {trained.step}"
     modules = len(lora_files.ranks(trained.student.lora))
     tuned = jax.tree.leaves(trained.student.tuned)
     if args.format == "unet":
@@ -212,7 +212,7 @@ def _merge(args: argparse.Namespace) -> None:
     trained = load_trained(args.source, args.ema)
     components = merging.merge_run(trained, args.source, args.output, args.weights, args.dtype, args.overwrite)
     print(
-        f"{args.output}: {', '.join(components)}; the UNet is the {'average' if args.ema else 'student'} of step"
+        f"{args.output}: {', '.join(components)}; the UNet is the {'EMA' if args.ema else 'student'} of step"
         f" {trained.step}."
     )
 

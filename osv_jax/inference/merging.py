@@ -1,4 +1,4 @@
-"""A weights folder in which the UNet is what a run trained, for other runs to start from as their teacher."""
+"""Weights folders whose UNet is what a run trained: the teachers of other runs."""
 
 from __future__ import annotations
 
@@ -34,14 +34,14 @@ def merge_run(
         trained: the student; see `inference.trained.load_trained`.
         source: the workdir it comes from, for messages and for the UNet's config.json.
         base: the weights folder it was trained from; by default the one that the run names. A run that began with
-            random networks has none: they are made again.
+            random networks has none; they are drawn again.
         dtype: stored dtype of the UNet (and of random networks): "bfloat16", "float32" or "float16".
 
     Returns:
         The networks that the folder holds. DINOv2 is among them if `base` has it.
 
     Raises:
-        UserError: if `output` exists, unless it may be overwritten, or the base is missing or another one.
+        UserError: if `output` exists, unless it may be overwritten, or the base is missing or does not fit.
     """
     config, folder = trained.config, base or trained.config.get("weights")
     if not folder and not config.get("random_networks"):
@@ -62,7 +62,7 @@ def merge_run(
             if name in made:
                 weights.save_component(partial / name, name, random[name], made[name], as_path(source))
             elif folder and (weights.locate(folder) / name).is_dir():
-                weights.load_config(folder, name)  # Complains about an incomplete one.
+                weights.load_config(folder, name)  # Raises if it is incomplete.
                 paths.copy_folder(weights.locate(folder) / name, partial / name)
             else:
                 continue

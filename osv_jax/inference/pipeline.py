@@ -46,7 +46,7 @@ from osv_jax.runtime.ranges import COUNT, FINITE, FPS, MOTION_BUCKET_ID, NUM_FRA
 COMPONENTS = ("unet", "vae", "image_encoder")
 DTYPES = ("bfloat16", "float32")
 
-# Compiled once in a process: models of the same networks share them.
+# Compiled once in a process, and shared by all models of the same networks.
 _PROGRAMS: dict[Hashable, Callable] = {}
 
 # Steps of a sampler when nothing is said: OSV's one, the teacher's 25.
@@ -80,7 +80,7 @@ class Options:
         motion_bucket_id: SVD's amount of motion, 1 to 255.
         noise_aug_strength: standard deviation of the noise on the image that the VAE sees.
         min_guidance_scale, max_guidance_scale: Euler's guidance weight at the first and at the last frame.
-        decode_chunk_size: frames decoded at a time: fewer take less memory, more hold together better.
+        decode_chunk_size: frames decoded at a time: fewer take less memory, more are more consistent.
 
     Raises:
         UserError: an unknown sampler, or a number that is not in its range.
@@ -109,7 +109,7 @@ class Options:
 
     @property
     def guided(self) -> bool:
-        """Whether the sampler evaluates the network without its condition too (diffusers' rule)."""
+        """Whether the sampler evaluates the network without its condition, too (diffusers' rule)."""
         return self.sampler == "euler" and self.max_guidance_scale > 1
 
     @property
@@ -134,14 +134,14 @@ class Noise:
 
 
 class ImageToVideo:
-    """SVD, or a student of it, ready to make videos of any number and size.
+    """SVD, or a student of it, ready to make any number of videos of any size.
 
-    Each program is compiled once a size, for all models of the same networks.
+    Each program is compiled once for each size, for all models of the same networks.
 
     Attributes:
-        notice: what there is to know about the LoRA, or nothing.
+        notice: a sentence about the LoRA for the user, or empty.
         seconds: time spent so far by part: `compile`, `CLIP`, `VAE encode`, `UNet`, `decode`.
-        on_part: called with the name of every part that begins; of the UNet, with the number of the evaluation.
+        on_part: called with the name of each part as it begins; for the UNet, with the number of the evaluation, too.
     """
 
     def __init__(
@@ -190,7 +190,7 @@ class ImageToVideo:
         Args:
             weights_folder: what tools/convert_weights.py wrote; DINOv2 is not needed.
             lora: the workdir of a training run, a PEFT adapter folder or a LoRA .safetensors file.
-            ema: of a workdir, the student's average instead of the student.
+            ema: of a workdir, the student's EMA instead of the student.
             dtype: of `DTYPES`; by default float32 on a CPU, bfloat16 elsewhere.
             attention: see `layers.dot_product_attention`.
             context: so many devices share every video, each making a part of its height.
@@ -210,7 +210,7 @@ class ImageToVideo:
         attention: str = "auto",
         context: int = 1,
     ) -> list[ImageToVideo]:
-        """As `load`, a model for each LoRA (None: the weights as they are); all but the UNets' parameters they share.
+        """As `load`, a model for each LoRA (None: the weights as they are); they share all parameters but the UNets'.
 
         Raises:
             UserError: as `load`.
@@ -345,7 +345,7 @@ class ImageToVideo:
         """Pixels of scaled latents; see `decode`.
 
         Raises:
-            UserError: values that are not finite, naming the weights that are to blame, if they are.
+            UserError: values that are not finite, naming the weights if they are the cause.
         """
         with blame_weights(self.params):
             return to_uint8(self.decode(latents, chunk_size))
@@ -358,7 +358,7 @@ class ImageToVideo:
         return backbone(x, sigma) if guidance is None else guided_denoiser(backbone, guidance)(x, sigma)
 
     def _run(self, part: str, component: str, function: Callable, *inputs: Any, progress: str = "") -> Any:
-        """Calls `function(params, *inputs)`, compiled for these shapes, and takes the time."""
+        """Calls `function(params, *inputs)`, compiled for these shapes, and adds up the time it takes."""
         params, inputs = self.params[component], jax.device_put(inputs, batch_shardings(self.devices, inputs))
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(inputs))
         networks = (self.unet, self.codec)
@@ -378,7 +378,7 @@ class ImageToVideo:
 
 
 def _load_trained(path: str | os.PathLike | None, ema: bool, config: UNetConfig) -> tuple[Trained, str]:
-    """What `--lora` names, or nothing, and what there is to know about it."""
+    """What `--lora` names, or a student equal to its teacher, and a notice about it."""
     if path is None:
         return Trained(Student(lora={}, tuned={})), ""
     shapes, path = expected_params("unet", config), weights.locate(path)
@@ -387,6 +387,6 @@ def _load_trained(path: str | os.PathLike | None, ema: bool, config: UNetConfig)
         trained.check_fits(shapes, path)
         return trained, ""
     if ema:
-        raise UserError(f"{path} is not a training workdir: only those have an average; leave out --ema.")
+        raise UserError(f"{path} is not a training workdir: only those have an EMA; leave out --ema.")
     read = lora_files.read_lora(path, shapes)
     return Trained(Student(lora=read.lora, tuned={})), read.notice

@@ -43,7 +43,7 @@ class Trained:
 
     @property
     def video(self) -> dict[str, Any]:
-        """`height`, `width`, `num_frames` and `fps` of the clips that the run saw last, as far as it is known."""
+        """`height`, `width`, `num_frames` and `fps` of the clips that the run saw last, as far as they are known."""
         data = self.config.get("data", {})
         sizes = [(height, width) for start, height, width in data.get("resolutions", ()) if start < self.step]
         size = dict(zip(("height", "width"), sizes[-1], strict=True)) if sizes else {}
@@ -87,12 +87,12 @@ def is_workdir(path: str | os.PathLike) -> bool:
 def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
     """Reads the student of a run's last checkpoint.
 
-    Only the student's arrays are read, a quarter or less of the checkpoint. A run that is still going on is not
+    Only the student's arrays are read, a quarter or less of the checkpoint. A run that is still in progress is not
     disturbed.
 
     Args:
         workdir: the `--workdir` of the run.
-        ema: the student's average instead of the student.
+        ema: the student's EMA instead of the student.
 
     Raises:
         UserError: not a workdir, no checkpoint in it yet, or a damaged one; numbers that are not in their range.

@@ -1,1 +1,1 @@
-"""Training objectives: the losses and one readable step for each stage."""
+"""Training objectives, one file each, and what they share."""

@@ -1,4 +1,4 @@
-"""Gradient accumulation: a batch worked through in equal parts, one after the other."""
+"""Gradient accumulation: a batch is processed in equal parts, one after the other."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ def mean_over_parts(function: Callable[[Any], tuple[Any, Any]], parts: Any, num_
     """`function` of every part, one at a time, with one running sum in memory.
 
     Args:
-        function: gives what is to be averaged, and what is to be kept of each part (None for nothing).
+        function: returns what is averaged over the parts, and what is kept of each (None for nothing).
 
     Returns:
         The mean, and what was kept, stacked.

@@ -1,6 +1,6 @@
 """The step that both stages of OSV take: an adversarial and a pseudo-Huber loss towards a target (Eq. 6, 7, 9, 10).
 
-The stages differ only in what the student is given and what its output is held against: see `osv_stage1`, `osv_stage2`.
+The stages differ only in the student input and in the training target: see `osv_stage1`, `osv_stage2`.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ ACCUMULATE = ("together", "in_turn")
 
 @dataclasses.dataclass(frozen=True)
 class AdversarialOptions(StudentOptions):
-    """What the stages share; the defaults are the paper's.
+    """The options that the stages share; the defaults are the paper's.
 
     Attributes:
         optimizer: of both players.
@@ -44,10 +44,10 @@ class AdversarialOptions(StudentOptions):
         accumulate: with `grad_accum` > 1, whether both players' gradients are taken at the state before the step
             (`together`), or the discriminator is updated on all parts before the student's gradient is taken
             (`in_turn`, which is what happens without parts, and costs one more forward pass of the student).
-        discriminator_blocks: blocks of DINOv2 whose features are judged, counted from 0.
+        discriminator_blocks: blocks of DINOv2 whose features the discriminator sees, counted from 0.
         discriminator_input: `latents`, or `decoded` by the VAE (Table 2e).
-        discriminator_frames: consecutive frames of each clip that the discriminator sees, to save memory, from another
-            one on in every step; 0: all of them, as in the paper.
+        discriminator_frames: how many consecutive frames of each clip the discriminator sees, to save memory, starting
+            at a random one in every step; 0: all of them, as in the paper.
     """
 
     optimizer: AdversarialOptimizerOptions = dataclasses.field(default_factory=AdversarialOptimizerOptions)
@@ -64,11 +64,11 @@ class AdversarialOptions(StudentOptions):
 
 @struct.dataclass
 class Example:
-    """What the student is given, and what its output is held against.
+    """Student input and training target of some clips.
 
     Attributes:
-        x, sigma, cond: the arguments of the student f.
-        target: what the discriminator takes for real, and what the output is regressed to.
+        x, sigma, cond: the student input: noisy latents, their noise level, the condition.
+        target: the training target, which the output is regressed to and the discriminator takes for real.
         weight: of the distance to the target, per clip.
     """
 
@@ -121,7 +121,7 @@ class Adversarial(Objective):
 
     @abc.abstractmethod
     def example(self, state: TrainState, frozen: Params, batch: Batch, draws: Draws) -> Example:
-        """What the student is given, and its target."""
+        """The student input and the training target."""
 
     def backbone(self, frozen: Params, student: Student | None, cond: Conditioning) -> EDMBackbone:
         """The consistency function f of a student, or the teacher's denoiser (None), on a condition."""
@@ -135,7 +135,7 @@ class Adversarial(Objective):
 
 
 def make_judge(networks: Any, options: AdversarialOptions) -> Judge:
-    """What the options say that the discriminator sees."""
+    """The judge that the options ask for."""
     judge = LatentJudge(networks.discriminator, networks.dinov2)
     if options.discriminator_input == "decoded":
         judge = PixelJudge(networks.discriminator, networks.dinov2, networks.codec)
@@ -185,7 +185,7 @@ def parts_together(objective: Adversarial, state: TrainState, frozen: Params, wh
         fake, pull_back = student_forward(objective, state.players["student"].params, frozen, example)
         g_disc, stats, metrics = discriminator_gradient(objective, disc, frozen, example, part[1], fake)
         g_fake, more = student_gradient(objective, disc, frozen, example, part[1], fake)
-        # The statistics depend on the weights alone: the mean over parts is that of equal values.
+        # The statistics depend on the weights alone, so that they are equal in all parts.
         return (g_disc, stats, pull_back(g_fake)[0], metrics | more), None
 
     count = objective.options.grad_accum
@@ -216,7 +216,7 @@ def parts_in_turn(objective: Adversarial, state: TrainState, frozen: Params, who
 
 
 def make_example(objective: Adversarial, state: TrainState, frozen: Params, part: tuple[Batch, Draws]) -> Example:
-    """The example of some clips, a constant to both players."""
+    """The example of some clips, without a gradient."""
     return jax.lax.stop_gradient(objective.example(state, frozen, *part))
 
 

@@ -1,4 +1,4 @@
-"""Training of the VAE: all of it as an autoencoder of images, or the temporal decoder alone, on clips."""
+"""Training of the VAE: all of it on images, or its temporal decoder alone on clips."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ class AutoencoderOptions:
     """Hyperparameters of the VAE's training.
 
     Attributes:
-        train: the parameters that learn: `all`, or those of the `decoder`, the latents then staying as they are.
+        train: the parameters that learn: `all`, or those of the `decoder`, which leaves the latents as they are.
         learning_rate: at the beginning; it falls to 0 at the end of `num_steps`, along a cosine.
         num_steps: of the run.
-        kl_weight, lpips_weight: of the losses that `vae_losses` names; `l1` has 1.
+        kl_weight, lpips_weight: weights of the losses of `vae_losses`; that of `l1` is 1.
     """
 
     train: str = setting("all", PARTS)
@@ -72,7 +72,7 @@ class Autoencoder(Objective):
         return {"vae": optax.adam(rate)}
 
     def init(self, key: jax.Array, frozen: Params) -> dict[str, Player]:
-        """The VAE as it is in `frozen`."""
+        """The VAE's parameters in `frozen`, or the part of them that learns."""
         return {"vae": start(trained_part(frozen["vae"], self.options.train), self.optimizers["vae"])}
 
     def batch(
@@ -86,7 +86,7 @@ class Autoencoder(Objective):
 
 
 def trained_part(params: Params, train: str) -> Params:
-    """The parameters that learn: all, or the decoder's, the latents then staying as they are."""
+    """The parameters that learn: all, or the decoder's."""
     return {name: part for name, part in params.items() if train == "all" or name == "decoder"}
 
 
@@ -127,7 +127,7 @@ def vae_losses(
     that of latent diffusion's code (1e-6), which sums both (Rombach et al. 2022, appendix G).
 
     Args:
-        perceptual: a distance of images, whose mean over each clip's frames is then there as `lpips`.
+        perceptual: a distance of images; its mean over each clip's frames is then returned as `lpips`.
     """
     b, f, *image = video.shape
     mean, logvar = vae.apply({"params": params}, video.reshape(-1, *image), method="encode")
@@ -164,10 +164,10 @@ def random_crop(
 
 
 def without_neighbours(params: Any) -> Any:
-    """Convolutions along the frames that at first see one frame only.
+    """The parameters with temporal convolutions that see one frame only: all taps but the middle one are zero.
 
-    A VAE that is trained on images then decodes clips as well, frame by frame: its gradients with respect to what is
-    zero here are zero, for an image has no neighbours.
+    A VAE that is then trained on images decodes clips as well, frame by frame: an image has no neighbours, so that the
+    zero taps have no gradient.
     """
 
     def middle(leaf: Array) -> Array:

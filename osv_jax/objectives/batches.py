@@ -1,4 +1,4 @@
-"""Clips as objectives take them: videos encoded inside the step, or records of a dataset, which need not be."""
+"""Clips as objectives take them: videos, encoded inside the step, or records of a dataset of latents."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ class Batch:
 def to_batch(
     codec: Codec, frozen: Params, clips: Mapping[str, Array], key: jax.Array, motion_bucket_id: float = 127
 ) -> Batch:
-    """The batch that `training.clips` gives: videos are encoded, records of latents need not be."""
+    """The batch that `training.clips` gives: videos are encoded, records of latents are used as they are."""
     if "video" in clips:
         return encode_batch(codec, frozen, clips["video"], clips["fps"], key, motion_bucket_id)
     return batch_of_records(clips, key, motion_bucket_id)

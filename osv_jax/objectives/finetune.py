@@ -1,4 +1,4 @@
-"""SVD's own training: denoising in the EDM framework (SF-V Eq. 1 to 3), to fine-tune it or to begin from nothing."""
+"""SVD's own training: denoising in the EDM framework (SF-V Eq. 1 to 3), to fine-tune it or to train it from scratch."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from osv_jax.objectives.options import StudentOptions, setting
 from osv_jax.objectives.players import Player, Student, TrainState, init_student, make_optimizer, norms, start
 from osv_jax.runtime.ranges import DECAY, NOT_NEGATIVE, PROBABILITY, Range
 
-# Lower and upper ends of the noise levels whose losses are told apart: about thirds of SVD's distribution.
+# Bands of noise levels whose losses are reported separately: about thirds of SVD's distribution.
 BANDS = {"low": (0.0, 1.0), "mid": (1.0, 4.0), "high": (4.0, float("inf"))}
 BAND_METRIC = "loss/sigma_"
 # What pictures are sampled with, as SVD's are.
@@ -45,7 +45,7 @@ class SigmaOptions:
 
 @dataclasses.dataclass(frozen=True)
 class DropoutOptions:
-    """Probabilities with which a clip loses conditions, as guidance wants it; see `drop_conditions`.
+    """Probabilities with which a clip loses conditions, for classifier-free guidance; see `drop_conditions`.
 
     Attributes:
         embedding: its CLIP embedding alone.
@@ -62,7 +62,7 @@ class DropoutOptions:
 class FinetuneOptions(StudentOptions):
     """Hyperparameters of denoising training.
 
-    With `grad_accum` > 1 the result is the same, for the gradient is a mean over clips.
+    `grad_accum` does not change the result: the gradient is a mean over clips.
 
     Attributes:
         sigma: of the noise levels.
@@ -78,7 +78,7 @@ class FinetuneOptions(StudentOptions):
 
 @register
 class Finetune(Objective):
-    """Denoising of real clips: what comes out is a teacher."""
+    """Denoising of real clips, which makes a teacher."""
 
     name = "finetune"
     Options = FinetuneOptions
@@ -97,7 +97,7 @@ class Finetune(Objective):
         return {"student": make_optimizer(self.options.optimizer)}
 
     def init(self, key: jax.Array, frozen: Params) -> dict[str, Player]:
-        """A student equal to the weights."""
+        """A student equal to the pretrained weights."""
         student_key, _ = jax.random.split(key)
         chosen = self.options
         student = init_student(student_key, frozen["unet"], chosen.lora.rank, chosen.lora.targets, chosen.trainable)
@@ -176,8 +176,8 @@ def log_normal_sigma(normal: Float[Array, " b"], log_mean: float, log_std: float
 def drop_conditions(cond: Conditioning, uniform: Float[Array, " b"], dropout: DropoutOptions) -> Conditioning:
     """Conditions without the CLIP embedding, the image latents (zeros in their place) or both, clip by clip.
 
-    The three cases exclude one another and take the first, second and third stretch of [0, 1). Having each of them, as
-    InstructPix2Pix does, a network can be guided by either condition; SVD's guidance needs only `both`.
+    The three cases exclude one another and take the first, second and third stretch of [0, 1). With each of them, as in
+    InstructPix2Pix, a network can be guided by either condition; SVD's guidance needs only `both`.
     The added time ids are always kept.
 
     Args:

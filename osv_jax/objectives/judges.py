@@ -23,7 +23,7 @@ class Judge(Protocol):
         """Fresh parameters and statistics of the part that learns."""
 
     def draw(self, key: jax.Array, num_clips: int, num_frames: int) -> tuple[jax.Array, dict[str, Array]]:
-        """The key that is left for others, and its own random numbers of a step, with the clips as first axis."""
+        """A key for other uses, and the judge's own random numbers of a step, with the clips as first axis."""
 
     def __call__(
         self,
@@ -41,11 +41,11 @@ class Judge(Protocol):
         Args:
             params, stats: of the part that learns.
             frozen: parameters of the frozen networks.
-            x: scaled latents, clean: real ones, a target, or a student's output.
+            x: scaled latents without noise: real ones, a training target, or a student's output.
             sigma: the noise level that a student's output was made from.
             cond: what the clips are conditioned on.
-            draws: of `draw`, one for each of the clips here.
-            update_stats: whether this call improves the statistics.
+            draws: what `draw` returned, for these clips.
+            update_stats: whether this call updates the statistics.
         """
 
 
@@ -70,7 +70,7 @@ class LatentJudge:
 
 @dataclasses.dataclass(frozen=True)
 class PixelJudge(LatentJudge):
-    """Pixels decoded by the VAE through DINOv2 (OSV Table 2e; the discriminator of ADD). No upsampling learns."""
+    """Pixels decoded by the VAE through DINOv2 (OSV Table 2e; the discriminator of ADD). No learned upsampling."""
 
     codec: Codec
 
@@ -82,7 +82,7 @@ class PixelJudge(LatentJudge):
 
 @dataclasses.dataclass(frozen=True)
 class FramesJudge:
-    """Another judge that sees so many consecutive frames of each clip, from another one on in every step."""
+    """A judge that sees `count` consecutive frames of each clip, starting at a random one in every step."""
 
     judge: Judge
     count: int
@@ -101,7 +101,7 @@ class FramesJudge:
 
 
 def draw_first_frame(key: jax.Array, clips: int, num_frames: int, seen: int) -> Int[Array, " b"]:
-    """Where the `seen` consecutive frames of each clip begin, all places being equally likely."""
+    """Where the `seen` consecutive frames of each clip begin, uniform over all places."""
     return jax.random.randint(key, (clips,), 0, num_frames - seen + 1)
 
 

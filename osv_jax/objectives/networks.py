@@ -1,4 +1,4 @@
-"""The networks of a training run, as modules, and random parameters for the frozen ones."""
+"""The networks of a training run, as modules without parameters."""
 
 from __future__ import annotations
 

@@ -43,12 +43,12 @@ class Objective(abc.ABC):
         Options: a dataclass whose fields are its keys of a configuration; see `options.from_config`.
         components: the frozen networks that it needs, names of `convert.architectures.ARCHITECTURES`.
         curves: the metrics that are drawn and shown.
-        may_be_missing: metrics whose names begin so may be NaN in a step, for lack of anything to measure.
-        product: what a run makes: a `student` of few steps, or another `teacher`. A run starts from another's workdir
+        may_be_missing: metrics whose names begin with this may be NaN in a step that had nothing to measure.
+        product: what a run makes: a few-step `student`, or another `teacher`. A run starts from another's workdir
             only where both make the same.
 
     Args:
-        networks: modules without parameters: `Networks`, or what else the objective trains.
+        networks: modules without parameters: `Networks`, or others that the objective trains.
         options: an instance of `Options`.
         optimizers: of the players by name; by default those of the options.
 
@@ -72,7 +72,7 @@ class Objective(abc.ABC):
         """What can be known to be wrong with options before anything is loaded.
 
         Args:
-            num_frames: of a clip; 0 as long as the UNet's own are not known.
+            num_frames: of a clip; 0 while the UNet's own number is not known.
 
         Raises:
             UserError: naming the key, its value and what is allowed.
@@ -85,7 +85,7 @@ class Objective(abc.ABC):
 
     @abc.abstractmethod
     def make_optimizers(self) -> Optimizers:
-        """Of each player that learns."""
+        """The optimizer of each player."""
 
     @abc.abstractmethod
     def init(self, key: jax.Array, frozen: Params) -> dict[str, Player]:
@@ -96,7 +96,7 @@ class Objective(abc.ABC):
         """One step of training, to be compiled; all randomness comes from `key`."""
 
     def batch(self, frozen: Params, clips: Mapping[str, Array], key: jax.Array, data: ConfigDict) -> Batch:
-        """What `step` takes, of what `training.clips` gives.
+        """What `step` takes, from what `training.clips` gives.
 
         Args:
             data: `config.data`.
@@ -113,7 +113,7 @@ class Objective(abc.ABC):
         return backbone
 
     def preview(self, denoiser: Denoiser, noise: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
-        """Latents sampled from standard normal noise: in one step, where nothing else is said."""
+        """Latents sampled from standard normal noise; by default in one step."""
         return denoiser(SIGMA_MAX * noise, jnp.full(noise.shape[0], SIGMA_MAX, jnp.float32))
 
 

@@ -69,7 +69,7 @@ def from_config(cls: type[T], config: Mapping[str, Any] | ConfigDict, where: str
 
 
 def check_stored(cls: type, config: Mapping[str, Any], where: str) -> None:
-    """Checks those keys that a stored configuration has, for it may be of another version.
+    """Checks the keys that a stored configuration has; it may be of another version and lack some.
 
     Raises:
         UserError: as `from_config`.
@@ -97,9 +97,9 @@ def _checked(name: str, value: Any, hint: Any, allowed: Range | Sequence[Any] | 
     if kind is tuple and isinstance(value, list):
         value = tuple(value)
     if name.endswith("dtype") and value == "float16":
-        # Without loss scaling, which there is not, 99.97 % of a LoRA's gradients are 0.
+        # There is no loss scaling, without which 99.97 % of a LoRA's gradients are 0.
         raise UserError(
-            f"{name}='float16' cannot be trained with: nearly all gradients would be rounded to 0; use bfloat16, or"
+            f"{name}='float16' cannot be trained in: nearly all gradients would be rounded to 0; use bfloat16, or"
             " float32."
         )
     elements = value if isinstance(value, tuple) else (value,)
@@ -156,7 +156,7 @@ class MeshOptions:
 
 @dataclasses.dataclass(frozen=True)
 class RunOptions:
-    """What every run has, whatever its objective.
+    """The settings of every run, whatever its objective.
 
     Attributes:
         objective: a name that `objectives.objective.find` knows.
@@ -170,10 +170,10 @@ class RunOptions:
         num_steps: of the whole run.
         dtype: of the networks and of their frozen parameters; `bfloat16` or `float32`.
         attention: see `models.layers.dot_product_attention`.
-        remat: what the backward pass through UNet and VAE computes again, see `models.layers.rematerialise`.
+        remat: what the backward pass recomputes in the UNet and the VAE, see `models.layers.rematerialise`.
         mesh: of devices.
-        log_every, picture_every, checkpoint_every: steps between two lines, pictures, checkpoints.
-        keep_checkpoints: the last so many.
+        log_every, picture_every, checkpoint_every: steps between progress lines, pictures, checkpoints.
+        keep_checkpoints: how many of the last checkpoints are kept.
     """
 
     objective: str = ""
@@ -199,10 +199,10 @@ class OptimizerOptions:
     """Adam, after clipping by the global norm.
 
     Attributes:
-        learning_rate: of everything that `group_learning_rates` does not name.
+        learning_rate: of all groups that `group_learning_rates` does not name.
         b1, b2: decay of the first and second moments.
         max_grad_norm: 0: no clipping.
-        group_learning_rates: (name of `config.trainable`, its own rate) pairs; a rate of 0 holds a group still.
+        group_learning_rates: (name of `config.trainable`, its own rate) pairs; a rate of 0 freezes a group.
     """
 
     learning_rate: float = setting(5e-6, NOT_NEGATIVE)
@@ -242,7 +242,7 @@ class LoRAOptions:
 
     Attributes:
         rank: of every module.
-        alpha: what is added is scaled by alpha / rank.
+        alpha: the low-rank product is scaled by alpha / rank.
         targets: `all` modules that OSV's LoRA covers, or those of `attention` alone.
     """
 
@@ -272,14 +272,14 @@ class GuidanceOptions:
 
 @dataclasses.dataclass(frozen=True)
 class StudentOptions:
-    """What every objective has whose student is the UNet.
+    """The settings of every objective whose student is the UNet.
 
     Attributes:
         optimizer: of the student.
-        lora: means nothing where `trainable` lacks `lora`.
+        lora: of the student; unused where `trainable` lacks `lora`.
         trainable: groups of parameters that learn, names of `models.groups.TRAINABLE`.
-        ema_decay: of the student's exponential moving average.
-        grad_accum: equal parts that a batch is worked through in, one after the other.
+        ema_decay: of the student's exponential moving average (EMA).
+        grad_accum: the number of equal parts in which a batch is processed, one after the other.
     """
 
     optimizer: OptimizerOptions = dataclasses.field(default_factory=OptimizerOptions)

@@ -16,7 +16,7 @@ from osv_jax.objectives.players import TrainState
 @register
 class Stage1(Adversarial):
     """The student denoises real latents, x_t = x_0 + sigma_t eps with the INDEX of sigma uniform on the grid; the
-    discriminator takes the real latents for real; the distance is to them, with weight 1.
+    training target, which is also what the discriminator takes for real, are the real latents, with weight 1.
     """
 
     name = "stage1"
@@ -40,7 +40,7 @@ def draw(key: jax.Array, batch: Batch, num_levels: int) -> Draws:
 
 
 def example(batch: Batch, draws: Draws, num_levels: int) -> Example:
-    """Noisy clips, to be regressed to the clips."""
+    """Noisy clips; the target are the clips themselves."""
     sigma = jnp.asarray(sigma_grid(num_levels))[draws["index"]]
     return Example(
         x=batch.latents + per_clip(sigma) * draws["noise"],

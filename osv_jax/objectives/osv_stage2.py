@@ -22,7 +22,7 @@ from osv_jax.runtime.ranges import COUNT, NOT_NEGATIVE
 
 @dataclasses.dataclass(frozen=True)
 class Stage2Options(AdversarialOptions):
-    """What stage 2 adds; the defaults are the paper's.
+    """The options that stage 2 adds; the defaults are the paper's.
 
     Attributes:
         solver_steps: m, the teacher's Euler steps between t_{n+m} and t_n.
@@ -37,8 +37,8 @@ class Stage2Options(AdversarialOptions):
 
 @register
 class Stage2(Adversarial):
-    """The student jumps from x at t_{n+m} to the end. Its target is the jump of its own average from where the guided
-    teacher leads in m Euler steps, x at t_n; the discriminator takes that target for real.
+    """The student maps x at t_{n+m} to x_0. Its training target is what its own EMA predicts from x at t_n, which the
+    guided teacher reaches from there in m Euler steps; the discriminator takes that target for real.
     """
 
     name = "stage2"
@@ -71,7 +71,7 @@ def draw(key: jax.Array, batch: Batch, options: Stage2Options) -> Draws:
 
 
 def example(objective: Stage2, state: TrainState, frozen: Params, batch: Batch, draws: Draws) -> Example:
-    """x at t_{n+m}; and, as the target, the EMA student's jump from where the teacher leads it, x at t_n (Eq. 8)."""
+    """x at t_{n+m}; and, as the target, the EMA's prediction from x at t_n, where the teacher's steps end (Eq. 8)."""
     options = objective.options
     grid = jnp.asarray(sigma_grid(options.num_levels))
     levels = grid[draws["index"] + jnp.arange(options.solver_steps, -1, -1)[:, None]]
@@ -99,6 +99,6 @@ def guidance_scale(guidance: GuidanceOptions, num_frames: int, uniform: Float[Ar
 def distance_weight(high: Float[Array, " b"], low: Float[Array, " b"], exponent: float) -> Float[Array, " b"]:
     """lambda(t_n) = (1 / (t_{n+m} - t_n))^p (OSV Eq. 10, which leaves it open).
 
-    Improved consistency training uses p = 1, which on this grid spans four decades; a small p keeps all levels in play.
+    Improved consistency training uses p = 1, which on this grid spans four decades; a small p lets all levels count.
     """
     return (1 / (high - low)) ** exponent

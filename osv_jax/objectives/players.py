@@ -24,7 +24,7 @@ class Player:
 
     Attributes:
         params: what its optimizer updates, float32.
-        stats: what it keeps of its own and no gradient reaches (the spectral vectors of a discriminator), or `{}`.
+        stats: state of its own that no gradient reaches (the spectral vectors of a discriminator), or `{}`.
         opt_state: of its optimizer.
         ema: exponential moving average of `params`, float32 (in half precision small updates are lost), or None.
     """
@@ -35,7 +35,7 @@ class Player:
     ema: Any = None
 
     def update(self, gradient: Any, optimizer: optax.GradientTransformation, ema_decay: float | None = None) -> Player:
-        """One step of the optimizer, and of the average where there is one."""
+        """One step of the optimizer, and of the EMA where there is one."""
         updates, opt_state = optimizer.update(gradient, self.opt_state, self.params)
         params = optax.apply_updates(self.params, updates)
         ema = None if self.ema is None else update_ema(self.ema, params, ema_decay)
@@ -45,8 +45,8 @@ class Player:
 def start(params: Any, optimizer: optax.GradientTransformation, stats: Any = None, ema: bool = False) -> Player:
     """A player before its first step."""
     # A copy: the step donates its state, and one buffer cannot be donated twice.
-    average = jax.tree.map(jnp.copy, params) if ema else None
-    return Player(params=params, stats={} if stats is None else stats, opt_state=optimizer.init(params), ema=average)
+    copy = jax.tree.map(jnp.copy, params) if ema else None
+    return Player(params=params, stats={} if stats is None else stats, opt_state=optimizer.init(params), ema=copy)
 
 
 @struct.dataclass
@@ -73,7 +73,7 @@ class Student:
 
     Attributes:
         lora: the LoRA tree; see `models.lora`. Empty when it does not train.
-        tuned: base parameters that train themselves: a part of the UNet's tree, empty when only LoRA trains.
+        tuned: base parameters that are trained directly: a part of the UNet's tree, empty when only LoRA trains.
     """
 
     lora: Params
@@ -91,7 +91,7 @@ def init_student(
     """A student equal to its teacher.
 
     Args:
-        unet_params: the base parameters: their shapes, and the values that the tuned groups start from.
+        unet_params: the base parameters: their shapes, and the initial values of the tuned groups.
         rank, targets: of its LoRA; see `models.lora`.
         trainable: names of `models.groups.TRAINABLE`; without `lora` there is none.
     """
@@ -103,7 +103,7 @@ def init_student(
 
 
 def student_groups(student: Student) -> Student:
-    """The name of its group (of `models.groups.TRAINABLE`) in place of every parameter."""
+    """The student's tree with each parameter's group (of `models.groups.TRAINABLE`) in its place."""
     tuned = path_aware_map(lambda path, _: groups.group_of(path), student.tuned) if student.tuned else {}
     return Student(lora=jax.tree.map(lambda _: "lora", student.lora), tuned=tuned)
 
@@ -113,7 +113,7 @@ def make_optimizer(options: OptimizerOptions, learning_rate: float | None = None
 
     Args:
         options: with `group_learning_rates`, of a `Student`, whose groups then have rates of their own.
-        learning_rate: another than the options', of a player without groups.
+        learning_rate: instead of the options', for a player without groups.
     """
     if learning_rate is None and options.group_learning_rates:
         rates = dict.fromkeys(("lora", *groups.GROUPS), options.learning_rate) | dict(options.group_learning_rates)

@@ -1,4 +1,4 @@
-"""Random parameters for networks: for tests, benchmarks, the embedded demo, and teachers that begin from nothing."""
+"""Random parameters for networks: for tests, benchmarks, the embedded demo, and teachers trained from scratch."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def random_components(config: ConfigDict | Mapping[str, Any]) -> set[str]:
 
 
 def random_architecture(random_networks: Mapping[str, Any], name: str) -> Config:
-    """A network's architecture in a configuration, or in the JSON of one, which has lists where we have tuples."""
+    """A network's architecture in a configuration, or in the JSON of one, which has lists in place of tuples."""
     fields = random_networks.get(name, {}).items()
     return ARCHITECTURES[name].config(**{key: tuple(x) if isinstance(x, list) else x for key, x in fields})
 
@@ -32,7 +32,7 @@ def random_frozen(architectures: Mapping[str, Config], dtype: Any) -> dict[str, 
 
 
 def fill_randomly(shapes: Mapping[str, Params], dtype: Any) -> dict[str, Params]:
-    """Each network is drawn by itself, or else which there are would decide what the others are."""
+    """Each network is drawn by itself, so that it does not depend on which others there are."""
     return {name: random_params(tree, 0, dtype) for name, tree in shapes.items()}
 
 

@@ -1,4 +1,4 @@
-"""The program `osv_jax.prepare`, behind its command line."""
+"""What the program `osv_jax.prepare` does, apart from its command line."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def prepare(args: argparse.Namespace) -> None:
     """`--source`: prepares a dataset, or the part of it that `--shard` names.
 
     Raises:
-        UserError: on anything the user can mend.
+        UserError: on anything the user can fix.
     """
     config = _read_config(args.config)
     folder, networks = _networks(args, config)

@@ -43,7 +43,7 @@ def exit_status(main: Callable[[], object]) -> int:
     once, whatever it is doing.
 
     Returns:
-        0, or after a line on stderr: 2 for what the user can mend, which is `UserError` or that the machine refuses a
+        0, or after a line on stderr: 2 for what the user can fix, which is `UserError` or that the machine refuses a
         file, a full disk for example; or what `Stopped` says. Any other exception is raised.
     """
     # Orbax warns of files that it does not need, and logs hundreds of lines about an error, which it raises, too.

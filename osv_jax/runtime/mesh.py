@@ -71,7 +71,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 
 def parameter_shardings(mesh: Mesh, tree: Any) -> Any:
-    """One rule for parameters, averages and optimizer states alike: see `parameter_spec`."""
+    """One rule for parameters, EMAs and optimizer states alike: see `parameter_spec`."""
     return jax.tree.map(lambda leaf: NamedSharding(mesh, parameter_spec(leaf.shape, mesh.shape["fsdp"])), tree)
 
 

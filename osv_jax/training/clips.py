@@ -21,7 +21,7 @@ from osv_jax.training.config import Phase, phases_of
 
 @dataclasses.dataclass(frozen=True)
 class PixelClips:
-    """Clips of `config.data.videos`, decoded whenever they are needed and encoded inside the step."""
+    """Clips of `config.data.videos`, decoded when they are needed and encoded inside the step."""
 
     config: ConfigDict
     index: pixels.ClipIndex

@@ -1,4 +1,4 @@
-"""Configurations: what a run is told, checked before anything is loaded.
+"""Configurations, checked before anything is loaded.
 
 A configuration's keys are the fields of `RunOptions` and of its objective's `Options`; files in `configs/` start from
 `default_config` and say what differs.
@@ -67,7 +67,7 @@ def read_config(name: str) -> ConfigDict:
 
 
 def check_config(config: ConfigDict) -> None:
-    """What can be known to be wrong from the configuration alone.
+    """Finds what is wrong with a configuration, as far as it alone can tell.
 
     Raises:
         UserError: naming the key, its value and what is allowed.
@@ -94,7 +94,7 @@ def check_config(config: ConfigDict) -> None:
 
 
 def check_architectures(architectures: Mapping[str, Any], where: str) -> None:
-    """Checks the numbers among fields of networks, which are sizes but for a few.
+    """Checks the numbers among fields of networks: sizes, but for a few.
 
     Args:
         architectures: fields by name, nested or not.

@@ -1,4 +1,4 @@
-"""The training loop, of every objective: steps, metrics, checkpoints, pictures, and ending in good order."""
+"""The training loop of every objective: steps, metrics, checkpoints, pictures, and an orderly end."""
 
 from __future__ import annotations
 
@@ -40,8 +40,8 @@ class Run:
     """What the phases of a run have in common.
 
     Attributes:
-        config: of it the loop reads `seed`, `batch_size`, `num_steps` and the intervals.
-        picture_name: what pictures are called.
+        config: the loop reads its `seed`, `batch_size`, `num_steps` and the intervals.
+        picture_name: of the files of pictures.
         make_picture: gives the function that draws, for the clips of a phase.
         shardings: of the state.
     """
@@ -152,7 +152,7 @@ class _Progress:
         run, config = self._run, self._run.config
         number, values = self._in_flight.popleft()
         row = dict(zip(self._names, np.asarray(values).tolist(), strict=True))
-        # If what has no value in a step is the fault, the loss is not finite either.
+        # (If more than a missing measurement is wrong, the loss is not finite either.)
         optional = run.objective.may_be_missing
         row = {
             name: row[name] for name in row if not (optional and name.startswith(optional) and math.isnan(row[name]))
@@ -185,7 +185,7 @@ def _check_finite(run: Run, number: int, row: Mapping[str, float]) -> None:
 
 
 def compile_step(run: Run, state: TrainState, batch: dict[str, jax.Array]) -> tuple[list[str], Callable]:
-    """Compiles the step ahead of time; the program that comes back is never recompiled unnoticed.
+    """Compiles the step ahead of time; the compiled program is never recompiled unnoticed.
 
     Returns:
         The metrics' names, and `(state, frozen, batch) -> (state, vector of metrics)`, which donates the state.

@@ -23,9 +23,9 @@ from osv_jax.runtime.paths import Path
 
 
 def start_from(workdir: Path, state: TrainState, objective: Objective) -> TrainState:
-    """`state`, with what another run's last checkpoint has of its players: LoRA, tuned parameters, discriminator.
+    """`state` with the players of another run's last checkpoint: LoRA, tuned parameters, discriminator.
 
-    The optimizers start afresh, and so does the EMA, from the student (OSV section 4). What the other run did not
+    The optimizers are fresh, and the EMA starts as a copy of the student (OSV section 4). What the other run did not
     train starts as in a run from the teacher.
 
     Args:
@@ -112,7 +112,7 @@ def read_lora(path: Path, config: ConfigDict, networks: Networks) -> lora_files.
 
 
 def start_from_lora(given: Params, config: ConfigDict, state: TrainState, objective: Objective) -> TrainState:
-    """`state`, with a student whose LoRA was trained elsewhere: what can replace stage 1 (OSV section 4).
+    """`state`, with a student whose LoRA was trained elsewhere: it can take the place of stage 1 (OSV section 4).
 
     Modules that it does not cover keep their initial LoRA, which changes nothing; the discriminator is fresh.
 
@@ -127,7 +127,7 @@ def start_from_lora(given: Params, config: ConfigDict, state: TrainState, object
 
 
 def check_origin(workdir: Path, config: ConfigDict) -> None:
-    """Whether the run in `workdir` can be continued from with this configuration.
+    """Checks that a run with this configuration can start from the workdir of another.
 
     Raises:
         UserError: not a workdir, nothing trained there yet, or values that must agree and do not.

@@ -28,7 +28,7 @@ def make_picture(
         example: a batch of one clip; of latents, the clip is shown as the VAE decodes it.
         devices: those of the run.
     """
-    # The same noise every time, so that pictures of different steps compare.
+    # The same noise every time, so that pictures of different steps can be compared.
     encode_key, noise_key = jax.random.split(jax.random.key(config.seed))
     networks, scale = objective.networks, config.lora.alpha / config.lora.rank
     boundary = config.get("boundary", "svd")

@@ -23,10 +23,10 @@ from osv_jax.training.config import phases_of
 
 
 def with_num_frames(config: ConfigDict) -> ConfigDict:
-    """The configuration in which `data.num_frames`, where it is 0, is the number that the UNet was trained on.
+    """The configuration with `data.num_frames` filled in: where it is 0, the number that the UNet was trained on.
 
     Raises:
-        UserError: on missing weights, or options that do not go with so many frames.
+        UserError: on missing weights, or options that do not fit so many frames.
     """
     if config.data.num_frames:
         return config
@@ -38,7 +38,7 @@ def with_num_frames(config: ConfigDict) -> ConfigDict:
 
 
 def check_layout(config: ConfigDict, networks: Networks, devices: jax.sharding.Mesh) -> None:
-    """Whether batches and clips can be split over the devices.
+    """Checks that batches and clips can be split over the devices.
 
     Raises:
         UserError: naming the key that must change.
@@ -59,7 +59,7 @@ def check_layout(config: ConfigDict, networks: Networks, devices: jax.sharding.M
 
 
 def networks_of(config: ConfigDict) -> Networks:
-    """The modules, for the architectures beside the weights or those in the configuration.
+    """The modules, with the architectures of the weights or of the configuration.
 
     Raises:
         UserError: on missing weights, or a discriminator block that DINOv2 does not have.
@@ -83,7 +83,7 @@ def networks_of(config: ConfigDict) -> Networks:
 
 
 def architectures_of(config: ConfigDict) -> dict[str, Config]:
-    """Those of the networks that the objective needs: beside the weights, or in the configuration.
+    """The architectures of the networks that the objective needs: of the weights, or in the configuration.
 
     Raises:
         UserError: on missing weights.
@@ -150,7 +150,7 @@ def make_train_step(config: ConfigDict, objective: Objective) -> Callable:
 
 
 def describe(config: ConfigDict, state: TrainState, frozen: Mapping[str, Any], num_clips: int) -> str:
-    """What is about to run, in a few lines."""
+    """A few lines about the run that is about to start."""
 
     def size(tree: Any) -> int:
         return sum(leaf.size for leaf in jax.tree.leaves(tree))

@@ -37,7 +37,7 @@ SCALE = 3.0
 def home(tmp_path_factory):
     """A folder as the README has it: `svd`, `weights/svd`, and `runs/stage2`, a run's last checkpoint.
 
-    LoRA is on every kind of module, alpha is not the rank, and every leaf of the student and of its average is random:
+    LoRA is on every kind of module, alpha is not the rank, and every leaf of the student and of its EMA is random:
     what a run has trained has no zeros either.
     """
     home = tmp_path_factory.mktemp("home")
@@ -117,7 +117,7 @@ LINES = {
 @pytest.mark.parametrize("part", ["params", "ema"])
 def test_the_documented_lines_load_the_student(home, base, state, kind, part, capsys):
     assert export("runs/stage2", f"exported/{kind}", kind, "--overwrite", *["--ema"] * (part == "ema")) == 0
-    assert "average" in capsys.readouterr().out or part == "params"
+    assert "the EMA of step" in capsys.readouterr().out or part == "params"
     loaded = {}
     exec(documented_lines(LINES[kind]), loaded)
     student = run_flax({"params": base, "lora": scale_lora(state[part]["lora"], SCALE)})
@@ -147,7 +147,7 @@ def test_the_documented_lines_make_a_video(home):
     assert pathlib.Path("cat.mp4").stat().st_size > 500
 
 
-def test_student_and_average_differ(base, state):
+def test_student_and_ema_differ(base, state):
     student, ema = (run_flax({"params": base, "lora": state[part]["lora"]}) for part in ("params", "ema"))
     assert relative_error(ema, student) > 1e-3
 

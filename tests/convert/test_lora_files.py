@@ -332,7 +332,7 @@ def test_training_starts_from_a_foreign_lora(base, adapter, networks):
     given = origins.read_lora(folder, config, networks)
     begun = origins.start_from_lora(given.lora, config, state, objective)
     expected = run_flax({"params": merge_lora(base, read.lora)})
-    # Under this run's own alpha / rank = 2, the student is what the file says, and so is its average.
+    # Under this run's own alpha / rank = 2, the student is what the file says, and so is its EMA.
     student = run_flax(begun.players["student"].params.variables(base, 2.0))
     assert relative_error(student, expected) <= 1e-5
     jax.tree.map(np.testing.assert_array_equal, begun.players["student"].ema, begun.players["student"].params)

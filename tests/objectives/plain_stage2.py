@@ -51,7 +51,7 @@ def variables(base, student):
     return {"params": nested, "lora": student.lora}
 
 
-def question(denoiser, state, frozen, batch, index, noise, guidance, num_levels=100, steps=5):
+def example(denoiser, state, frozen, batch, index, noise, guidance, num_levels=100, steps=5):
     """x at t_{n+m}, its sigma, the target f_ema(x_tn, t_n) and lambda(t_n); guidance [b f]."""
     levels = [sigmas(np.asarray(index) + steps - i, num_levels) for i in range(steps + 1)]
     weight = jnp.asarray(guidance)[:, :, None, None, None]
@@ -119,9 +119,9 @@ def _student_gradient(networks, seen):
     return run
 
 
-def student_gradient(networks, disc, state, frozen, question, cond, gan=0.1, seen=whole):
+def student_gradient(networks, disc, state, frozen, example, cond, gan=0.1, seen=whole):
     """Eq. 10: its two terms and the gradient of their sum, straight through everything; `seen` by the discriminator."""
-    x, sigma, target, weight = question
+    x, sigma, target, weight = example
     arguments = (jnp.asarray(sigma, jnp.float32), target, jnp.asarray(weight, jnp.float32), cond, gan)
     gradient, terms = _student_gradient(networks, seen)(state.players["student"].params, disc, frozen, x, *arguments)
     return terms, gradient

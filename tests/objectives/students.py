@@ -58,7 +58,7 @@ def perturbed(tree, seed):
 
 
 def trained_state(networks, frozen, targets="all", trainable=TRAINABLE):
-    """A state in which student and average have both gone their ways."""
+    """A state in which student and EMA differ from the teacher and from each other."""
     options = AdversarialOptions(lora=LoRAOptions(4, 4.0, targets), trainable=trainable)
     state = jax.jit(lambda key, frozen: first_state(Stage1(networks, options, SGD).init(key, frozen)))(
         jax.random.key(0), frozen

@@ -330,13 +330,13 @@ def test_loss_and_gradients_match_pytorch(real):
     assert joint_error(actual, expected) < 1e-4
 
 
-def test_the_step_descends_averages_and_measures(real):
+def test_the_step_descends_updates_the_ema_and_measures(real):
     _, state, _, _, new, metrics = real
     player = new.players["student"]
     old, updated = flat(student_of(state)), flat(player.params)
-    gradient, average = flat(player.opt_state), flat(player.ema)
+    gradient, ema = flat(player.opt_state), flat(player.ema)
     np.testing.assert_allclose(updated, old - RATE * gradient, rtol=1e-5, atol=1e-7)
-    np.testing.assert_allclose(average, 0.9 * old + 0.1 * updated, rtol=1e-5, atol=1e-7)
+    np.testing.assert_allclose(ema, 0.9 * old + 0.1 * updated, rtol=1e-5, atol=1e-7)
     np.testing.assert_allclose(metrics["grad_norm/student"], np.linalg.norm(gradient), rtol=1e-4)
     assert new.step == 1
 

@@ -210,13 +210,13 @@ def test_metrics_are_norms_and_means_of_what_happened(state, result):
     assert new.step == 1
 
 
-def test_average_follows_the_new_student(state, result):
+def test_ema_follows_the_new_student(state, result):
     new = result[0]
     assert relative_error(flat(ema_of(new)), 0.9 * flat(ema_of(state)) + 0.1 * flat(student_of(new))) < 1e-6
 
 
 def test_update_ema():
-    """The average of OSV Eq. 5."""
+    """The EMA of OSV Eq. 5."""
     old, new = (Student(lora={"a": jnp.full(2, x)}, tuned={"k": jnp.full(2, -x)}) for x in (1.0, 3.0))
     ema = update_ema(old, new, 0.95)
     np.testing.assert_allclose(ema.lora["a"], 1.1, rtol=1e-6)

@@ -93,12 +93,12 @@ def test_step_is_equations_8_to_10(real, real_step):
     draws = draw_and_example(networks)[0](key, batch)
     denoiser = plain.denoiser(networks)
     guidance = np.tile(np.linspace(1, 3, batch.latents.shape[1]), (2, 1)).astype(np.float32)
-    question = plain.question(denoiser, state, frozen, batch, draws["index"], draws["noise"], guidance)
+    example = plain.example(denoiser, state, frozen, batch, draws["index"], draws["noise"], guidance)
 
-    fake = denoiser(plain.variables(frozen["unet"], student_of(state)), *question[:2], batch.cond)
-    loss_disc, g_disc, spectral = plain.disc_gradient(networks, disc_of(state), frozen, question[2], fake)
+    fake = denoiser(plain.variables(frozen["unet"], student_of(state)), *example[:2], batch.cond)
+    loss_disc, g_disc, spectral = plain.disc_gradient(networks, disc_of(state), frozen, example[2], fake)
     disc = {"params": descend(disc_of(state)["params"], g_disc, RATES["disc"]), "spectral": spectral}
-    (gan, huber), g_student = plain.student_gradient(networks, disc, state, frozen, question, batch.cond)
+    (gan, huber), g_student = plain.student_gradient(networks, disc, state, frozen, example, batch.cond)
     student = descend(student_of(state), g_student, RATES["student"])
     ema = jax.jit(lambda old, new: jax.tree.map(lambda x, y: 0.95 * x + 0.05 * y, old, new))(ema_of(state), student)
 
@@ -203,7 +203,7 @@ GRIDS = [(100, 5), (17, 8), (9, 8), (40, 1)]
     ("num_levels", "steps", "kind"),
     [(*GRIDS[0], "linspace"), (*GRIDS[0], "constant"), *((*grid, "range") for grid in GRIDS)],
 )
-def test_question_and_target_for_every_guidance_and_grid(toy, num_levels, steps, kind):
+def test_student_input_and_target_for_every_guidance_and_grid(toy, num_levels, steps, kind):
     """At both ends of the grid: t_1 is reached, and t_N is started from."""
     networks, frozen, batch, state = toy
     options = {"num_levels": num_levels, "solver_steps": steps, "guidance": GuidanceOptions(kind, 1.5, 4.0)}
@@ -221,7 +221,7 @@ def test_question_and_target_for_every_guidance_and_grid(toy, num_levels, steps,
     assert kind != "range" or abs(uniform[0] - uniform[1]) > 0.01
     guidance = guidance.astype(np.float32)
     arguments = (state, frozen, batch, draws["index"], draws["noise"], guidance, num_levels, steps)
-    x, _, target, weight = plain.question(plain.denoiser(networks), *arguments)
+    x, _, target, weight = plain.example(plain.denoiser(networks), *arguments)
     assert relative_error(example.x, x) <= 1e-6
     for clip in range(2):
         assert relative_error(example.target[clip], target[clip]) <= 1e-5
@@ -300,8 +300,8 @@ def test_without_the_adversarial_loss(toy, toy_step):
     assert metrics["loss_student"] == metrics["loss_huber"] > 0 and metrics["loss_adversarial"] > 0
     draw, example_of = draw_and_example(networks)
     example = example_of(state, frozen, batch, draw(jax.random.key(3), batch))
-    question = (example.x, example.sigma, example.target, example.weight)
-    terms, gradient = plain.student_gradient(networks, disc_of(state), state, frozen, question, batch.cond, gan=0.0)
+    fields = (example.x, example.sigma, example.target, example.weight)
+    terms, gradient = plain.student_gradient(networks, disc_of(state), state, frozen, fields, batch.cond, gan=0.0)
     assert metrics["loss_huber"] == pytest.approx(float(terms[1]), rel=1e-5)
     expected = descend(student_of(state), gradient, RATES["student"])
     assert max(differences(student_of(new_state), expected, student_of(state))) <= GRADIENT
@@ -328,8 +328,8 @@ def test_the_discriminator_may_see_a_part_of_each_clip(toy, toy_step):
     disc = {"params": descend(disc_of(state)["params"], g_disc, RATES["disc"]), "spectral": spectral}
     assert max(differences(disc_of(new_state)["params"], disc["params"], disc_of(state)["params"])) <= GRADIENT
 
-    question = (example.x, example.sigma, example.target, example.weight)
-    terms, gradient = plain.student_gradient(networks, disc, state, frozen, question, batch.cond, seen=seen)
+    fields = (example.x, example.sigma, example.target, example.weight)
+    terms, gradient = plain.student_gradient(networks, disc, state, frozen, fields, batch.cond, seen=seen)
     assert metrics["loss_student"] == pytest.approx(float(0.1 * terms[0] + terms[1]), rel=1e-5)
     expected = descend(student_of(state), gradient, RATES["student"])
     assert max(differences(student_of(new_state), expected, student_of(state))) <= GRADIENT
@@ -355,8 +355,8 @@ def test_accumulated_gradients_are_the_batchs(toy, toy_step):
     assert metrics["loss_disc"] == pytest.approx(float(whole["loss_disc"]), rel=1e-5)
     draw, example_of = draw_and_example(networks)
     example = example_of(state, frozen, batch, draw(jax.random.key(3), batch))
-    question = (example.x, example.sigma, example.target, example.weight)
-    terms, gradient = plain.student_gradient(networks, disc_of(state), state, frozen, question, batch.cond)
+    fields = (example.x, example.sigma, example.target, example.weight)
+    terms, gradient = plain.student_gradient(networks, disc_of(state), state, frozen, fields, batch.cond)
     assert metrics["loss_student"] == pytest.approx(float(0.1 * terms[0] + terms[1]), rel=1e-5)
     expected = descend(student_of(state), gradient, RATES["student"])
     assert max(differences(student_of(new_state), expected, student_of(state))) <= GRADIENT
@@ -399,12 +399,12 @@ def test_half_precision_step_is_that_of_float32_about(toy):
     assert relative_error(flat(disc_of(new_state)["spectral"]), flat(disc_of(expected_state)["spectral"])) < 1e-5
 
 
-def test_average_keeps_changes_that_half_precision_would_lose():
-    average, student = Student({}, {"w": jnp.ones(3)}), Student({}, {"w": jnp.full(3, 1 + 1e-4)})
+def test_ema_keeps_changes_that_half_precision_would_lose():
+    ema, student = Student({}, {"w": jnp.ones(3)}), Student({}, {"w": jnp.full(3, 1 + 1e-4)})
     for _ in range(2):
-        average = update_ema(average, student, 0.95)
+        ema = update_ema(ema, student, 0.95)
     # Numbers near 1 are 1.2e-7 apart.
-    np.testing.assert_allclose(average.tuned["w"] - 1, 1e-4 * (1 - 0.95**2), rtol=0, atol=1e-6)
+    np.testing.assert_allclose(ema.tuned["w"] - 1, 1e-4 * (1 - 0.95**2), rtol=0, atol=1e-6)
     assert jnp.bfloat16(1 + 1e-4) == 1
 
 
