@@ -18,7 +18,7 @@ from osv_jax.runtime import command_line
 
 
 def run() -> None:
-    """The program: exit status 1 if something does not fit; what the user can mend is one sentence and status 2."""
+    """The program: exit status 1 if something does not fit; what the user can fix is one sentence and status 2."""
     config = config_flags.DEFINE_config_file("config", help_string="A file of configs/, e.g. configs/stage2.py.")
     topology = flags.DEFINE_string("topology", "cpu", "v5e:4x4, v5p:2x2x2, v6e:2x2, gpu:8x80GB, or cpu.")
 

@@ -1,4 +1,4 @@
-"""Imports point down in the picture of docs/architecture.md."""
+"""Imports point down in the picture of docs/architecture.md, and files stay short."""
 
 import ast
 import pathlib
@@ -11,6 +11,7 @@ PACKAGE = ROOT / "osv_jax"
 FILES = {path.relative_to(PACKAGE).as_posix(): path for path in sorted(PACKAGE.rglob("*.py"))}
 # Where an import does not point down, and why it may.
 EXCEPTIONS = {("compare", "sample"): "the options of a video are the same in both programs"}
+MAX_LINES = 400
 
 
 def layers():
@@ -56,3 +57,8 @@ def test_what_points_up_is_noticed():
     assert pointing_up("objectives", source) == {"training"}
     assert pointing_up("data", source) == {"codec", "training"}
     assert pointing_up("inference", "from osv_jax.training import loop") == {"training"}
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_files_are_short(name):
+    assert len(FILES[name].read_text().splitlines()) <= MAX_LINES
