@@ -46,7 +46,7 @@ def main(given: Sequence[str] | None = None) -> None:
     """Parses the arguments and runs the sub-command.
 
     Raises:
-        UserError: on anything the user can mend.
+        UserError: on anything the user can fix.
     """
     args = _parser().parse_args(given)
     args.function(args)
