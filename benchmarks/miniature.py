@@ -19,9 +19,9 @@ import numpy as np
 from jaxtyping import Array
 from PIL import Image
 
-from osv_jax.compare import motion
 from osv_jax.convert import weights
 from osv_jax.data import pixels
+from osv_jax.evaluation.measures import motion
 from osv_jax.inference.pipeline import COMPONENTS, ImageToVideo, Options
 from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.objectives import finetune
@@ -74,7 +74,11 @@ def reconstruct(folder: str, clips: np.ndarray, picture: pathlib.Path) -> dict[s
     grid = {"originals": clips[rows, 7], "reconstructions": to_uint8(outputs[rows, 7])}
     Image.fromarray(sample_grid(grid)).save(picture)
     psnr = frame_psnr(outputs, to_float(clips))
-    return {"vae_psnr": float(psnr.mean()), "vae_motion": motion(to_uint8(outputs)), "real_motion": motion(clips)}
+    return {
+        "vae_psnr": float(psnr.mean()),
+        "vae_motion": float(motion(to_uint8(outputs)).mean()),
+        "real_motion": float(motion(clips).mean()),
+    }
 
 
 def denoising_losses(folder: str, clips: np.ndarray, fps: float) -> dict[str, float]:
@@ -118,8 +122,8 @@ def sample(folder: str, clips: np.ndarray, fps: float, picture: pathlib.Path) ->
     return {
         "samples": len(clips),
         "first_frame_psnr": float(first.mean()),
-        "sampled_motion": motion(to_uint8(outputs)),
-        "sampled_real_motion": motion(clips),
+        "sampled_motion": float(motion(to_uint8(outputs)).mean()),
+        "sampled_real_motion": float(motion(clips).mean()),
         "unet_seconds": model.seconds["UNet"] / len(clips),
     }
 

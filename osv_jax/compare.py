@@ -21,11 +21,11 @@ from tqdm import tqdm
 
 from osv_jax.data import demo, pixels
 from osv_jax.errors import UserError
+from osv_jax.evaluation.measures import first_frame_psnr, motion
 from osv_jax.inference.pipeline import ImageToVideo, Options
-from osv_jax.objectives.autoencoder import frame_psnr
 from osv_jax.runtime import arguments, command_line, ending, paths
 from osv_jax.runtime.finite import strict_json
-from osv_jax.runtime.media import beside_each_other, sample_grid, to_float, write_picture, write_video
+from osv_jax.runtime.media import beside_each_other, sample_grid, write_picture, write_video
 from osv_jax.runtime.paths import Path, as_path
 from osv_jax.runtime.ranges import COUNT
 from osv_jax.sample import add_video_options
@@ -166,16 +166,11 @@ def measure(made: Mapping[str, Samples], clips: UInt8[np.ndarray, "n f h w 3"]) 
         rows[name] = {
             "mse": float(errors.mean()),
             "mse_std": float(errors.std()),
-            "motion": motion(samples.frames),
-            "first_frame_psnr": float(frame_psnr(to_float(samples.frames[:, :1]), to_float(clips[:, :1])).mean()),
+            "motion": float(motion(samples.frames).mean()),
+            "first_frame_psnr": float(first_frame_psnr(samples.frames, clips[:, 0]).mean()),
             "evaluations": samples.evaluations,
         }
-    return rows | {"real clips": {"motion": motion(clips)}}
-
-
-def motion(frames: UInt8[np.ndarray, "n f h w 3"]) -> float:
-    """Mean absolute difference of frames that follow each other, 0 to 255."""
-    return float(np.abs(np.diff(frames.astype(np.float32), axis=1)).mean())
+    return rows | {"real clips": {"motion": float(motion(clips).mean())}}
 
 
 def table(measured: Mapping[str, Mapping[str, float]]) -> str:

@@ -149,7 +149,7 @@ def test_the_program(tmp_path, capsys, monkeypatch):
     synthetic_video.write_constant(tmp_path / "videos" / "a.mp4", 20, 16)
     arguments = [f"--weights={tmp_path / 'weights'}", f"--lora={tmp_path / 'lora'}", "--clips=2", "--steps=2"]
     # As of frames that are equal, bit by bit.
-    monkeypatch.setattr(compare, "frame_psnr", lambda output, video: np.full(output.shape[:2], np.inf))
+    monkeypatch.setattr(compare, "first_frame_psnr", lambda frames, condition: np.full(len(frames), np.inf))
     compare.main([*arguments, f"--videos={tmp_path / 'videos'}", f"--output={tmp_path / 'out'}"])
     measured = json.loads((tmp_path / "out" / "measured.json").read_text(), parse_constant=pytest.fail)
     assert measured["clips"] == 2

@@ -12,6 +12,7 @@ import numpy as np
 from jaxtyping import UInt8
 
 from osv_jax.data import video
+from osv_jax.data.motion import motion
 from osv_jax.runtime.paths import as_path, in_bucket, size_of
 
 # Clips handed over at a time: more would fill the memory with clips that wait.
@@ -29,7 +30,7 @@ class Cutting:
         height, width: of a frame [px].
         stride: from the start of a clip to that of the next [s].
         max_clips: of one video; None for all.
-        min_motion: clips with less (see `motion_of`) are left out.
+        min_motion: clips with less (see `motion.motion`) are left out.
     """
 
     num_frames: int
@@ -149,17 +150,11 @@ def _read(file: video.VideoFile, number: int, start: float, cutting: Cutting) ->
 
 
 def _judge(number: int, start: float, frames: UInt8[np.ndarray, "f h w 3"], cutting: Cutting) -> Clip:
-    motion = motion_of(frames)
-    if motion < cutting.min_motion:
-        reason = f"does not move from {start:.2f} s on (motion {motion:.2f})"
-        return Clip(number, start, None, motion, reason)
-    return Clip(number, start, frames, motion)
-
-
-def motion_of(frames: UInt8[np.ndarray, "f h w 3"]) -> float:
-    """How much changes from frame to frame: the mean absolute difference of brightness, 0 to 255."""
-    grey = frames.astype(np.float32).mean(-1)
-    return float(np.abs(np.diff(grey, axis=0)).mean()) if len(grey) > 1 else 0.0
+    moved = float(motion(frames))
+    if moved < cutting.min_motion:
+        reason = f"does not move from {start:.2f} s on (motion {moved:.2f})"
+        return Clip(number, start, None, moved, reason)
+    return Clip(number, start, frames, moved)
 
 
 def open_location(location: Location, name: str) -> video.VideoFile:

@@ -16,7 +16,8 @@ from jaxtyping import UInt8
 from tqdm import tqdm
 
 from osv_jax.data import order, video
-from osv_jax.data.cutting import Cutting, motion_of
+from osv_jax.data.cutting import Cutting
+from osv_jax.data.motion import motion
 from osv_jax.data.video import EXTENSIONS
 from osv_jax.errors import UserError
 from osv_jax.runtime.paths import Path, absolute, as_path, files_below, in_bucket, write_text
@@ -130,14 +131,14 @@ def spread_clips(
     Args:
         folder, num_frames, fps, height, width: see `index_clips`.
         shift: clips begin at multiples of this many frames, so that they may overlap.
-        min_motion: clips with less (see `cutting.motion_of`) are left out.
+        min_motion: clips with less (see `motion.motion`) are left out.
 
     Raises:
         UserError: as `index_clips`, or if nothing moves.
     """
     found = index_clips(folder, num_frames, fps, height, width, stride=shift / fps)
     clips = [found.read(number)["video"] for number in _spread(len(found.clips), count if not min_motion else None)]
-    moving = [clip for clip in clips if motion_of(clip) >= min_motion]
+    moving = [clip for clip in clips if motion(clip) >= min_motion]
     if not moving:
         raise UserError(f"Nothing moves in the {len(clips)} clips of {folder}; give other videos.")
     return np.stack([moving[number] for number in _spread(len(moving), count)])

@@ -214,7 +214,7 @@ def discriminate(
 
     Args:
         disc, disc_variables: the trainable part; variables as `init_discriminator` makes them.
-        backbone, backbone_params: see `discriminate_pixels`.
+        backbone, backbone_params: see `backbone_features`; no gradient reaches the parameters.
         latents: scaled latents.
         update_stats: whether this call improves the spectral statistics (in training, once a discriminator update).
 
@@ -234,21 +234,28 @@ def discriminate_pixels(
     pixels: Float[Array, "b f h w 3"],
     update_stats: bool,
 ) -> tuple[Logits, dict[str, Any]]:
-    """Judges videos in [0, 1] of any size, e.g. decoded ones (the discriminator of ADD); otherwise as `discriminate`.
+    """Judges videos in [0, 1] of any size, e.g. decoded ones (the discriminator of ADD); else as `discriminate`."""
+    features = backbone_features(backbone, lax.stop_gradient(backbone_params), pixels, disc.blocks)
+    if not update_stats:
+        return disc.apply(disc_variables, features, False, method="score"), disc_variables["spectral"]
+    logits, updated = disc.apply(disc_variables, features, True, method="score", mutable=["spectral"])
+    return logits, updated["spectral"]
+
+
+def backbone_features(
+    backbone: nn.Module, params: dict[str, Any], pixels: Float[Array, "b f h w 3"], blocks: tuple[int, ...]
+) -> tuple[Float[Array, "b f grid_h grid_w c"], ...]:
+    """What a discriminator is given of the frames of videos in [0, 1] of any size: patch features of some blocks.
 
     The backbone is any module with `config.patch_size` that maps ImageNet-normalised images [n h w 3] and block numbers
-    to a tuple of [n gh gw c]. No gradient reaches its parameters.
+    to a tuple of [n gh gw c].
     """
     batch, frames = pixels.shape[:2]
     pixels = _share_out(pixels)
     images = (pixels.reshape(-1, *pixels.shape[2:]) - _IMAGENET_MEAN) / _IMAGENET_STD
     images = _resize_to_patches(images, backbone.config.patch_size)
-    features = backbone.apply({"params": lax.stop_gradient(backbone_params)}, images, disc.blocks)
-    features = tuple(x.reshape(batch, frames, *x.shape[1:]) for x in features)
-    if not update_stats:
-        return disc.apply(disc_variables, features, False, method="score"), disc_variables["spectral"]
-    logits, updated = disc.apply(disc_variables, features, True, method="score", mutable=["spectral"])
-    return logits, updated["spectral"]
+    features = backbone.apply({"params": params}, images, blocks)
+    return tuple(x.reshape(batch, frames, *x.shape[1:]) for x in features)
 
 
 def _share_out(pixels: Float[Array, "b f h w 3"]) -> Float[Array, "b f h w 3"]:

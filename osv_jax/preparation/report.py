@@ -16,7 +16,7 @@ from osv_jax.preparation.batches import Tally
 from osv_jax.runtime.media import sample_grid
 from osv_jax.runtime.paths import Path
 
-# Upper ends of the bins of motion (mean change of brightness from frame to frame, 0 to 255).
+# Upper ends of the bins of motion (see `data.motion`).
 _MOTION_BINS = (0.5, 1, 2, 4, 8, 16, 32, 64, 256)
 _BAR = 40
 _NAMED_REASONS = 12
@@ -70,7 +70,7 @@ def _skipped_lines(folder: Path, skipped: Iterable[Sequence[str]]) -> list[str]:
 
 def _histogram_lines(motions: list[float]) -> list[str]:
     counts, _ = np.histogram(motions, bins=[0, *_MOTION_BINS])
-    lines = ["  motion  (mean change of brightness from frame to frame, of 255)"]
+    lines = ["  motion  (mean absolute difference of consecutive frames, of 255)"]
     lower: float = 0
     for upper, count in zip(_MOTION_BINS, counts.tolist(), strict=True):
         bar = "#" * -(-count * _BAR // max(1, counts.max()))
