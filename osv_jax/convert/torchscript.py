@@ -67,9 +67,11 @@ class TorchScriptReader:
     def shape(self, name: str) -> tuple[int, ...]:
         return self._tensors[name].shape
 
+    def dtype(self, name: str) -> np.dtype:
+        return np.dtype(self._tensors[name].storage.dtype)
+
     def read(self, name: str) -> np.ndarray:
-        tensor = self._tensors[name]
-        dtype = np.dtype(tensor.storage.dtype)
+        tensor, dtype = self._tensors[name], self.dtype(name)
         try:
             with self.source.open("rb") as stream, zipfile.ZipFile(stream) as archive:
                 data = archive.read(f"{self._folder}data/{tensor.storage.key}")

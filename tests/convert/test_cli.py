@@ -25,13 +25,14 @@ def test_svd_and_dinov2_share_an_output(svd, tmp_path, capsys):
     assert main(["svd", str(svd), str(output), "--components", "vae,image_encoder"]) == 0
     captured = capsys.readouterr()
     assert "B/s" in captured.err  # the progress bar's rate
-    assert re.search(rf"1,022,585 parameters, 0\.00 GB as bfloat16, \d+\.\d s, in {output}", captured.out)
+    assert re.search(rf"1,022,585 parameters, 0\.00 GB, \d+\.\d s, in {output}", captured.out)
+    assert re.search(r"vae: .* parameters as float32, from ", captured.out)
     assert main(["dinov2", str(tmp_path / "dinov2"), str(output), "--dtype", "float32"]) == 0
     assert "embeddings.mask_token is not used" in capsys.readouterr().out
     assert sorted(entry.name for entry in output.iterdir()) == ["dinov2", "image_encoder", "vae"]
     assert load_config(output, "dinov2").hidden_size == 128
     assert {str(leaf.dtype) for leaf in jax.tree.leaves(load_params(output, "dinov2"))} == {"float32"}
-    assert {str(leaf.dtype) for leaf in jax.tree.leaves(load_params(output, "vae"))} == {"bfloat16"}
+    assert {str(leaf.dtype) for leaf in jax.tree.leaves(load_params(output, "vae"))} == {"float32"}
 
 
 def test_dry_run_prints_the_mapping_and_writes_nothing(svd, tmp_path, capsys):

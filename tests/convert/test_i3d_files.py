@@ -56,6 +56,7 @@ def test_every_format_gives_the_same_tensors(model, tmp_path, kind):
     }
     ours = dict(to_torch(tensor.path, tensor.read(plan.reader, np.float32)) for tensor in plan.tensors)
     assert ours.keys() == wanted.keys()
+    assert {plan.reader.dtype(tensor.name) for tensor in plan.tensors} == {np.dtype(np.float32)}
     for name, array in ours.items():
         np.testing.assert_array_equal(array, wanted[name], name)
 

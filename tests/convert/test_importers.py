@@ -94,7 +94,8 @@ def test_formats_written_by_diffusers(tmp_path, variant, shard_size, safe):
     network.save_pretrained(folder, variant=variant, max_shard_size=shard_size, safe_serialization=safe)
     assert (len(list(folder.glob("*.index*"))) == 1) == (shard_size == "500KB")
     expected = {name: tensor.float().numpy() for name, tensor in network.state_dict().items()}
-    assert_same(import_vae(tmp_path / "svd", tmp_path / "out"), expected, ml_dtypes.bfloat16)
+    # By default the VAE keeps the dtype that it has.
+    assert_same(import_vae(tmp_path / "svd", tmp_path / "out"), expected, np.float16 if variant else np.float32)
 
 
 def test_formats_written_by_transformers(tmp_path):
@@ -104,6 +105,44 @@ def test_formats_written_by_transformers(tmp_path):
     importers.import_svd(tmp_path, tmp_path / "out", components=["image_encoder"])
     expected = {name: tensor.float().numpy() for name, tensor in network.state_dict().items()}
     assert_same(load_params(tmp_path / "out", "image_encoder"), expected, ml_dtypes.bfloat16)
+
+
+def test_by_default_only_the_unet_is_rounded(svd, tmp_path):
+    importers.import_svd(svd, tmp_path)
+    files = {name: tmp_path / name / "config.json" for name in importers.SVD_COMPONENTS}
+    stored = {name: json.loads(file.read_text())["dtype"] for name, file in files.items()}
+    assert stored == {"unet": "bfloat16", "vae": "float32", "image_encoder": "float32"}
+
+
+@pytest.mark.parametrize(
+    ("dtypes", "stored"),
+    [
+        ((torch.float16, torch.float16), np.float16),
+        ((torch.bfloat16, torch.bfloat16), ml_dtypes.bfloat16),
+        ((torch.float16, torch.float32), np.float32),
+        ((torch.float16, torch.bfloat16), np.float32),
+        ((torch.float64, torch.float64), np.float32),
+    ],
+)
+def test_what_is_kept_of_a_checkpoint_in_several_dtypes(vae_copy, tmp_path, dtypes, stored):
+    """The first tensor has one, all others another; float32 holds the values of both halves."""
+    file = vae_copy / "vae" / DIFFUSERS
+    state = {name: tensor.to(dtypes[i > 0]) for i, (name, tensor) in enumerate(load_file(file).items())}
+    save_file(state, file)
+    expected = {name: tensor.float().numpy() for name, tensor in state.items()}
+    assert_same(import_vae(vae_copy, tmp_path / "out"), expected, stored)
+
+
+def test_storing_in_float16_costs_less_of_the_latents_than_in_bfloat16(svd, weights, tmp_path, rng):
+    images = rng.uniform(-1, 1, (1, 16, 24, 3)).astype(np.float32)
+    vae, exact = SVDVAE(load_config(weights, "vae")), load_params(weights, "vae")
+    encode = jax.jit(lambda params: vae.apply({"params": params}, images, method="encode")[0])
+    errors = {}
+    for dtype in (None, "float16", "bfloat16"):
+        params = import_vae(svd, tmp_path / f"{dtype}", dtype=dtype)
+        errors[dtype] = relative_error(encode(jax.tree.map(lambda x: x.astype(np.float32), params)), encode(exact))
+    # They keep 11 and 8 bits.
+    assert errors[None] == 0 < 4 * errors["float16"] < errors["bfloat16"] < 0.05
 
 
 def test_imported_vae_gives_torch_output(weights, rng):
@@ -275,7 +314,7 @@ def test_values_beyond_float16_are_an_error(vae_copy, tmp_path):
     with pytest.raises(UserError, match=r"quant_conv\.bias has values beyond float16"):
         import_vae(vae_copy, tmp_path / "out", dtype="float16")
     assert not (tmp_path / "out").exists()
-    params = import_vae(vae_copy, tmp_path / "out")
+    params = import_vae(vae_copy, tmp_path / "out", dtype="bfloat16")
     assert params["quant_conv"]["bias"][3] == jnp.bfloat16(1e5)
 
 

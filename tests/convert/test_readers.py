@@ -35,6 +35,7 @@ def check(reader):
     for name, tensor in TENSORS.items():
         array = reader.read(name)
         assert reader.shape(name) == array.shape == tuple(tensor.shape)
+        assert reader.dtype(name) == array.dtype
         assert array.dtype == as_numpy(tensor).dtype
         np.testing.assert_array_equal(array, as_numpy(tensor))
 
