@@ -1,0 +1,402 @@
+"""The page of results: what is written, and what headless Chromium makes of it."""
+
+import fnmatch
+import io
+import json
+import math
+import os
+import pathlib
+import re
+import shutil
+import time
+import tomllib
+
+import numpy as np
+import pytest
+from PIL import Image
+from selenium import webdriver
+from selenium.webdriver import ActionChains
+from selenium.webdriver.chrome.service import Service
+from selenium.webdriver.common.by import By
+from selenium.webdriver.common.keys import Keys
+from selenium.webdriver.support.ui import Select
+
+from osv_jax.evaluation import page
+from osv_jax.runtime.media import write_video
+
+ROOT = pathlib.Path(__file__).parents[2]
+REAL, TEACHER, STUDENT = "real", "teacher </script><b>&amp;\"'\\ \u2028", "Schüler 学生, 1 step " + 5 * "and so on "
+BROKEN, LAST = "broken", "7"
+COLUMNS = [
+    page.Column("steps", "Steps", "", None, 0),
+    page.Column("fvd", "FVD", "", "low", 1),
+    page.Column("psnr", "PSNR", "dB", "high", 2),
+    page.Column("solver", "<i>Solver", "", None, 0),
+    page.Column("seconds", "Time", "s a clip", "low", 2),
+]
+ROWS = [
+    {"name": REAL, "fvd": 0.0},
+    {"name": TEACHER, "steps": 25, "fvd": 300.04, "fvd_low": 250.0, "fvd_high": 350.0, "psnr": 20.0, "solver": "Euler"},
+    {"name": STUDENT, "steps": 1, "fvd": -1.5, "fvd_low": -50, "fvd_high": 47, "psnr": 30.5, "seconds": 2},
+    {"name": BROKEN, "steps": 10, "fvd": None, "psnr": math.nan, "solver": "TTS", "seconds": 2.001},
+    {"name": LAST, "steps": 2, "fvd": 300.0, "psnr": -3.0},
+]
+FPS, FRAMES = 10, 20
+SECONDS = FRAMES / FPS
+
+
+def shade(name, frame):
+    """Of all pixels of a frame, 0 to 255: each method has its own, and every frame is lighter than the last."""
+    return 8 * frame + {REAL: 0, TEACHER: 20, STUDENT: 90, LAST: 60}[name]
+
+
+@pytest.fixture(scope="module")
+def written(tmp_path_factory):
+    """A folder with a page and the films that it names; one is damaged, one missing, and one method has one clip."""
+    folder = tmp_path_factory.mktemp("a b#1 ü?%20")
+    films = {}
+    for number, name in enumerate([REAL, TEACHER, STUDENT, LAST]):
+        files = [f"films/{number} #? %20 ü/{clip}.mp4" for clip in range(1 if name == LAST else 2)]
+        films[name] = files
+        for file in files:
+            (folder / file).parent.mkdir(parents=True, exist_ok=True)
+            shades = np.array([shade(name, frame) for frame in range(FRAMES)], np.uint8)
+            write_video(folder / file, np.tile(shades[:, None, None, None], (1, 48, 64, 3)), FPS)
+    films[BROKEN] = ["films/damaged.mp4", "films/missing.mp4"]
+    (folder / "films/damaged.mp4").write_bytes(b"no film")
+    about = [("What", "<b>bold</b>"), ("Device", "2 cores")]
+    page.write_page(folder, "A <title>", about, COLUMNS, ROWS, films)
+    return folder
+
+
+# ---- What is written
+
+
+def test_the_data_is_in_the_page_as_it_was_given(written):
+    text = (written / "index.html").read_text("utf-8")
+    (embedded,) = re.findall(r'<script type="application/json" id="data">(.*?)</script>', text, re.DOTALL)
+    data = json.loads(embedded)
+    assert data["title"] == "A <title>" and data["about"] == [["What", "<b>bold</b>"], ["Device", "2 cores"]]
+    assert [page.Column(**column) for column in data["columns"]] == COLUMNS
+    assert data["rows"] == [*ROWS[:3], {**ROWS[3], "psnr": None}, ROWS[4]]
+    assert [name for name, _ in data["films"]] == [REAL, TEACHER, STUDENT, LAST, BROKEN]
+    assert dict(data["films"])[BROKEN] == ["films/damaged.mp4", "films/missing.mp4"]
+    assert "<" not in embedded and text.isascii()
+    assert text.count("</script>") == 2
+    assert {file.name for file in written.iterdir()} == {"index.html", "films"}
+
+
+def test_the_page_asks_nobody_else_for_anything(written):
+    text = (written / "index.html").read_text("utf-8")
+    assert re.findall(r"https?:|//\w+\.|@import|url\(|fetch\(|import\(", text) == []
+    assert re.findall(r'(?:src|href)="([^"]*)"', text) == ["data:,"]
+
+
+def test_the_template_is_installed_with_the_package():
+    patterns = tomllib.loads((ROOT / "pyproject.toml").read_text())["tool"]["setuptools"]["package-data"]["osv_jax"]
+    template = pathlib.Path(page.__file__).with_suffix(".html").relative_to(ROOT / "osv_jax").as_posix()
+    assert any(fnmatch.fnmatch(template, pattern) for pattern in patterns)
+
+
+# ---- What a browser shows
+
+
+@pytest.fixture(scope="module")
+def chromium(tmp_path_factory):
+    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if not browser or not driver:
+        pytest.skip("there is no Chromium; run `apt-get install chromium chromium-driver` to test the page in it")
+    os.environ["SE_OFFLINE"] = os.environ["SE_AVOID_STATS"] = "true"
+    options = webdriver.ChromeOptions()
+    options.binary_location = browser
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    for flag in (
+        *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage"),
+        *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
+        # Nor does it find anybody to talk to.
+        *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path_factory.mktemp('profile')}"),
+    ):
+        options.add_argument(flag)
+    opened = webdriver.Chrome(options=options, service=Service(executable_path=driver))
+    yield opened
+    opened.quit()
+
+
+class Shown:
+    """The page in the browser."""
+
+    def __init__(self, browser, written):
+        self.browser, self.url = browser, (written / "index.html").as_uri()
+
+    def open(self, width=900, height=1400, mobile=False, scheme="light", playing=False):
+        """Without `playing` as for those who have asked for less motion, which leaves tests more of the processor."""
+        motion = "no-preference" if playing else "reduce"
+        media = {"prefers-color-scheme": scheme, "prefers-reduced-motion": motion}
+        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
+        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
+        features = [{"name": name, "value": value} for name, value in media.items()]
+        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        self.browser.get(self.url)
+        self.until_ready()
+
+    def run(self, script, *given):
+        return self.browser.execute_script(script, *given)
+
+    def all(self, selector):
+        return self.browser.find_elements(By.CSS_SELECTOR, selector)
+
+    def one(self, selector):
+        return self.browser.find_element(By.CSS_SELECTOR, selector)
+
+    def texts(self, selector):
+        """Of all elements, as they are seen."""
+        return self.run("return [...document.querySelectorAll(arguments[0])].map((e) => e.innerText.trim())", selector)
+
+    def videos(self, what):
+        """An expression of every video `v`."""
+        return self.run(f"return [...document.querySelectorAll('video')].map((v) => {what})")
+
+    def until(self, holds, seconds=10.0):
+        end = time.monotonic() + seconds
+        while not holds():
+            assert time.monotonic() < end, "it did not happen"
+            time.sleep(0.03)
+
+    def until_ready(self):
+        self.until(lambda: (ready := self.videos("v.readyState >= 2 && !v.seeking")) and all(ready))
+
+    def scrub(self, fraction):
+        """Moves the bar; of films that stand still, until all have arrived."""
+        events = "bar.dispatchEvent(new Event('input')); bar.dispatchEvent(new Event('change'));"
+        self.run(f"const bar = document.querySelector('.scrub'); bar.value = arguments[0]; {events}", fraction)
+        if self.texts(".play") == ["Play"]:
+            self.until(lambda: np.allclose(self.videos("v.currentTime"), fraction * SECONDS, atol=0.01))
+            self.until_ready()
+
+    def spread(self):
+        """Between the first and the last film [s], the middle one of five moments."""
+        spreads = []
+        for _ in range(5):
+            times = self.videos("v.currentTime")
+            spreads.append(max(times) - min(times))
+            time.sleep(0.05)
+        return sorted(spreads)[2]
+
+    def picture(self, selector):
+        return np.asarray(Image.open(io.BytesIO(self.one(selector).screenshot_as_png)).convert("L"), np.float64)
+
+    def choose(self, view):
+        self.run(f"document.querySelector('[value={view}]').click()")
+        self.until_ready()
+
+
+@pytest.fixture
+def shown(chromium, written):
+    yield Shown(chromium, written)
+    # All but the films that are not there.
+    messages = [entry["message"] for entry in chromium.get_log("browser")]
+    assert [message for message in messages if "missing.mp4" not in message] == []
+
+
+def test_texts_are_shown_as_they_are(shown):
+    shown.open()
+    assert shown.browser.title == "A <title>" and shown.one("h1").text == "A <title>"
+    assert shown.texts("dd") == ["<b>bold</b>", "2 cores"]
+    assert shown.run("return document.querySelectorAll('body b:not(.key b), body i').length") == 0
+    assert shown.run("return [...document.querySelectorAll('tbody th')].map((th) => th.textContent)") == [
+        row["name"] for row in ROWS
+    ]
+
+
+def test_numbers_intervals_and_the_best(shown):
+    shown.open()
+    numbers = shown.texts("tbody .number")
+    assert [numbers[start : start + 5] for start in range(0, 25, 5)] == [
+        ["–", "0.0", "–", "–", "–"],
+        ["25", "300.0", "20.00", "Euler", "–"],
+        ["1", "−1.5", "30.50", "–", "2.00"],
+        ["10", "–", "–", "TTS", "2.00"],
+        ["2", "300.0", "−3.00", "–", "–"],
+    ]
+    # Numbers that are printed alike are equally good; the real clips compete with nobody.
+    assert shown.texts(".best .number") == ["−1.5", "30.50", "2.00", "2.00"]
+    assert shown.texts(".interval") == ["250.0 to 350.0", "−50.0 to 47.0"]
+    places = shown.run("return [...document.querySelectorAll('.bar span')].map((s) => parseFloat(s.style.left))")
+    np.testing.assert_allclose(places, [75, 100 * 350.04 / 400, 0, 100 * 48.5 / 400], atol=0.01)
+
+
+def test_a_click_sorts_and_what_is_missing_comes_last(shown):
+    shown.open()
+
+    def order():
+        return shown.run("return [...document.querySelectorAll('tbody th')].map((th) => th.textContent)")
+
+    headers = shown.all(".sort")
+    headers[2].click()
+    assert order() == [STUDENT, REAL, LAST, TEACHER, BROKEN]
+    headers[2].send_keys(Keys.ENTER)
+    assert order() == [TEACHER, LAST, REAL, STUDENT, BROKEN]
+    headers[3].send_keys(Keys.SPACE)  # High is good, and comes first.
+    assert order() == [STUDENT, TEACHER, LAST, REAL, BROKEN]
+    sorts = "return [...document.querySelectorAll('thead th')].map((th) => th.getAttribute('aria-sort'))"
+    assert shown.run(sorts) == [None, None, None, "descending", None, None]
+    headers[4].click()
+    assert order()[:2] == [TEACHER, BROKEN]
+    headers[0].click()
+    assert order()[0] == LAST
+
+
+def test_films_play_in_step(shown):
+    shown.open(playing=True)
+    assert shown.videos("v.videoWidth") == [64] * 4
+    assert shown.videos("v.muted && v.playsInline") == [True] * 4
+    time.sleep(1)
+    assert shown.videos("v.paused || v.readyState < 2") == [False] * 4
+    assert shown.spread() < 0.15
+    shown.scrub(0.1)
+    shown.until(lambda: 0.1 * SECONDS <= min(before := shown.videos("v.currentTime")) <= max(before) < 0.3 * SECONDS)
+    # One is thrown out of step, and is back before all begin again.
+    throw = "document.querySelectorAll('video')[1].currentTime += 0.9; setTimeout(arguments[0], 700)"
+    shown.browser.execute_async_script(throw)
+    times = shown.videos("v.currentTime")
+    assert 0.15 * SECONDS < min(times) <= max(times) < min(times) + 0.15
+
+
+def test_films_begin_again_together(shown):
+    shown.open(playing=True)
+    Select(shown.one(".speed")).select_by_value("2")
+    shown.scrub(0.9)
+    shown.until(lambda: max(shown.videos("v.currentTime")) > 0.85 * SECONDS)
+    assert set(shown.videos("v.playbackRate > 1.5")) == {True}
+    shown.until(lambda: 0.05 < max(shown.videos("v.currentTime")) < 0.7 * SECONDS)
+    assert shown.spread() < 0.15
+
+
+def test_the_bar_moves_all_films(shown):
+    shown.open()
+    for fraction in (0.725, 0.275):
+        shown.scrub(fraction)
+        frame = int(fraction * FRAMES)
+        for name, video in zip((REAL, TEACHER, STUDENT, LAST), shown.all("video"), strict=True):
+            picture = Image.open(io.BytesIO(video.screenshot_as_png)).convert("L")
+            assert np.median(np.asarray(picture)) == pytest.approx(shade(name, frame), abs=3.5)
+    assert shown.one(".time").text == f"{0.275 * SECONDS:.1f} / {SECONDS:.1f} s"
+
+
+def test_what_asks_for_less_motion_stands_still(shown):
+    shown.open()
+    time.sleep(0.3)
+    assert shown.videos("v.paused && v.currentTime") == [0] * 4
+    shown.one(".play").click()
+    shown.until(lambda: min(shown.videos("v.currentTime")) > 0.1)
+
+
+def test_clips_and_keys(shown):
+    shown.open()
+    body = shown.one("body")
+    assert shown.run("return [...document.querySelectorAll('video')].every((v) => v.src.endsWith('/0.mp4'))")
+    assert not shown.one(".previous").is_enabled()
+    body.send_keys(Keys.ARROW_RIGHT)
+    shown.until_ready()
+    assert shown.one(".clip").get_attribute("value") == "1" and not shown.one(".next").is_enabled()
+    assert shown.run("return [...document.querySelectorAll('video')].every((v) => v.src.endsWith('/1.mp4'))")
+    assert len(shown.all("video")) == 3
+    assert "There is no film of this clip." in shown.texts(".broken")
+    body.send_keys(Keys.ARROW_LEFT)
+    Select(shown.one(".clip")).select_by_value("1")
+    shown.one(".previous").click()
+    shown.until_ready()
+    assert shown.one(".clip").get_attribute("value") == "0"
+    body.send_keys(Keys.SPACE)
+    shown.until(lambda: not any(shown.videos("v.paused")))
+    body.send_keys(Keys.SPACE)
+    shown.until(lambda: all(shown.videos("v.paused")))
+    # A bar has arrow keys of its own.
+    shown.one(".scrub").send_keys(Keys.ARROW_RIGHT)
+    assert shown.one(".clip").get_attribute("value") == "0"
+
+
+def test_films_that_cannot_be_played_say_so(shown):
+    shown.open()
+    shown.until(lambda: shown.texts(".broken") == ["This film is missing or cannot be played: films/damaged.mp4"])
+    shown.one(".next").click()
+    shown.until(lambda: "This film is missing or cannot be played: films/missing.mp4" in shown.texts(".broken"))
+
+
+def test_methods_are_chosen(shown):
+    shown.open()
+    shown.scrub(0.6)
+    boxes = shown.all(".methods input")
+    boxes[0].click()
+    assert len(shown.all("video")) == 3
+    captions = shown.texts("figcaption")
+    assert "FVD −1.5" in captions[1] and "PSNR 30.50" in captions[1]
+    assert captions[2].startswith(LAST) and captions[3] == f"{BROKEN}\nTime 2.00"
+    boxes[0].click()
+    assert len(shown.all("video")) == 4
+    # A film that comes later comes to where the others are.
+    shown.until(lambda: np.allclose(shown.videos("v.currentTime"), 0.6 * SECONDS, atol=0.01))
+
+
+def test_two_methods_under_a_slider(shown):
+    shown.open()
+    shown.choose("two")
+    assert len(shown.all("video")) == 1  # The other is damaged.
+    Select(shown.one(".left")).select_by_value(REAL)
+    Select(shown.one(".right")).select_by_value(STUDENT)
+    shown.until_ready()
+    assert len(shown.all("video")) == 2
+    shown.scrub(0.225)
+    left, right = shade(REAL, 4), shade(STUDENT, 4)
+
+    def seen(fraction):
+        picture = shown.picture(".stage")
+        return picture[5, int(fraction * picture.shape[1])]
+
+    def cut():
+        clip = "return getComputedStyle(document.querySelectorAll('.stage > .film')[1]).clipPath"
+        return shown.run(clip)
+
+    middle = cut()
+    np.testing.assert_allclose([seen(0.4), seen(0.6)], [left, right], atol=3.5)
+    shown.one(".split input").send_keys(Keys.HOME)
+    start = cut()
+    np.testing.assert_allclose(seen(0.1), right, atol=3.5)
+    shown.one(".split input").send_keys(Keys.ARROW_RIGHT)
+    assert len({middle, start, cut()}) == 3
+    stage = shown.one(".stage")
+    actions = ActionChains(shown.browser, duration=50)
+    actions.move_to_element(stage).click_and_hold().move_by_offset(stage.size["width"] // 4, 10).release().perform()
+    np.testing.assert_allclose([seen(0.7), seen(0.8)], [left, right], atol=3.5)
+    assert float(shown.one(".split input").get_attribute("value")) == pytest.approx(75, abs=0.6)
+    # Not after it was let go of.
+    ActionChains(shown.browser, duration=50).move_to_element(stage).perform()
+    assert float(shown.one(".split input").get_attribute("value")) == pytest.approx(75, abs=0.6)
+
+
+def test_a_phone_scrolls_the_table_and_not_the_page(shown):
+    shown.open(360, 740, mobile=True)
+    width = "return [document.documentElement.scrollWidth, innerWidth]"
+    assert shown.run(width) == [360, 360]
+    scroll, client = shown.run("const b = document.querySelector('.scroll'); return [b.scrollWidth, b.clientWidth]")
+    assert scroll > client
+    lefts = {round(figure.rect["x"]) for figure in shown.all("figure")}
+    assert len(lefts) == 2
+    shown.choose("two")
+    assert shown.run(width) == [360, 360]
+
+
+def test_light_and_dark(shown):
+    shades = {}
+    for scheme in ("light", "dark"):
+        shown.open(scheme=scheme)
+        colours = shown.run("const s = getComputedStyle(document.body); return [s.backgroundColor, s.color]")
+        shades[scheme] = [sum(map(int, re.findall(r"\d+", colour))) for colour in colours]
+    assert shades["light"][0] > 700 and shades["light"][1] < 150
+    assert shades["dark"][0] < 150 and shades["dark"][1] > 600
+
+
+def test_nothing_to_show_is_not_shown(chromium, tmp_path):
+    page.write_page(tmp_path, "Empty", [], COLUMNS, [], {"none": []})
+    chromium.get((tmp_path / "index.html").as_uri())
+    assert chromium.find_element(By.TAG_NAME, "main").text == "Empty"
