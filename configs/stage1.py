@@ -44,6 +44,7 @@ def make_miniature(config: ConfigDict) -> None:
     if "num_levels" in config:
         # A grid as fine as the 25 steps that the teacher samples with.
         config.num_levels = 25
+    if "discriminator_blocks" in config:
         config.optimizer.disc_learning_rate = 1e-3
         config.discriminator_blocks = (0, 1)
     config.dtype = "float32"

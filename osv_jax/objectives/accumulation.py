@@ -32,3 +32,10 @@ def mean_over_parts(function: Callable[[Any], tuple[Any, Any]], parts: Any, num_
 
     total, kept = jax.lax.scan(add, zeros, parts)
     return jax.tree.map(lambda x: x / num_parts, total), kept
+
+
+def mean_over_batch(function: Callable[[Any], Any], batch: Any, num_parts: int) -> Any:
+    """`function`, which averages over clips, of the whole batch: in `num_parts` parts, or at once if that is 1."""
+    if num_parts == 1:
+        return function(batch)
+    return mean_over_parts(lambda part: (function(part), None), split_batch(batch, num_parts), num_parts)[0]

@@ -12,35 +12,31 @@ from typing import Any, ClassVar
 
 import jax
 import optax
-from flax import struct
 from jaxtyping import Array, Float
 
-from osv_jax.diffusion.conditioning import Conditioning
-from osv_jax.diffusion.edm import BOUNDARIES, EDMBackbone
 from osv_jax.errors import UserError
 from osv_jax.objectives import losses
 from osv_jax.objectives.accumulation import mean_over_parts, split_batch
 from osv_jax.objectives.batches import Batch
+from osv_jax.objectives.consistency import Example
+from osv_jax.objectives.distillation import Distillation, DistillationOptions
 from osv_jax.objectives.judges import FramesJudge, Judge, LatentJudge, PixelJudge, real_and_fake
 from osv_jax.objectives.networks import Params
-from osv_jax.objectives.objective import Draws, Metrics, Objective
-from osv_jax.objectives.options import AdversarialOptimizerOptions, StudentOptions, setting
-from osv_jax.objectives.players import Player, Student, TrainState, init_student, make_optimizer, norms, start
-from osv_jax.runtime.ranges import NOT_NEGATIVE, WHOLE, Range
+from osv_jax.objectives.objective import Draws, Metrics
+from osv_jax.objectives.options import AdversarialOptimizerOptions, setting
+from osv_jax.objectives.players import Player, Student, TrainState, make_optimizer, norms, start
+from osv_jax.runtime.ranges import NOT_NEGATIVE, WHOLE
 
 ACCUMULATE = ("together", "in_turn")
 
 
 @dataclasses.dataclass(frozen=True)
-class AdversarialOptions(StudentOptions):
+class AdversarialOptions(DistillationOptions):
     """The options that the stages share; the defaults are the paper's.
 
     Attributes:
         optimizer: of both players.
-        num_levels: N of the grid of noise levels.
         adversarial_weight: lambda^LGP and lambda^ACD (appendix C).
-        huber_c: c of the pseudo-Huber distance (appendix C).
-        boundary: see `edm.scalings`.
         accumulate: with `grad_accum` > 1, whether both players' gradients are taken at the state before the step
             (`together`), or the discriminator is updated on all parts before the student's gradient is taken
             (`in_turn`, which is what happens without parts, and costs one more forward pass of the student).
@@ -51,35 +47,14 @@ class AdversarialOptions(StudentOptions):
     """
 
     optimizer: AdversarialOptimizerOptions = dataclasses.field(default_factory=AdversarialOptimizerOptions)
-    num_levels: int = setting(100, Range(1, 10_000, whole=True))
     adversarial_weight: float = setting(0.1, NOT_NEGATIVE)
-    # Its square must not vanish in float32: the gradient of the distance at 0 would be 0 / 0.
-    huber_c: float = setting(1e-3, Range(1e-8))
-    boundary: str = setting("svd", BOUNDARIES)
     accumulate: str = setting("together", ACCUMULATE)
     discriminator_blocks: tuple[int, ...] = setting((2, 5, 8, 11), WHOLE)
     discriminator_input: str = setting("latents", ("latents", "decoded"))
     discriminator_frames: int = setting(0, WHOLE)
 
 
-@struct.dataclass
-class Example:
-    """Student input and training target of some clips.
-
-    Attributes:
-        x, sigma, cond: the student input: noisy latents, their noise level, the condition.
-        target: the training target, which the output is regressed to and the discriminator takes for real.
-        weight: of the distance to the target, per clip.
-    """
-
-    x: Float[Array, "b f h w c"]
-    sigma: Float[Array, " b"]
-    cond: Conditioning
-    target: Float[Array, "b f h w c"]
-    weight: Float[Array, " b"]
-
-
-class Adversarial(Objective):
+class Adversarial(Distillation):
     """An objective whose student is judged by a discriminator while it is regressed to a target."""
 
     components: ClassVar[tuple[str, ...]] = ("unet", "vae", "image_encoder", "dinov2")
@@ -102,18 +77,14 @@ class Adversarial(Objective):
 
     def make_optimizers(self) -> dict[str, optax.GradientTransformation]:
         chosen = self.options.optimizer
-        return {"student": make_optimizer(chosen), "disc": make_optimizer(chosen, chosen.disc_learning_rate)}
+        disc = make_optimizer(chosen, chosen.disc_learning_rate)
+        return super().make_optimizers() | {"disc": disc}
 
     def init(self, key: jax.Array, frozen: Params) -> dict[str, Player]:
         """A student equal to the teacher and a fresh discriminator."""
-        student_key, disc_key = jax.random.split(key)
-        chosen = self.options
-        student = init_student(student_key, frozen["unet"], chosen.lora.rank, chosen.lora.targets, chosen.trainable)
+        _, disc_key = jax.random.split(key)
         params, stats = self.judge.init(disc_key)
-        return {
-            "student": start(student, self.optimizers["student"], ema=True),
-            "disc": start(params, self.optimizers["disc"], stats),
-        }
+        return super().init(key, frozen) | {"disc": start(params, self.optimizers["disc"], stats)}
 
     @abc.abstractmethod
     def draw(self, key: jax.Array, batch: Batch) -> Draws:
@@ -122,13 +93,6 @@ class Adversarial(Objective):
     @abc.abstractmethod
     def example(self, state: TrainState, frozen: Params, batch: Batch, draws: Draws) -> Example:
         """The student input and the training target."""
-
-    def backbone(self, frozen: Params, student: Student | None, cond: Conditioning) -> EDMBackbone:
-        """The consistency function f of a student, or the teacher's denoiser (None), on a condition."""
-        if student is None:
-            return EDMBackbone(self.networks.unet_with({"params": frozen["unet"]}), cond)
-        variables = student.variables(frozen["unet"], self.options.lora.scale)
-        return EDMBackbone(self.networks.unet_with(variables), cond, self.options.boundary)
 
     def step(self, state: TrainState, frozen: Params, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         return step(self, state, frozen, batch, key)

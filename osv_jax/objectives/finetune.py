@@ -15,7 +15,7 @@ from osv_jax.diffusion.ode import Denoiser, guided_denoiser
 from osv_jax.diffusion.samplers import euler, euler_levels
 from osv_jax.errors import UserError
 from osv_jax.objectives import losses
-from osv_jax.objectives.accumulation import mean_over_parts, split_batch
+from osv_jax.objectives.accumulation import mean_over_batch
 from osv_jax.objectives.batches import Batch
 from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Draws, Metrics, Objective, register
@@ -127,11 +127,7 @@ def step(
     def gradient_of(part: tuple[Batch, Draws]) -> tuple[Student, Metrics]:
         return jax.grad(mean_loss, has_aux=True)(student.params, objective, frozen, *part)
 
-    if options.grad_accum == 1:
-        gradient, sums = gradient_of(whole)
-    else:
-        parts = split_batch(whole, options.grad_accum)
-        (gradient, sums), _ = mean_over_parts(lambda part: (gradient_of(part), None), parts, options.grad_accum)
+    gradient, sums = mean_over_batch(gradient_of, whole, options.grad_accum)
     players = {"student": student.update(gradient, objective.optimizers["student"], options.ema_decay)}
     metrics = {"loss": sums["loss"]} | band_means(sums) | norms({"student": gradient}, players)
     return TrainState(step=state.step + 1, players=players), metrics

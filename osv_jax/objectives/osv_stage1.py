@@ -6,8 +6,9 @@ import jax
 import jax.numpy as jnp
 
 from osv_jax.diffusion.edm import per_clip, sigma_grid
-from osv_jax.objectives.adversarial import Adversarial, AdversarialOptions, Example
+from osv_jax.objectives.adversarial import Adversarial, AdversarialOptions
 from osv_jax.objectives.batches import Batch
+from osv_jax.objectives.consistency import Example
 from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Draws, register
 from osv_jax.objectives.players import TrainState

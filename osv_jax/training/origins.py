@@ -148,7 +148,9 @@ def check_origin(workdir: Path, config: ConfigDict) -> None:
             f" continue; `python tools/convert_weights.py merge {workdir} OUTPUT` makes weights of it to start"
             " from, with config.weights=OUTPUT."
         )
-    keys = ["discriminator_blocks", "weights", "random_networks"]
+    keys = ["weights", "random_networks"]
+    # Of a run without a discriminator there is none to go on with.
+    keys += ["discriminator_blocks"] * all("discriminator_blocks" in trained for trained in (before, now))
     if any("lora" in trained.get("trainable", ()) for trained in (before, now)):
         keys.append("lora")
     for key in keys:

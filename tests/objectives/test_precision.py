@@ -13,6 +13,7 @@ from students import CONFIGS, TRAINABLE
 
 from osv_jax.convert.architectures import expected_params
 from osv_jax.models.discriminator import discriminate, init_discriminator
+from osv_jax.objectives.animatelcm import AnimateLCM
 from osv_jax.objectives.finetune import Finetune
 from osv_jax.objectives.networks import build_networks
 from osv_jax.objectives.options import LoRAOptions
@@ -105,6 +106,10 @@ def denoising():
     return step_of(Finetune)
 
 
+def animatelcm():
+    return step_of(AnimateLCM, phases=())
+
+
 @pytest.mark.parametrize(
     ("case", "delicate", "there"),
     [
@@ -117,6 +122,7 @@ def denoising():
         (stage1, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log", "sqrt"}),
         (stage2, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log", "sqrt", "pow"}),
         (denoising, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log"}),
+        (animatelcm, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log", "sqrt", "pow"}),
     ],
 )
 def test_norms_softmax_embeddings_and_losses_are_in_float32(case, delicate, there):

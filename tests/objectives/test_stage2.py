@@ -31,7 +31,7 @@ from osv_jax.diffusion.edm import EDMBackbone
 from osv_jax.errors import UserError
 from osv_jax.models import groups
 from osv_jax.models.discriminator import discriminate_pixels
-from osv_jax.objectives import judges, osv_stage2
+from osv_jax.objectives import consistency, judges, osv_stage2
 from osv_jax.objectives.options import GuidanceOptions, LoRAOptions
 from osv_jax.objectives.osv_stage2 import Stage2Options
 from osv_jax.objectives.players import Student, first_state, update_ema
@@ -247,9 +247,9 @@ def test_index_is_uniform_from_1_to_n_minus_m(toy):
 
 def test_weight_of_the_distance():
     high, low = np.array([700.0, 0.01], np.float32), np.array([500.0, 0.002], np.float32)
-    np.testing.assert_allclose(osv_stage2.distance_weight(high, low, 0.1), [200.0**-0.1, 0.008**-0.1], rtol=1e-5)
-    np.testing.assert_allclose(osv_stage2.distance_weight(high, low, 1.0), [1 / 200, 125], rtol=1e-5)
-    np.testing.assert_array_equal(osv_stage2.distance_weight(high, low, 0.0), [1, 1])
+    np.testing.assert_allclose(consistency.distance_weight(high, low, 0.1), [200.0**-0.1, 0.008**-0.1], rtol=1e-5)
+    np.testing.assert_allclose(consistency.distance_weight(high, low, 1.0), [1 / 200, 125], rtol=1e-5)
+    np.testing.assert_array_equal(consistency.distance_weight(high, low, 0.0), [1, 1])
 
 
 @pytest.fixture(scope="module")

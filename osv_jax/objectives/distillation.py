@@ -1,0 +1,53 @@
+"""What objectives have in common whose student is a few-step copy of its teacher, the UNet as it was."""
+
+from __future__ import annotations
+
+import dataclasses
+
+import jax
+import optax
+
+from osv_jax.diffusion.conditioning import Conditioning
+from osv_jax.diffusion.edm import BOUNDARIES, EDMBackbone
+from osv_jax.objectives.networks import Params
+from osv_jax.objectives.objective import Objective
+from osv_jax.objectives.options import StudentOptions, setting
+from osv_jax.objectives.players import Player, Student, init_student, make_optimizer, start
+from osv_jax.runtime.ranges import Range
+
+
+@dataclasses.dataclass(frozen=True)
+class DistillationOptions(StudentOptions):
+    """The options that all few-step students have.
+
+    Attributes:
+        num_levels: N of the grid of noise levels.
+        huber_c: c of the pseudo-Huber distance (OSV appendix C).
+        boundary: see `edm.scalings`.
+    """
+
+    num_levels: int = setting(100, Range(1, 10_000, whole=True))
+    # Its square must not vanish in float32: the gradient of the distance at 0 would be 0 / 0.
+    huber_c: float = setting(1e-3, Range(1e-8))
+    boundary: str = setting("svd", BOUNDARIES)
+
+
+class Distillation(Objective):
+    """An objective with a player `student` that starts as the teacher and has an EMA."""
+
+    def make_optimizers(self) -> dict[str, optax.GradientTransformation]:
+        return {"student": make_optimizer(self.options.optimizer)}
+
+    def init(self, key: jax.Array, frozen: Params) -> dict[str, Player]:
+        """A student equal to the teacher."""
+        student_key, _ = jax.random.split(key)
+        chosen = self.options
+        student = init_student(student_key, frozen["unet"], chosen.lora.rank, chosen.lora.targets, chosen.trainable)
+        return {"student": start(student, self.optimizers["student"], ema=True)}
+
+    def backbone(self, frozen: Params, student: Student | None, cond: Conditioning) -> EDMBackbone:
+        """The consistency function f of a student, or the teacher's denoiser (None), on a condition."""
+        if student is None:
+            return EDMBackbone(self.networks.unet_with({"params": frozen["unet"]}), cond)
+        variables = student.variables(frozen["unet"], self.options.lora.scale)
+        return EDMBackbone(self.networks.unet_with(variables), cond, self.options.boundary)
