@@ -11,8 +11,9 @@ from osv_jax.training.config import default_config
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    # All keys and what they mean: osv_jax/objectives/options.py (RunOptions, StudentOptions) and
-    # osv_jax/objectives/adversarial.py (AdversarialOptions); the defaults are the paper's. Changed most often:
+    # All keys and what they mean: osv_jax/objectives/options.py (RunOptions, StudentOptions),
+    # osv_jax/objectives/distillation.py (DistillationOptions), osv_jax/objectives/adversarial.py (AdversarialOptions)
+    # and osv_jax/objectives/osv.py (OSVOptions); the defaults are the paper's. Changed most often:
     config = default_config("stage1")
     config.weights = "weights/svd"
     config.data.videos = "videos"

@@ -14,8 +14,7 @@ from osv_jax.training.config import default_config
 
 def get_config(variant: str = "") -> ConfigDict:
     stage1 = runpy.run_path(str(pathlib.Path(__file__).with_name("stage1.py")))
-    # All keys: osv_jax/objectives/options.py (RunOptions, StudentOptions), osv_jax/objectives/adversarial.py
-    # (AdversarialOptions) and osv_jax/objectives/osv_stage2.py (Stage2Options).
+    # All keys: those of configs/stage1.py, and osv_jax/objectives/consistency.py (ConsistencyOptions).
     config = default_config("stage2")
     config.batch_size = 2
     config.num_steps = 20_000

@@ -41,11 +41,15 @@ class ToyUNet(SVDUNet):
     """Depends on all its inputs, has LoRA modules and a temporal transformer's parameters, and compiles at once."""
 
     @nn.compact
-    def __call__(self, sample, timestep, image_embedding, added_time_ids):
+    def __call__(self, sample, timestep, image_embedding, added_time_ids, features=""):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         shift = timestep + image_embedding.mean(axis=-1) + 0.01 * added_time_ids.sum(axis=-1)
         x = Dense(16, name="proj_in", **dtypes)(sample) + shift[:, None, None, None, None].astype(self.dtype)
         x = _Attention(name="attentions_0", **dtypes)(jnp.sin(x))
+        if features:
+            # As wide as the one level of the UNet whose place it takes.
+            block = jnp.concatenate([x, jnp.cos(x), jnp.sin(3 * x), x**2], axis=-1)
+            return (block,) * {"encoder": 1, "unet": 3}[features]
         return Dense(4, name="conv_out", **dtypes)(x + x[:, ::-1]).astype(jnp.float32)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 from collections.abc import Callable
 from typing import NamedTuple
 
@@ -18,6 +19,22 @@ Network = Callable[[Array, Array, Array, Array], Array]
 SIGMA_MIN = 0.002
 SIGMA_MAX = 700.0
 BOUNDARIES = ("svd", "exact")
+
+
+def discretised_lognormal(levels: Float[np.ndarray, " n"], log_mean: float, log_std: float) -> Float[np.ndarray, " n"]:
+    """How probable each noise level is, ln sigma being normal: SF-V Eq. 7.
+
+    A level gets the probability of the interval from the level below it; the lowest gets that of everything below it,
+    and what lies above the highest is shared out in proportion. (The paper prints log(sigma - P_mean) for
+    log(sigma) - P_mean, and a negative P_std.)
+
+    Args:
+        levels: ascending, above 0.
+        log_mean, log_std: P_mean and P_std.
+    """
+    below = [math.erf((math.log(level) - log_mean) / (math.sqrt(2) * log_std)) for level in levels]
+    mass = np.diff(below, prepend=-1.0)
+    return (mass / mass.sum()).astype(np.float32)
 
 
 class Scalings(NamedTuple):
@@ -62,6 +79,16 @@ def per_clip(values: Float[Array, " b"]) -> Float[Array, "b 1 1 1 1"]:
     return values[:, None, None, None, None]
 
 
+def network_inputs(
+    x: Float[Array, "b f h w c"], sigma: Float[Array, " b"], cond: Conditioning
+) -> tuple[Array, Array, Array, Array]:
+    """What F is given: [c_in x, image latents], c_noise, the image's embedding, the added time ids."""
+    c = scalings(sigma)
+    image_latents = jnp.broadcast_to(cond.image_latents[:, None], x.shape)
+    sample = jnp.concatenate([per_clip(c.c_in) * x, image_latents], axis=-1)
+    return sample, c.c_noise, cond.image_embedding, cond.added_time_ids
+
+
 @dataclasses.dataclass(frozen=True)
 class EDMBackbone:
     """D(x; sigma, c) = c_skip x + c_out F([c_in x, image latents]; c_noise, c) (SF-V Eq. 2, OSV Eq. 4).
@@ -88,7 +115,5 @@ class EDMBackbone:
             sigma: one noise level a clip.
         """
         c = scalings(sigma, self.boundary)
-        image_latents = jnp.broadcast_to(self.cond.image_latents[:, None], x.shape)
-        sample = jnp.concatenate([per_clip(c.c_in) * x, image_latents], axis=-1)
-        prediction = self.network(sample, c.c_noise, self.cond.image_embedding, self.cond.added_time_ids)
+        prediction = self.network(*network_inputs(x, sigma, self.cond))
         return per_clip(c.c_skip) * x + per_clip(c.c_out) * prediction

@@ -16,8 +16,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from osv_jax.errors import UserError
-from osv_jax.models.layers import Conv, Dtype, GroupNorm, parameter
+from osv_jax.models.heads import Head, over_frames, over_tracks
+from osv_jax.models.layers import Conv, Dtype, parameter
 
 # What each latent channel (rows) of Stable Diffusion contributes to red, green and blue in [-1, 1].
 _LATENT_TO_RGB = np.array(
@@ -31,7 +31,6 @@ _LATENT_TO_RGB = np.array(
 )
 _IMAGENET_MEAN = np.array([0.485, 0.456, 0.406], np.float32)
 _IMAGENET_STD = np.array([0.229, 0.224, 0.225], np.float32)
-_INITIAL_POWER_ITERATIONS = 15
 
 Logits = dict[str, Float[Array, "b n"]]
 
@@ -55,8 +54,8 @@ class Discriminator(nn.Module):
     def setup(self) -> None:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.upsampler = _Upsampler(self.upscale, **dtypes)
-        self.spatial = [_Head((3, 3), **dtypes) for _ in self.blocks]
-        self.temporal = [_Head((3,), **dtypes) for _ in self.blocks]
+        self.spatial = [Head((3, 3), **dtypes) for _ in self.blocks]
+        self.temporal = [Head((3,), **dtypes) for _ in self.blocks]
 
     def __call__(
         self, latents: Float[Array, "b f h w 4"], features: tuple[Float[Array, "b f gh gw c"], ...]
@@ -79,18 +78,10 @@ class Discriminator(nn.Module):
             UserError: on features whose width is not a multiple of 32 (the norms' groups).
             ValueError: on another number of levels than `blocks` has.
         """
-        if any(x.shape[-1] % 32 for x in features):
-            raise UserError(
-                f"The discriminator's backbone has features of width {[x.shape[-1] for x in features]}, but its heads "
-                "need multiples of 32: choose another backbone."
-            )
         spatial, temporal = [], []
         for x, spatial_head, temporal_head in zip(features, self.spatial, self.temporal, strict=True):
-            batch, frames, height, width, channels = x.shape
-            images = x.reshape(batch * frames, height, width, channels)
-            tracks = x.transpose(0, 2, 3, 1, 4).reshape(batch * height * width, frames, channels)
-            spatial.append(spatial_head(images, update_stats).reshape(batch, -1))
-            temporal.append(temporal_head(tracks, update_stats).reshape(batch, -1))
+            spatial.append(over_frames(spatial_head, x, update_stats).reshape(x.shape[0], -1))
+            temporal.append(over_tracks(temporal_head, x, update_stats).reshape(x.shape[0], -1))
         return {"spatial": jnp.concatenate(spatial, axis=1), "temporal": jnp.concatenate(temporal, axis=1)}
 
 
@@ -122,77 +113,6 @@ def pixel_shuffle(x: Float[Array, "*batch h w crr"], upscale: int) -> Float[Arra
     x = x.reshape(-1, height, width, channels // upscale**2, upscale, upscale)
     x = x.transpose(0, 1, 4, 2, 5, 3)
     return x.reshape(*batch, height * upscale, width * upscale, -1)
-
-
-class _Head(nn.Module):
-    """A pointwise block, a residual block, one logit per position; 2-D or 1-D as `window` is.
-
-    A block is a spectrally normalised convolution, GroupNorm (of one image or one track: no logit may depend on the
-    rest of the batch) and LeakyReLU.
-    """
-
-    window: tuple[int, ...]
-    dtype: Dtype
-    param_dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n *space c"], update_stats: bool) -> Float[Array, "n *space 1"]:
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        pointwise = (1,) * len(self.window)
-
-        def block(x: Array, window: tuple[int, ...], name: str) -> Array:
-            x = _SpectralConv(x.shape[-1], window, name=f"{name}_conv", **dtypes)(x, update_stats)
-            return nn.leaky_relu(GroupNorm(1e-5, name=f"{name}_norm", **dtypes)(x), 0.2)
-
-        x = block(x, pointwise, "in")
-        x = (x + block(x, self.window, "residual")) / 2**0.5
-        return _SpectralConv(1, pointwise, name="out_conv", **dtypes)(x, update_stats).astype(jnp.float32)
-
-
-class _SpectralConv(nn.Module):
-    """A convolution whose kernel, as an (out, rest) matrix, is divided by its largest singular value.
-
-    That value is u' W v with the power method's vectors, which are held constant in the gradient (Miyato et al. 2018,
-    PyTorch's `spectral_norm`). Only u is stored; v follows from it and the present kernel.
-    """
-
-    features: int
-    window: tuple[int, ...]
-    dtype: Dtype
-    param_dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "n *space c"], update_stats: bool) -> Float[Array, "n *space features"]:
-        shape = (*self.window, x.shape[-1], self.features)
-        kernel = parameter(self, "kernel", nn.initializers.lecun_normal(), shape, self.param_dtype).astype(jnp.float32)
-        bias = parameter(self, "bias", nn.initializers.zeros, (self.features,), self.param_dtype)
-        matrix = kernel.reshape(-1, self.features)
-
-        def start() -> Float[Array, " features"]:
-            u = jax.random.normal(self.make_rng("params"), (self.features,))
-            return lax.fori_loop(0, _INITIAL_POWER_ITERATIONS, lambda _, u: _power_iteration(matrix, u), u)
-
-        stored = self.variable("spectral", "u", start)
-        u = stored.value
-        if update_stats:
-            u = stored.value = _power_iteration(lax.stop_gradient(matrix), u)
-        v = _unit(_matvec(lax.stop_gradient(matrix), u))
-        kernel = kernel / (v @ _matvec(matrix, u))
-        conv = Conv(self.features, self.window, dtype=self.dtype, parent=None)
-        return conv.apply({"params": {"kernel": kernel, "bias": bias}}, x)
-
-
-def _power_iteration(matrix: Float[Array, "k o"], u: Float[Array, " o"]) -> Float[Array, " o"]:
-    return _unit(_matvec(matrix.T, _unit(_matvec(matrix, u))))
-
-
-def _matvec(matrix: Float[Array, "k o"], u: Float[Array, " o"]) -> Float[Array, " k"]:
-    # A TPU's default precision would leave three digits of the singular value.
-    return jnp.matmul(matrix, u, precision=lax.Precision.HIGHEST)
-
-
-def _unit(x: Float[Array, " k"]) -> Float[Array, " k"]:
-    return x / jnp.maximum(jnp.linalg.norm(x), 1e-12)
 
 
 def init_discriminator(disc: Discriminator, key: PRNGKeyArray, feature_width: int) -> dict[str, Any]:

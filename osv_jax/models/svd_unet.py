@@ -25,6 +25,9 @@ from osv_jax.models.layers import (
 )
 from osv_jax.models.resnet import Downsample, SpatioTemporalResBlock, TimeMixer, Upsample
 
+# What a discriminator may take from the UNet: SF-V the encoder's blocks, LADD all of them.
+FEATURES = ("encoder", "unet")
+
 
 @dataclasses.dataclass(frozen=True)
 class UNetConfig:
@@ -207,14 +210,17 @@ class SVDUNet(nn.Module):
         timestep: Float[Array, " b"],
         image_embedding: Float[Array, "b k"],
         added_time_ids: Float[Array, "b n"],
-    ) -> Float[Array, "b f h w c_out"]:
-        """Predicts, in float32.
+        features: str = "",
+    ) -> Float[Array, "b f h w c_out"] | tuple[Array, ...]:
+        """Predicts, in float32; or gives a discriminator its features, of every block [b f h' w' c'].
 
         Args:
             sample: scaled noisy latents and image latents, concatenated over channels.
             timestep: c_noise = ln(sigma) / 4.
             image_embedding: CLIP embedding of the first frame, the only context token of every cross-attention.
             added_time_ids: fps - 1, motion bucket, noise augmentation strength.
+            features: of `FEATURES`, instead of the prediction: `encoder`, the outputs of the down blocks, after their
+                downsampling where they have one; or `unet`, those of the middle and up blocks, too.
         """
         config, channels = self.config, self.config.block_out_channels
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
@@ -230,15 +236,22 @@ class SVDUNet(nn.Module):
         context = image_embedding.astype(self.dtype)
 
         x = Conv(channels[0], (3, 3), name="conv_in", **dtypes)(sample)
-        skips = [x]
+        skips, blocks = [x], []
         for level in range(last + 1):
             # diffusers gives the down blocks with transformers the smaller epsilon, whatever the config says.
             epsilon = 1e-6 if config.has_attention[level] else 1e-5
             x, outputs = _DownBlock(config, level, epsilon, name=f"down_blocks_{level}", **options)(x, temb, context)
             skips += outputs
+            blocks.append(x)
+        if features == "encoder":
+            return tuple(blocks)
         x = _MidBlock(config, last, 1e-5, name="mid_block", **options)(x, temb, context)
+        blocks.append(x)
         for i in range(last + 1):
             x = _UpBlock(config, last - i, 1e-6, name=f"up_blocks_{i}", **options)(x, skips, temb, context)
+            blocks.append(x)
+        if features:
+            return tuple(blocks)
         frames = x.reshape(-1, *x.shape[2:])
         frames = nn.silu(GroupNorm(1e-5, name="conv_norm_out", **dtypes)(frames))
         frames = Conv(config.out_channels, (3, 3), name="conv_out", **dtypes)(frames)

@@ -1,6 +1,7 @@
-"""The step that both stages of OSV take: an adversarial and a pseudo-Huber loss towards a target (Eq. 6, 7, 9, 10).
+"""The step of all students that a discriminator judges: an adversarial loss, and a distance to a target.
 
-The stages differ only in the student input and in the training target: see `osv_stage1`, `osv_stage2`.
+Equations are OSV's (Eq. 6, 7, 9, 10). Objectives differ in the student input, the training target and the judge (`osv`,
+`osv_stage1`, `osv_stage2`), or in the losses as well (`sf_v`, `add`).
 """
 
 from __future__ import annotations
@@ -11,28 +12,28 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
+import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from osv_jax.errors import UserError
 from osv_jax.objectives import losses
 from osv_jax.objectives.accumulation import mean_over_parts, split_batch
 from osv_jax.objectives.batches import Batch
 from osv_jax.objectives.consistency import Example
 from osv_jax.objectives.distillation import Distillation, DistillationOptions
-from osv_jax.objectives.judges import FramesJudge, Judge, LatentJudge, PixelJudge, real_and_fake
+from osv_jax.objectives.judges import Judge, real_and_fake
 from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Draws, Metrics
 from osv_jax.objectives.options import AdversarialOptimizerOptions, setting
 from osv_jax.objectives.players import Player, Student, TrainState, make_optimizer, norms, start
-from osv_jax.runtime.ranges import NOT_NEGATIVE, WHOLE
+from osv_jax.runtime.ranges import NOT_NEGATIVE
 
 ACCUMULATE = ("together", "in_turn")
 
 
 @dataclasses.dataclass(frozen=True)
 class AdversarialOptions(DistillationOptions):
-    """The options that the stages share; the defaults are the paper's.
+    """The options of every student that is judged; the defaults are OSV's.
 
     Attributes:
         optimizer: of both players.
@@ -40,40 +41,27 @@ class AdversarialOptions(DistillationOptions):
         accumulate: with `grad_accum` > 1, whether both players' gradients are taken at the state before the step
             (`together`), or the discriminator is updated on all parts before the student's gradient is taken
             (`in_turn`, which is what happens without parts, and costs one more forward pass of the student).
-        discriminator_blocks: blocks of DINOv2 whose features the discriminator sees, counted from 0.
-        discriminator_input: `latents`, or `decoded` by the VAE (Table 2e).
-        discriminator_frames: how many consecutive frames of each clip the discriminator sees, to save memory, starting
-            at a random one in every step; 0: all of them, as in the paper.
     """
 
     optimizer: AdversarialOptimizerOptions = dataclasses.field(default_factory=AdversarialOptimizerOptions)
     adversarial_weight: float = setting(0.1, NOT_NEGATIVE)
     accumulate: str = setting("together", ACCUMULATE)
-    discriminator_blocks: tuple[int, ...] = setting((2, 5, 8, 11), WHOLE)
-    discriminator_input: str = setting("latents", ("latents", "decoded"))
-    discriminator_frames: int = setting(0, WHOLE)
 
 
 class Adversarial(Distillation):
-    """An objective whose student is judged by a discriminator while it is regressed to a target."""
+    """An objective whose student is judged by a discriminator while it approaches a target."""
 
-    components: ClassVar[tuple[str, ...]] = ("unet", "vae", "image_encoder", "dinov2")
     curves: ClassVar[tuple[str, ...]] = ("loss_huber", "loss_adversarial", "loss_disc")
+    # The metric of `distance`.
+    distance_metric: ClassVar[str] = "loss_huber"
 
     def __init__(self, networks, options, optimizers=None):
         super().__init__(networks, options, optimizers)
-        self.judge = make_judge(networks, options)
+        self.judge = self.make_judge()
 
-    @classmethod
-    def check(cls, options: AdversarialOptions, num_frames: int) -> None:
-        if num_frames and options.discriminator_frames > num_frames:
-            raise UserError(
-                f"config.discriminator_frames={options.discriminator_frames} must lie in 1 .. {num_frames}"
-                " (config.data.num_frames), or be 0 for all frames."
-            )
-        blocks = options.discriminator_blocks
-        if not blocks or len(set(blocks)) < len(blocks):
-            raise UserError(f"config.discriminator_blocks={blocks} must name one block of DINOv2 or more, each once.")
+    @abc.abstractmethod
+    def make_judge(self) -> Judge:
+        """The judge that the options ask for."""
 
     def make_optimizers(self) -> dict[str, optax.GradientTransformation]:
         chosen = self.options.optimizer
@@ -94,23 +82,32 @@ class Adversarial(Distillation):
     def example(self, state: TrainState, frozen: Params, batch: Batch, draws: Draws) -> Example:
         """The student input and the training target."""
 
+    def penalty(
+        self, params: Params, stats: Params, frozen: Params, example: Example, draws: Draws
+    ) -> tuple[Float[Array, ""] | float, Metrics]:
+        """What is added to the discriminator's loss, and its metrics; `draws["step"]` is the step's number."""
+        return 0.0, {}
+
+    def generator_loss(self, logits: losses.Logits) -> Float[Array, " b"]:
+        """The adversarial term of the student's loss."""
+        return losses.hinge_generator(logits)
+
+    def distance(
+        self, frozen: Params, example: Example, fake: Float[Array, "b f h w c"], draws: Draws
+    ) -> Float[Array, " b"]:
+        """How far the student's output is from its target, weighted."""
+        return example.weight * losses.pseudo_huber(example.target, fake, self.options.huber_c)
+
     def step(self, state: TrainState, frozen: Params, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         return step(self, state, frozen, batch, key)
-
-
-def make_judge(networks: Any, options: AdversarialOptions) -> Judge:
-    """The judge that the options ask for."""
-    judge = LatentJudge(networks.discriminator, networks.dinov2)
-    if options.discriminator_input == "decoded":
-        judge = PixelJudge(networks.discriminator, networks.dinov2, networks.codec)
-    return FramesJudge(judge, options.discriminator_frames) if options.discriminator_frames else judge
 
 
 def step(
     objective: Adversarial, state: TrainState, frozen: Params, batch: Batch, key: jax.Array
 ) -> tuple[TrainState, Metrics]:
     """One update of the discriminator (Eq. 6, 9), then one of the student through it (Eq. 7, 10)."""
-    whole = (batch, objective.draw(key, batch))
+    draws = objective.draw(key, batch)
+    whole = (batch, draws | {"step": jnp.broadcast_to(state.step, batch.latents.shape[:1])})
     take_turns = {
         1: whole_batch,
         "together": parts_together,
@@ -215,10 +212,11 @@ def discriminator_loss(
     """Eq. 6 and 9: the target is real, the student's output fake."""
     clips = (example.target, jax.lax.stop_gradient(fake), example.sigma, example.cond)
     real, fake_logits, stats = real_and_fake(objective.judge, params, stats, frozen, *clips, draws)
-    loss = losses.hinge_discriminator(real, fake_logits).mean()
+    penalty, of_penalty = objective.penalty(params, stats, frozen, example, draws)
+    loss = losses.hinge_discriminator(real, fake_logits).mean() + penalty
     metrics = {f"logits_real/{kind}": values.mean() for kind, values in real.items()}
     metrics |= {f"logits_fake/{kind}": values.mean() for kind, values in fake_logits.items()}
-    return loss, (stats, {"loss_disc": loss, **metrics})
+    return loss, (stats, {"loss_disc": loss, **metrics, **of_penalty})
 
 
 def update_discriminator(objective: Adversarial, disc: Player, gradient: Params, stats: Params) -> Player:
@@ -245,10 +243,9 @@ def student_loss(
     fake: Float[Array, "b f h w c"],
 ) -> tuple[Float[Array, ""], Metrics]:
     """Eq. 7 and 10: lambda relu(1 - D(fake)) + weight d(target, fake)."""
-    options = objective.options
     arguments = (disc.params, disc.stats, frozen, fake, example.sigma, example.cond, draws)
     logits, _ = objective.judge(*arguments)
-    adversarial = losses.hinge_generator(logits).mean()
-    distance = (example.weight * losses.pseudo_huber(example.target, fake, options.huber_c)).mean()
-    loss = options.adversarial_weight * adversarial + distance
-    return loss, {"loss_student": loss, "loss_adversarial": adversarial, "loss_huber": distance}
+    adversarial = objective.generator_loss(logits).mean()
+    distance = objective.distance(frozen, example, fake, draws).mean()
+    loss = objective.options.adversarial_weight * adversarial + distance
+    return loss, {"loss_student": loss, "loss_adversarial": adversarial, objective.distance_metric: distance}

@@ -3,16 +3,25 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
+from collections.abc import Sequence
 from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Int
 
 from osv_jax.codec import Codec, Params
+from osv_jax.diffusion.edm import discretised_lognormal, network_inputs, per_clip, scalings, sigma_grid
 from osv_jax.models.dinov2 import Dinov2
 from osv_jax.models.discriminator import Discriminator, discriminate, discriminate_pixels, init_discriminator
+from osv_jax.models.svd_unet import SVDUNet
+from osv_jax.models.unet_heads import UNetHeads
 from osv_jax.objectives.losses import Logits
+
+# T_d of SF-V.
+_NOISE_LEVELS = 1000
 
 
 @runtime_checkable
@@ -22,8 +31,12 @@ class Judge(Protocol):
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         """Fresh parameters and statistics of the part that learns."""
 
-    def draw(self, key: jax.Array, num_clips: int, num_frames: int) -> tuple[jax.Array, dict[str, Array]]:
-        """A key for other uses, and the judge's own random numbers of a step, with the clips as first axis."""
+    def draw(self, key: jax.Array, shape: Sequence[int]) -> tuple[jax.Array, dict[str, Array]]:
+        """A key for other uses, and the judge's own random numbers of a step, with the clips as first axis.
+
+        Args:
+            shape: of the latents, b f h w c.
+        """
 
     def __call__(
         self,
@@ -60,7 +73,7 @@ class LatentJudge:
         variables = init_discriminator(self.discriminator, key, self.dinov2.config.hidden_size)
         return variables["params"], variables["spectral"]
 
-    def draw(self, key: jax.Array, num_clips: int, num_frames: int) -> tuple[jax.Array, dict[str, Array]]:
+    def draw(self, key: jax.Array, shape: Sequence[int]) -> tuple[jax.Array, dict[str, Array]]:
         return key, {}
 
     def __call__(self, params, stats, frozen, x, sigma, cond, draws, update_stats=False):
@@ -81,6 +94,56 @@ class PixelJudge(LatentJudge):
 
 
 @dataclasses.dataclass(frozen=True)
+class UNetJudge:
+    """Noised latents through the frozen teacher's UNet, and heads after its blocks (SF-V section 3.2; LADD).
+
+    Attributes:
+        heads: the part that learns.
+        unet: the module that is the teacher with the parameters `frozen["unet"]`.
+        blocks: whose features are seen, of `svd_unet.FEATURES`.
+        log_mean, log_std: of the noise that is added, see `edm.discretised_lognormal`.
+    """
+
+    heads: UNetHeads
+    unet: SVDUNet
+    blocks: str
+    log_mean: float
+    log_std: float
+
+    @property
+    def levels(self) -> Float[np.ndarray, " n"]:
+        """sigma'_1 .. sigma'_{T_d - 1} (Eq. 5 with T_d = 1,000)."""
+        return sigma_grid(_NOISE_LEVELS)[1:]
+
+    def init(self, key: jax.Array) -> tuple[Params, Params]:
+        config = self.unet.config
+        widths = [*config.block_out_channels]
+        if self.blocks == "unet":
+            widths += [widths[-1], *reversed(widths)]
+        features = tuple(jnp.zeros((1, 1, 1, 1, width)) for width in widths)
+        variables = self.heads.init(key, features, jnp.zeros((1, config.cross_attention_dim)), jnp.zeros(1), False)
+        return variables["params"], variables["spectral"]
+
+    def draw(self, key: jax.Array, shape: Sequence[int]) -> tuple[jax.Array, dict[str, Array]]:
+        key, level_key, noise_key = jax.random.split(key, 3)
+        levels = self.levels
+        probabilities = jnp.asarray(discretised_lognormal(levels, self.log_mean, self.log_std))
+        index = jax.random.choice(level_key, len(levels), (shape[0],), p=probabilities)
+        return key, {"judge_index": index, "judge_noise": jax.random.normal(noise_key, shape)}
+
+    def __call__(self, params, stats, frozen, x, sigma, cond, draws, update_stats=False):
+        level = jnp.asarray(self.levels)[draws["judge_index"]]
+        noisy = x + per_clip(level) * draws["judge_noise"]
+        network = functools.partial(self.unet.apply, {"params": jax.lax.stop_gradient(frozen["unet"])})
+        features = network(*network_inputs(noisy, level, cond), features=self.blocks)
+        inputs = ({"params": params, "spectral": stats}, features, cond.image_embedding, scalings(level).c_noise)
+        if not update_stats:
+            return self.heads.apply(*inputs, False), stats
+        logits, updated = self.heads.apply(*inputs, True, mutable=["spectral"])
+        return logits, updated["spectral"]
+
+
+@dataclasses.dataclass(frozen=True)
 class FramesJudge:
     """A judge that sees `count` consecutive frames of each clip, starting at a random one in every step."""
 
@@ -90,10 +153,11 @@ class FramesJudge:
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         return self.judge.init(key)
 
-    def draw(self, key: jax.Array, num_clips: int, num_frames: int) -> tuple[jax.Array, dict[str, Array]]:
+    def draw(self, key: jax.Array, shape: Sequence[int]) -> tuple[jax.Array, dict[str, Array]]:
         key, frame_key = jax.random.split(key)
-        key, draws = self.judge.draw(key, num_clips, self.count)
-        return key, draws | {"first_frame": draw_first_frame(frame_key, num_clips, num_frames, self.count)}
+        clips, frames, *rest = shape
+        key, draws = self.judge.draw(key, (clips, self.count, *rest))
+        return key, draws | {"first_frame": draw_first_frame(frame_key, clips, frames, self.count)}
 
     def __call__(self, params, stats, frozen, x, sigma, cond, draws, update_stats=False):
         seen = frames_from(x, draws["first_frame"], self.count)

@@ -2,6 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
+from typing import Any
+
+import jax
 import jax.numpy as jnp
 from einops import reduce
 from flax import linen as nn
@@ -48,6 +52,37 @@ def hinge_discriminator(real: Logits, fake: Logits) -> Float[Array, " b"]:
 def hinge_generator(fake: Logits) -> Float[Array, " b"]:
     """ReLU(1 - D(fake)), averaged over the logits of all heads: the adversarial term of OSV Eq. 7 and 10."""
     return _mean_over_logits(nn.relu(1 - _join(fake)))
+
+
+def linear_generator(fake: Logits) -> Float[Array, " b"]:
+    """-D(fake), averaged over the logits of all heads: SF-V Eq. 8, whose D is negative for real, and ADD's."""
+    return _mean_over_logits(-_join(fake))
+
+
+def r1(logits_of: Callable[[Any], Logits], x: Any) -> Float[Array, " b"]:
+    """R1 of every clip: ||d sum(D) / dx||^2, summed over all of x (Mescheder et al. 2018; SF-V Eq. 11).
+
+    Args:
+        logits_of: D, in which no clip depends on another.
+        x: real clips, or features of theirs (ADD); trees of arrays with the clips as first axis.
+    """
+    gradient = jax.grad(lambda x: _join(logits_of(x)).sum())(x)
+    return sum(_sum_of_squares(leaf) for leaf in jax.tree.leaves(gradient))
+
+
+def r1_by_difference(
+    logits_of: Callable[[Array], Logits], x: Float[Array, " b *rest"], noise: Float[Array, " b *rest"], step: float
+) -> Float[Array, " b"]:
+    """An estimate of `r1` without its second derivatives: ((sum D(x + step noise) - sum D(x)) / step)^2.
+
+    For small steps its mean over standard normal noise is R1 (Lin et al. 2025, section 3.5).
+    """
+    change = _join(logits_of(x + step * noise)) - _join(logits_of(x))
+    return (change.sum(axis=1) / step) ** 2
+
+
+def _sum_of_squares(x: Float[Array, " b *rest"]) -> Float[Array, " b"]:
+    return jnp.square(x.astype(jnp.float32)).reshape(x.shape[0], -1).sum(axis=1)
 
 
 def _join(logits: Logits) -> Array:

@@ -7,21 +7,21 @@ import dataclasses
 import jax
 
 from osv_jax.objectives import consistency
-from osv_jax.objectives.adversarial import Adversarial, AdversarialOptions
 from osv_jax.objectives.batches import Batch
 from osv_jax.objectives.consistency import ConsistencyOptions, Example
 from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Draws, register
+from osv_jax.objectives.osv import OSV, OSVOptions
 from osv_jax.objectives.players import TrainState
 
 
 @dataclasses.dataclass(frozen=True)
-class Stage2Options(AdversarialOptions, ConsistencyOptions):
+class Stage2Options(OSVOptions, ConsistencyOptions):
     """The options of both; the defaults are the paper's."""
 
 
 @register
-class Stage2(Adversarial):
+class Stage2(OSV):
     """The student maps x at t_{n+m} to x_0. Its training target is what its own EMA predicts from x at t_n, which the
     guided teacher reaches from there in m Euler steps; the discriminator takes that target for real.
     """
@@ -35,7 +35,7 @@ class Stage2(Adversarial):
         consistency.check(options)
 
     def draw(self, key: jax.Array, batch: Batch) -> Draws:
-        key, of_judge = self.judge.draw(key, *batch.latents.shape[:2])
+        key, of_judge = self.judge.draw(key, batch.latents.shape)
         return consistency.draw(key, batch, self.options) | of_judge
 
     def example(self, state: TrainState, frozen: Params, batch: Batch, draws: Draws) -> Example:

@@ -23,9 +23,9 @@ from osv_jax.convert.naming import torch_name
 from osv_jax.errors import UserError
 from osv_jax.models.lora import merge_lora
 from osv_jax.models.svd_unet import UNetConfig
-from osv_jax.objectives.adversarial import AdversarialOptions
 from osv_jax.objectives.networks import build_networks
 from osv_jax.objectives.options import LoRAOptions
+from osv_jax.objectives.osv import OSVOptions
 from osv_jax.objectives.osv_stage1 import Stage1
 from osv_jax.objectives.random_networks import random_params
 from osv_jax.training import origins, setup
@@ -327,7 +327,7 @@ def training_config(**changes):
 def test_training_starts_from_a_foreign_lora(base, adapter, networks):
     folder, _, read = adapter
     config = training_config()
-    objective = Stage1(networks, AdversarialOptions(lora=LoRAOptions(**config.lora)))
+    objective = Stage1(networks, OSVOptions(lora=LoRAOptions(**config.lora)))
     state = jax.jit(setup.make_init(objective))(jax.random.key(0), {"unet": base})
     given = origins.read_lora(folder, config, networks)
     begun = origins.start_from_lora(given.lora, config, state, objective)

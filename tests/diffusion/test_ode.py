@@ -12,9 +12,9 @@ from torch_reference import flax_params, torch_unet
 
 from osv_jax.diffusion.edm import EDMBackbone, sigma_grid
 from osv_jax.diffusion.ode import euler_solve, guided_denoiser
+from osv_jax.objectives.consistency import distance_weight
 from osv_jax.objectives.losses import pseudo_huber
 from osv_jax.objectives.networks import build_networks
-from osv_jax.objectives.consistency import distance_weight
 
 NUM_LEVELS, STEPS = 100, 5
 FRAMES, HEIGHT, WIDTH = 3, 5, 7

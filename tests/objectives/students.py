@@ -12,9 +12,9 @@ from flax.traverse_util import unflatten_dict
 from toy_unet import ToyUNet
 
 from osv_jax.convert.architectures import expected_params
-from osv_jax.objectives.adversarial import AdversarialOptions
 from osv_jax.objectives.networks import build_networks
 from osv_jax.objectives.options import LoRAOptions
+from osv_jax.objectives.osv import OSVOptions
 from osv_jax.objectives.osv_stage1 import Stage1
 from osv_jax.objectives.osv_stage2 import Stage2, Stage2Options
 from osv_jax.objectives.players import first_state
@@ -59,7 +59,7 @@ def perturbed(tree, seed):
 
 def trained_state(networks, frozen, targets="all", trainable=TRAINABLE):
     """A state in which student and EMA differ from the teacher and from each other."""
-    options = AdversarialOptions(lora=LoRAOptions(4, 4.0, targets), trainable=trainable)
+    options = OSVOptions(lora=LoRAOptions(4, 4.0, targets), trainable=trainable)
     state = jax.jit(lambda key, frozen: first_state(Stage1(networks, options, SGD).init(key, frozen)))(
         jax.random.key(0), frozen
     )
@@ -69,7 +69,7 @@ def trained_state(networks, frozen, targets="all", trainable=TRAINABLE):
 
 def stage1(networks, **options):
     """The objective, with plain descent."""
-    return Stage1(networks, AdversarialOptions(**options), SGD)
+    return Stage1(networks, OSVOptions(**options), SGD)
 
 
 def stage2(networks, **options):

@@ -20,6 +20,7 @@ from osv_jax.objectives.options import LoRAOptions
 from osv_jax.objectives.osv_stage1 import Stage1
 from osv_jax.objectives.osv_stage2 import Stage2
 from osv_jax.objectives.players import first_state
+from osv_jax.objectives.sf_v import SFV
 
 BATCH, FRAMES = 2, 3
 NETWORKS = build_networks(CONFIGS, discriminator_blocks=(0,), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
@@ -110,6 +111,10 @@ def animatelcm():
     return step_of(AnimateLCM, phases=())
 
 
+def sf_v():
+    return step_of(SFV)
+
+
 @pytest.mark.parametrize(
     ("case", "delicate", "there"),
     [
@@ -122,6 +127,7 @@ def animatelcm():
         (stage1, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log", "sqrt"}),
         (stage2, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log", "sqrt", "pow"}),
         (denoising, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log"}),
+        (sf_v, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log", "sqrt"}),
         (animatelcm, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log", "sqrt", "pow"}),
     ],
 )

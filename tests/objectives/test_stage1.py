@@ -19,9 +19,9 @@ from students import CONFIGS, GRADIENT, disc_of, ema_of, student_of, with_studen
 from osv_jax.convert.architectures import expected_params
 from osv_jax.models.discriminator import discriminate
 from osv_jax.objectives import osv_stage1
-from osv_jax.objectives.adversarial import AdversarialOptions
 from osv_jax.objectives.networks import Networks, build_networks
 from osv_jax.objectives.options import LoRAOptions, OptimizerOptions
+from osv_jax.objectives.osv import OSVOptions
 from osv_jax.objectives.players import Student, first_state, make_optimizer, start, update_ema
 from osv_jax.objectives.random_networks import random_params
 from osv_jax.training import setup
@@ -64,7 +64,7 @@ def make_state(networks, frozen):
 
 
 def stage1(networks, num_levels=100):
-    return osv_stage1.Stage1(networks, AdversarialOptions(**OPTIONS, num_levels=num_levels), SGD)
+    return osv_stage1.Stage1(networks, OSVOptions(**OPTIONS, num_levels=num_levels), SGD)
 
 
 @pytest.fixture(scope="module")

@@ -26,6 +26,7 @@ VARIANTS = {
     "finetune.py": ("", "tiny", "miniature", "miniature_lora"),
     "vae.py": ("", "temporal", "tiny"),
     "animatelcm.py": ("", "tiny", "miniature"),
+    "sf_v.py": ("", "tiny", "miniature"),
 }
 NAMES = [f"{name}:{variant}" for name, variants in VARIANTS.items() for variant in variants]
 # Checked by functions of their own, which have tests.
@@ -79,7 +80,7 @@ def test_the_project_s_own_configurations_are_allowed(configs, name):
         assert ranged or not is_number(value), f"{key} has no range"
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "finetune", "animatelcm"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", "finetune", "animatelcm", "sf_v"])
 def test_a_configuration_has_the_keys_of_its_run_and_its_objective_and_no_others(name):
     keys = {key for cls in (RunOptions, objective.find(name).Options) for key in ranges_of(cls)}
     config = default_config(name)
@@ -100,7 +101,9 @@ def sentence(config, key, value) -> str:
     return str(error.value)
 
 
-@pytest.mark.parametrize("name", ["stage2.py:tiny", "finetune.py:tiny", "vae.py:tiny", "animatelcm.py:tiny"])
+@pytest.mark.parametrize(
+    "name", ["stage2.py:tiny", "finetune.py:tiny", "vae.py:tiny", "animatelcm.py:tiny", "sf_v.py:tiny"]
+)
 def test_no_number_may_be_something_else(configs, name):
     """Not a number, infinite, too small, a truth value, a text, nothing, or a fraction where things are counted."""
     ranges = {key: allowed for cls in classes_of(configs[name]) for key, allowed in ranges_of(cls).items()}
@@ -157,7 +160,9 @@ def test_the_key_its_value_and_what_is_allowed_are_said(configs, key, value, wor
 def test_phases_are_triples(configs, phases, monkeypatch):
     # As for users: the tests' own check of types would come first.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
-    assert sentence(configs["animatelcm.py:tiny"], "phases", phases).startswith(f"config.phases={phases} must be (first")
+    assert sentence(configs["animatelcm.py:tiny"], "phases", phases).startswith(
+        f"config.phases={phases} must be (first"
+    )
 
 
 def test_one_axis_of_the_mesh_may_be_what_is_left(configs):

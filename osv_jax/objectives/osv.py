@@ -1,0 +1,56 @@
+"""What both stages of OSV share: a discriminator that sees latents, upsampled, through DINOv2."""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+from osv_jax.errors import UserError
+from osv_jax.objectives.adversarial import Adversarial, AdversarialOptions
+from osv_jax.objectives.judges import FramesJudge, Judge, LatentJudge, PixelJudge
+from osv_jax.objectives.options import setting
+from osv_jax.runtime.ranges import WHOLE
+
+
+@dataclasses.dataclass(frozen=True)
+class OSVOptions(AdversarialOptions):
+    """The options that the stages share; the defaults are the paper's.
+
+    Attributes:
+        discriminator_blocks: blocks of DINOv2 whose features the discriminator sees, counted from 0.
+        discriminator_input: `latents`, or `decoded` by the VAE (Table 2e).
+        discriminator_frames: how many consecutive frames of each clip the discriminator sees, to save memory, starting
+            at a random one in every step; 0: all of them, as in the paper.
+    """
+
+    discriminator_blocks: tuple[int, ...] = setting((2, 5, 8, 11), WHOLE)
+    discriminator_input: str = setting("latents", ("latents", "decoded"))
+    discriminator_frames: int = setting(0, WHOLE)
+
+
+class OSV(Adversarial):
+    """A stage of OSV."""
+
+    components: ClassVar[tuple[str, ...]] = ("unet", "vae", "image_encoder", "dinov2")
+
+    @classmethod
+    def check(cls, options: OSVOptions, num_frames: int) -> None:
+        if num_frames and options.discriminator_frames > num_frames:
+            raise UserError(
+                f"config.discriminator_frames={options.discriminator_frames} must lie in 1 .. {num_frames}"
+                " (config.data.num_frames), or be 0 for all frames."
+            )
+        check_blocks(options.discriminator_blocks)
+
+    def make_judge(self) -> Judge:
+        networks, options = self.networks, self.options
+        judge: Judge = LatentJudge(networks.discriminator, networks.dinov2)
+        if options.discriminator_input == "decoded":
+            judge = PixelJudge(networks.discriminator, networks.dinov2, networks.codec)
+        return FramesJudge(judge, options.discriminator_frames) if options.discriminator_frames else judge
+
+
+def check_blocks(blocks: tuple[int, ...]) -> None:
+    """Raises UserError unless these are one block or more, each once."""
+    if not blocks or len(set(blocks)) < len(blocks):
+        raise UserError(f"config.discriminator_blocks={blocks} must name one block of DINOv2 or more, each once.")

@@ -1,0 +1,195 @@
+"""SF-V: a one-step student against a discriminator on the frozen teacher's encoder (Zhang et al. 2024, Eq. 1 to 11).
+
+Eq. 1 to 3 are SVD's own training (`finetune`), Eq. 4 its sampler (`diffusion.samplers.euler`). Signs are turned round
+from Eq. 8 and 11, whose discriminator is negative for real clips: here, as everywhere, positive is real.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+from typing import ClassVar
+
+import jax
+import jax.numpy as jnp
+import optax
+from jaxtyping import Array, Float
+
+from osv_jax.diffusion.edm import per_clip, sigma_grid
+from osv_jax.errors import UserError
+from osv_jax.models import groups
+from osv_jax.models.svd_unet import FEATURES
+from osv_jax.models.unet_heads import KINDS, UNetHeads
+from osv_jax.objectives import losses
+from osv_jax.objectives.adversarial import Adversarial, AdversarialOptions
+from osv_jax.objectives.batches import Batch
+from osv_jax.objectives.consistency import Example
+from osv_jax.objectives.finetune import SigmaOptions
+from osv_jax.objectives.judges import Judge, UNetJudge
+from osv_jax.objectives.networks import Params
+from osv_jax.objectives.objective import Draws, Metrics, register
+from osv_jax.objectives.options import setting
+from osv_jax.objectives.players import TrainState
+from osv_jax.runtime.ranges import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, Range
+
+
+@dataclasses.dataclass(frozen=True)
+class SM3Options:
+    """SM3 (Anil et al. 2019) for two players; the defaults are SF-V's.
+
+    Attributes:
+        learning_rate, disc_learning_rate: the student's and the discriminator's.
+        momentum: of the scaled gradients.
+        b2: decay of the accumulated squares; 1 is SM3's own sum.
+        max_grad_norm: 0: no clipping.
+    """
+
+    learning_rate: float = setting(1e-5, NOT_NEGATIVE)
+    disc_learning_rate: float = setting(1e-4, NOT_NEGATIVE)
+    momentum: float = setting(0.5, DECAY)
+    b2: float = setting(0.999, Range(0, 1))
+    max_grad_norm: float = setting(0.0, NOT_NEGATIVE)
+
+
+@dataclasses.dataclass(frozen=True)
+class R1Options:
+    """The gradient penalty of the discriminator on real clips.
+
+    Attributes:
+        weight: gamma of Eq. 11, which the paper leaves open; 0: no penalty.
+        kind: `exact`, by second derivatives, for which attention takes the plain path; or `difference`, see
+            `losses.r1_by_difference`.
+        step: of the difference.
+        every: so many steps from one penalty to the next, which counts as many times.
+    """
+
+    weight: float = setting(1e-5, NOT_NEGATIVE)
+    kind: str = setting("exact", ("exact", "difference"))
+    step: float = setting(0.01, POSITIVE)
+    every: int = setting(1, COUNT)
+
+
+@dataclasses.dataclass(frozen=True)
+class SFVOptions(AdversarialOptions):
+    """The options that SF-V adds; the defaults are the paper's.
+
+    Attributes:
+        optimizer: SM3, of both players.
+        trainable: of the student; the paper trains all of it.
+        num_levels: T_g of Eq. 5, of whose levels the lowest is not drawn.
+        adversarial_weight: of L_adv in Eq. 10.
+        reconstruction_weight: lambda of Eq. 10.
+        discriminator_features: the blocks that are judged: of the teacher's `encoder`, or of its whole `unet` (LADD).
+        discriminator_heads: which there are (Table 2).
+        discriminator_sigma: P_mean and P_std of Eq. 7 (Table 3).
+        r1: the penalty.
+    """
+
+    optimizer: SM3Options = dataclasses.field(default_factory=SM3Options)
+    trainable: tuple[str, ...] = setting(("all",), groups.TRAINABLE)
+    num_levels: int = setting(4, Range(2, 10_000, whole=True))
+    adversarial_weight: float = setting(1.0, NOT_NEGATIVE)
+    reconstruction_weight: float = setting(0.1, NOT_NEGATIVE)
+    discriminator_features: str = setting("encoder", FEATURES)
+    discriminator_heads: tuple[str, ...] = setting(KINDS, KINDS)
+    discriminator_sigma: SigmaOptions = dataclasses.field(default_factory=lambda: SigmaOptions(-1.0, 1.0))
+    r1: R1Options = dataclasses.field(default_factory=R1Options)
+
+
+@register
+class SFV(Adversarial):
+    """The student denoises real latents at one of T_g - 1 levels; those latents are the target, and real."""
+
+    name = "sf_v"
+    Options = SFVOptions
+    components: ClassVar[tuple[str, ...]] = ("unet", "vae", "image_encoder")
+    # Where `r1.every` is not 1.
+    may_be_missing = "r1"
+
+    @classmethod
+    def check(cls, options: SFVOptions, num_frames: int) -> None:
+        heads = options.discriminator_heads
+        if not heads or len(set(heads)) < len(heads):
+            raise UserError(f"config.discriminator_heads={heads} must name one of {', '.join(KINDS)} or both.")
+
+    def make_judge(self) -> Judge:
+        options, unet = self.options, self.networks.unet
+        heads = UNetHeads(options.discriminator_heads, dtype=unet.dtype)
+        sigma = options.discriminator_sigma
+        return UNetJudge(heads, unet, options.discriminator_features, sigma.log_mean, sigma.log_std)
+
+    def make_optimizers(self) -> dict[str, optax.GradientTransformation]:
+        chosen = self.options.optimizer
+        return {"student": sm3(chosen, chosen.learning_rate), "disc": sm3(chosen, chosen.disc_learning_rate)}
+
+    def draw(self, key: jax.Array, batch: Batch) -> Draws:
+        key, of_judge = self.judge.draw(key, batch.latents.shape)
+        return draw(key, batch, self.options) | of_judge
+
+    def example(self, state: TrainState, frozen: Params, batch: Batch, draws: Draws) -> Example:
+        return example(batch, draws, self.options)
+
+    def penalty(
+        self, params: Params, stats: Params, frozen: Params, example: Example, draws: Draws
+    ) -> tuple[Float[Array, ""] | float, Metrics]:
+        return penalty(self, params, stats, frozen, example, draws)
+
+    def generator_loss(self, logits: losses.Logits) -> Float[Array, " b"]:
+        return losses.linear_generator(logits)
+
+
+def sm3(options: SM3Options, learning_rate: float) -> optax.GradientTransformation:
+    """SM3 with momentum, after clipping by the global norm. (`optax.sm3` has no decay of the squares.)"""
+    scaled = [optax.scale_by_sm3(options.momentum, options.b2), optax.scale_by_learning_rate(learning_rate)]
+    return optax.chain(*[optax.clip_by_global_norm(options.max_grad_norm)] * bool(options.max_grad_norm), *scaled)
+
+
+def draw(key: jax.Array, batch: Batch, options: SFVOptions) -> Draws:
+    """The index of each clip's noise level, counted from 0, its noise, and the noise of R1's difference."""
+    index_key, noise_key, r1_key = jax.random.split(key, 3)
+    draws = {
+        "index": jax.random.randint(index_key, batch.latents.shape[:1], 1, options.num_levels),
+        "noise": jax.random.normal(noise_key, batch.latents.shape),
+    }
+    if options.r1.weight and options.r1.kind == "difference":
+        draws["r1_noise"] = jax.random.normal(r1_key, batch.latents.shape)
+    return draws
+
+
+def example(batch: Batch, draws: Draws, options: SFVOptions) -> Example:
+    """x_t = x_0 + sigma_t eps, sigma_t uniform among sigma_1 .. sigma_{T_g - 1} (Eq. 5 and 6); the target is x_0."""
+    sigma = jnp.asarray(sigma_grid(options.num_levels))[draws["index"]]
+    return Example(
+        x=batch.latents + per_clip(sigma) * draws["noise"],
+        sigma=sigma,
+        cond=batch.cond,
+        target=batch.latents,
+        weight=jnp.full_like(sigma, options.reconstruction_weight),
+    )
+
+
+def penalty(
+    objective: SFV, params: Params, stats: Params, frozen: Params, example: Example, draws: Draws
+) -> tuple[Float[Array, ""] | float, Metrics]:
+    """gamma R1 on the real clips, noised as the discriminator sees them (Eq. 11)."""
+    options = objective.options.r1
+    if not options.weight:
+        return 0.0, {}
+    judge = objective.judge
+    if options.kind == "exact":
+        # The fused kernels have no second derivative.
+        judge = dataclasses.replace(judge, unet=judge.unet.clone(attention="xla"))
+
+    def logits_of(clips: Array) -> losses.Logits:
+        return judge(params, stats, frozen, clips, example.sigma, example.cond, draws)[0]
+
+    def computed() -> Float[Array, ""]:
+        if options.kind == "exact":
+            return losses.r1(logits_of, example.target).mean()
+        return losses.r1_by_difference(logits_of, example.target, draws["r1_noise"], options.step).mean()
+
+    if options.every == 1:
+        value = computed()
+        return options.weight * value, {"r1": value}
+    now = draws["step"][0] % options.every == 0
+    value = jax.lax.cond(now, computed, lambda: jnp.zeros(()))
+    return options.every * options.weight * value, {"r1": jnp.where(now, value, jnp.nan)}
