@@ -50,6 +50,12 @@ def shade(name, frame):
     return 8 * frame + {REAL: 0, TEACHER: 20, STUDENT: 90, LAST: 60}[name]
 
 
+def write_film(file, name, frames):
+    file.parent.mkdir(parents=True, exist_ok=True)
+    shades = np.array([shade(name, frame) for frame in range(frames)], np.uint8)
+    write_video(file, np.tile(shades[:, None, None, None], (1, 48, 64, 3)), FPS)
+
+
 @pytest.fixture(scope="module")
 def written(tmp_path_factory):
     """A folder with a page and the films that it names; one is damaged, one missing, and one method has one clip."""
@@ -59,9 +65,7 @@ def written(tmp_path_factory):
         files = [f"films/{number} #? %20 ü/{clip}.mp4" for clip in range(1 if name == LAST else 2)]
         films[name] = files
         for file in files:
-            (folder / file).parent.mkdir(parents=True, exist_ok=True)
-            shades = np.array([shade(name, frame) for frame in range(FRAMES)], np.uint8)
-            write_video(folder / file, np.tile(shades[:, None, None, None], (1, 48, 64, 3)), FPS)
+            write_film(folder / file, name, FRAMES)
     films[BROKEN] = ["films/damaged.mp4", "films/missing.mp4"]
     (folder / "films/damaged.mp4").write_bytes(b"no film")
     about = [("What", "<b>bold</b>"), ("Device", "2 cores")]
@@ -272,6 +276,18 @@ def test_films_begin_again_together(shown):
     assert shown.spread() < 0.15
 
 
+def test_a_shorter_film_waits_for_the_longest_at_its_end(chromium, tmp_path):
+    for name, frames in {REAL: 6, LAST: FRAMES}.items():
+        write_film(tmp_path / f"{name}.mp4", name, frames)
+    page.write_page(tmp_path, "Two lengths", [], [], [], {name: [f"{name}.mp4"] for name in (REAL, LAST)})
+    shown = Shown(chromium, tmp_path)
+    shown.open(playing=True)
+    shown.until(lambda: shown.videos("v.currentTime")[1] > 0.6 * SECONDS)
+    assert shown.videos("v.ended") == [True, False]
+    shown.until(lambda: shown.videos("v.currentTime")[1] < 0.2 * SECONDS)
+    shown.until(lambda: shown.videos("v.ended") == [False, False])
+
+
 def test_the_bar_moves_all_films(shown):
     shown.open()
     for fraction in (0.725, 0.275):
@@ -334,8 +350,15 @@ def test_methods_are_chosen(shown):
     assert captions[2].startswith(LAST) and captions[3] == f"{BROKEN}\nTime 2.00"
     boxes[0].click()
     assert len(shown.all("video")) == 4
-    # A film that comes later comes to where the others are.
+    # A film that comes later comes to where the others are, at rest and when they play.
     shown.until(lambda: np.allclose(shown.videos("v.currentTime"), 0.6 * SECONDS, atol=0.01))
+    boxes[0].click()
+    Select(shown.one(".speed")).select_by_value("0.25")
+    shown.one(".play").click()
+    boxes[0].click()
+    shown.until_ready()
+    time.sleep(0.3)
+    assert min(shown.videos("v.currentTime")) > 0.5 * SECONDS
 
 
 def test_two_methods_under_a_slider(shown):
