@@ -4,19 +4,16 @@ import fnmatch
 import io
 import json
 import math
-import os
 import pathlib
 import re
-import shutil
 import time
 import tomllib
 
+import browser
 import numpy as np
 import pytest
 from PIL import Image
-from selenium import webdriver
 from selenium.webdriver import ActionChains
-from selenium.webdriver.chrome.service import Service
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
 from selenium.webdriver.support.ui import Select
@@ -107,96 +104,14 @@ def test_the_template_is_installed_with_the_package():
 
 @pytest.fixture(scope="module")
 def chromium(tmp_path_factory):
-    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
-    if not browser or not driver:
-        pytest.skip("there is no Chromium; run `apt-get install chromium chromium-driver` to test the page in it")
-    os.environ["SE_OFFLINE"] = os.environ["SE_AVOID_STATS"] = "true"
-    options = webdriver.ChromeOptions()
-    options.binary_location = browser
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
-    for flag in (
-        *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage"),
-        *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
-        # Nor does it find anybody to talk to.
-        *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={tmp_path_factory.mktemp('profile')}"),
-    ):
-        options.add_argument(flag)
-    opened = webdriver.Chrome(options=options, service=Service(executable_path=driver))
+    opened = browser.open_chromium(tmp_path_factory.mktemp("profile"))
     yield opened
     opened.quit()
 
 
-class Shown:
-    """The page in the browser."""
-
-    def __init__(self, browser, written):
-        self.browser, self.url = browser, (written / "index.html").as_uri()
-
-    def open(self, width=900, height=1400, mobile=False, scheme="light", playing=False):
-        """Without `playing` as for those who have asked for less motion, which leaves tests more of the processor."""
-        motion = "no-preference" if playing else "reduce"
-        media = {"prefers-color-scheme": scheme, "prefers-reduced-motion": motion}
-        size = {"width": width, "height": height, "deviceScaleFactor": 1, "mobile": mobile}
-        self.browser.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", size)
-        features = [{"name": name, "value": value} for name, value in media.items()]
-        self.browser.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
-        self.browser.get(self.url)
-        self.until_ready()
-
-    def run(self, script, *given):
-        return self.browser.execute_script(script, *given)
-
-    def all(self, selector):
-        return self.browser.find_elements(By.CSS_SELECTOR, selector)
-
-    def one(self, selector):
-        return self.browser.find_element(By.CSS_SELECTOR, selector)
-
-    def texts(self, selector):
-        """Of all elements, as they are seen."""
-        return self.run("return [...document.querySelectorAll(arguments[0])].map((e) => e.innerText.trim())", selector)
-
-    def videos(self, what):
-        """An expression of every video `v`."""
-        return self.run(f"return [...document.querySelectorAll('video')].map((v) => {what})")
-
-    def until(self, holds, seconds=10.0):
-        end = time.monotonic() + seconds
-        while not holds():
-            assert time.monotonic() < end, "it did not happen"
-            time.sleep(0.03)
-
-    def until_ready(self):
-        self.until(lambda: (ready := self.videos("v.readyState >= 2 && !v.seeking")) and all(ready))
-
-    def scrub(self, fraction):
-        """Moves the bar; of films that stand still, until all have arrived."""
-        events = "bar.dispatchEvent(new Event('input')); bar.dispatchEvent(new Event('change'));"
-        self.run(f"const bar = document.querySelector('.scrub'); bar.value = arguments[0]; {events}", fraction)
-        if self.texts(".play") == ["Play"]:
-            self.until(lambda: np.allclose(self.videos("v.currentTime"), fraction * SECONDS, atol=0.01))
-            self.until_ready()
-
-    def spread(self):
-        """Between the first and the last film [s], the middle one of five moments."""
-        spreads = []
-        for _ in range(5):
-            times = self.videos("v.currentTime")
-            spreads.append(max(times) - min(times))
-            time.sleep(0.05)
-        return sorted(spreads)[2]
-
-    def picture(self, selector):
-        return np.asarray(Image.open(io.BytesIO(self.one(selector).screenshot_as_png)).convert("L"), np.float64)
-
-    def choose(self, view):
-        self.run(f"document.querySelector('[value={view}]').click()")
-        self.until_ready()
-
-
 @pytest.fixture
 def shown(chromium, written):
-    yield Shown(chromium, written)
+    yield browser.Shown(chromium, written)
     # All but the films that are not there.
     messages = [entry["message"] for entry in chromium.get_log("browser")]
     assert [message for message in messages if "missing.mp4" not in message] == []
@@ -280,7 +195,7 @@ def test_a_shorter_film_waits_for_the_longest_at_its_end(chromium, tmp_path):
     for name, frames in {REAL: 6, LAST: FRAMES}.items():
         write_film(tmp_path / f"{name}.mp4", name, frames)
     page.write_page(tmp_path, "Two lengths", [], [], [], {name: [f"{name}.mp4"] for name in (REAL, LAST)})
-    shown = Shown(chromium, tmp_path)
+    shown = browser.Shown(chromium, tmp_path)
     shown.open(playing=True)
     shown.until(lambda: shown.videos("v.currentTime")[1] > 0.6 * SECONDS)
     assert shown.videos("v.ended") == [True, False]
