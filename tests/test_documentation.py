@@ -42,7 +42,7 @@ def configuration_keys():
     """Every key, and every part of one that holds others."""
     objective.is_known("")
     configs = [default_config(name) for name in objective._REGISTRY if name != "autoencoder"]
-    configs.append(runpy.run_path(str(ROOT / "configs" / "vae.py"))["get_config"]())
+    configs += [runpy.run_path(str(ROOT / "configs" / name))["get_config"]() for name in ("vae.py", "eval.py")]
     keys = {path for config in configs for path in flatten_dict(config.to_dict(), keep_empty_nodes=True)}
     return {path[:length] for path in keys for length in range(1, len(path) + 1)}
 

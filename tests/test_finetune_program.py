@@ -23,7 +23,8 @@ from osv_jax import train
 from osv_jax.convert import weights
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.errors import Stopped, UserError
-from osv_jax.inference.pipeline import ImageToVideo, Options
+from osv_jax.inference.options import Options
+from osv_jax.inference.pipeline import ImageToVideo
 from osv_jax.inference.trained import load_trained
 from osv_jax.objectives.random_networks import fill_randomly
 from osv_jax.runtime import checkpoint, ending

@@ -11,7 +11,8 @@ from flax.traverse_util import flatten_dict
 from osv_jax.convert import lora_files, weights
 from osv_jax.convert.architectures import expected_params
 from osv_jax.data import demo, video
-from osv_jax.inference.pipeline import ImageToVideo, Options
+from osv_jax.inference.options import Options
+from osv_jax.inference.pipeline import ImageToVideo
 from osv_jax.models import lora
 from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.objectives.autoencoder import frame_psnr
@@ -95,10 +96,10 @@ MEASURED = {
 def sampled():
     """A clip that was not trained on, the teacher, and latents by the teacher in a few steps and by the student."""
     clips, fps = demo.held_out_clips()
-    teacher, student = ImageToVideo.load_each("miniature", [None, "miniature/stage2"])
+    teacher, student = (ImageToVideo.load("miniature", lora) for lora in (None, "miniature/stage2"))
     options = teacher.complete(Options(sampler="euler", steps=5))
     assert (options.height, options.width, options.num_frames, options.fps) == (64, 96, 14, fps)
-    noise = teacher.noise(jax.random.key(0), options)
+    noise = teacher.noise(jax.random.key(0)[None], options)
     ways = {
         "teacher": (teacher, {}),
         "untrained": (teacher, {"sampler": "consistency", "steps": 1}),
@@ -108,7 +109,7 @@ def sampled():
         "euler": (student, {"steps": 3, "max_guidance_scale": 1.0}),
     }
     latents = {
-        name: np.asarray(model.sample(clips[1, 0], noise, dataclasses.replace(options, **chosen)))
+        name: np.asarray(model.sample(clips[1, :1], noise, dataclasses.replace(options, **chosen)))
         for name, (model, chosen) in ways.items()
     }
     return clips[1], teacher, latents

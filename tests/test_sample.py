@@ -24,7 +24,8 @@ from osv_jax.diffusion.conditioning import Conditioning
 from osv_jax.diffusion.edm import EDMBackbone
 from osv_jax.errors import UserError
 from osv_jax.inference import pipeline
-from osv_jax.inference.pipeline import ImageToVideo, Noise, Options
+from osv_jax.inference.options import Options
+from osv_jax.inference.pipeline import ImageToVideo, Noise
 from osv_jax.inference.trained import load_trained
 from osv_jax.models.lora import init_lora, target_modules
 from osv_jax.objectives.players import Player, Student, TrainState
@@ -122,9 +123,9 @@ def test_euler_is_the_pipeline_of_diffusers(reference, model, picture):
     ours = Noise(
         jnp.asarray(image_noise.permute(0, 2, 3, 1).numpy()),
         jnp.asarray(noise.permute(0, 1, 3, 4, 2).numpy()),
-        jax.random.key(0),
+        jax.random.key(0)[None],
     )
-    sampled = model.sample(picture, ours, model.complete(Options(sampler="euler", steps=6, **options)))
+    sampled = model.sample(picture[None], ours, model.complete(Options(sampler="euler", steps=6, **options)))
     assert relative_error(sampled, latents.permute(0, 1, 3, 4, 2)) <= 1e-4
     # Each part as well as the whole: frames of the reference's latents, and of ours.
     expected = decoded.permute(0, 2, 3, 4, 1)
@@ -152,8 +153,8 @@ def test_a_workdir_is_merged_before_sampling(model, weights, workdir, picture, o
     merged = ImageToVideo.load(weights, lora=folder, ema=ema)
     options = merged.complete(Options(sampler="consistency"))
     assert (options.height, options.width, options.num_frames) == (HEIGHT, WIDTH, FRAMES)
-    noise = merged.noise(jax.random.key(1), options)
-    actual = merged.sample(picture, noise, options)
+    noise = merged.noise(jax.random.key(1)[None], options)
+    actual = merged.sample(picture[None], noise, options)
 
     pixels = jnp.asarray(picture, jnp.float32)[None] / 127.5 - 1
     cond = Conditioning(
@@ -187,7 +188,7 @@ def test_the_default_is_one_step_of_time_travel(model, picture):
     assert (model.complete(Options()).height, model.complete(Options()).width) == (576, 1024)
     frames = model(picture, height=HEIGHT, width=WIDTH, num_frames=FRAMES)
     key = jax.random.fold_in(jax.random.key(0), 0)
-    sampled = model.sample(picture, model.noise(key, options), options)
+    sampled = model.sample(picture[None], model.noise(key[None], options), options)
     np.testing.assert_array_equal(frames, to_uint8(model.decode(sampled, 7))[0])
     np.testing.assert_array_equal(frames, model(picture / 255, height=HEIGHT, width=WIDTH, num_frames=FRAMES))
 
@@ -195,36 +196,50 @@ def test_the_default_is_one_step_of_time_travel(model, picture):
 def test_one_program_serves_any_number_of_steps_and_every_student_alike(weights, workdir, picture, monkeypatch):
     monkeypatch.setattr(pipeline, "_PROGRAMS", {})
     run, _ = workdir
-    teacher, student, again = ImageToVideo.load_each(weights, [None, run, run])
+    teacher, student, again = (ImageToVideo.load(weights, lora) for lora in (None, run, run))
     size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
     options = student.complete(Options(sampler="consistency", **size))
-    noise = student.noise(jax.random.key(5), options)
-    first = student.sample(picture, noise, options)
+    noise = student.noise(jax.random.key(5)[None], options)
+    images = picture[None]
+    first = student.sample(images, noise, options)
     compiled = student.seconds["compile"]
     for chosen, calls in (({"sampler": "consistency", "steps": 3}, 3), ({"sampler": "tts", "steps": 2}, 4)):
         parts = []
         student.on_part = parts.append
-        student.sample(picture, noise, student.complete(Options(**size, **chosen)))
+        student.sample(images, noise, student.complete(Options(**size, **chosen)))
         assert parts == ["CLIP", "VAE encode", *(f"UNet {number} of {calls}" for number in range(1, calls + 1))]
-    np.testing.assert_array_equal(again.sample(picture, noise, options), first)
+    np.testing.assert_array_equal(again.sample(images, noise, options), first)
     assert student.seconds["compile"] == compiled > 0 and again.seconds["compile"] == 0
     # The teacher's outputs are made clean in another way than this student's.
-    assert relative_error(teacher.sample(picture, noise, options), first) > 1e-2
+    assert relative_error(teacher.sample(images, noise, options), first) > 1e-2
 
 
 def test_what_comes_with_the_package_is_found_by_name():
-    models = ImageToVideo.load_each("miniature", [None, "miniature/stage1"])
+    models = [ImageToVideo.load("miniature", lora) for lora in (None, "miniature/stage1")]
     base, merged = (flatten_dict(model.params["unet"]) for model in models)
     changed = [path for path in base if not np.array_equal(base[path], merged[path])]
     assert changed and all(path[-1] == "kernel" for path in changed)
+
+
+def test_devices_share_a_batch(model, weights, picture):
+    """Each video of a batch on two devices is the one that its image and its key give alone."""
+    many = ImageToVideo.load(weights, data=2)
+    options = many.complete(Options("consistency", 2, height=HEIGHT, width=WIDTH, num_frames=FRAMES))
+    images, keys = np.stack([picture, 255 - picture]), jax.random.split(jax.random.key(4))
+    actual = many.sample(images, many.noise(keys, options), options)
+    assert len(actual.sharding.device_set) == 2 and not actual.sharding.is_fully_replicated
+    for i in range(2):
+        alone = model.sample(images[i : i + 1], model.noise(keys[i : i + 1], options), options)
+        assert relative_error(actual[i : i + 1], alone) <= 1e-5
+    assert many.frames(actual, 2).shape == (2, FRAMES, HEIGHT, WIDTH, 3)
 
 
 def test_devices_share_a_video(model, weights, picture):
     """The same video on two devices, each of which makes a part of its height."""
     many = ImageToVideo.load(weights, context=2)
     options = many.complete(Options(height=HEIGHT, width=WIDTH, num_frames=FRAMES))
-    noise = model.noise(jax.random.key(4), options)
-    expected, actual = (each.sample(picture, noise, options) for each in (model, many))
+    noise = model.noise(jax.random.key(4)[None], options)
+    expected, actual = (each.sample(picture[None], noise, options) for each in (model, many))
     assert len(actual.sharding.device_set) == 2 and len(expected.sharding.device_set) == 1
     assert relative_error(actual, expected) <= 1e-5
     assert relative_error(many.decode(actual, 2), model.decode(expected, 2)) <= 1e-5

@@ -137,14 +137,14 @@ def spread_clips(
         UserError: as `index_clips`, or if nothing moves.
     """
     found = index_clips(folder, num_frames, fps, height, width, stride=shift / fps)
-    clips = [found.read(number)["video"] for number in _spread(len(found.clips), count if not min_motion else None)]
+    clips = [found.read(number)["video"] for number in spread(len(found.clips), count if not min_motion else None)]
     moving = [clip for clip in clips if motion(clip) >= min_motion]
     if not moving:
         raise UserError(f"Nothing moves in the {len(clips)} clips of {folder}; give other videos.")
-    return np.stack([moving[number] for number in _spread(len(moving), count)])
+    return np.stack([moving[number] for number in spread(len(moving), count)])
 
 
-def _spread(available: int, count: int | None) -> list[int]:
+def spread(available: int, count: int | None) -> list[int]:
     """Numbers of up to `count` things, evenly spaced."""
     if count is None or count >= available:
         return list(range(available))

@@ -8,7 +8,7 @@ from __future__ import annotations
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from osv_jax.diffusion.edm import SIGMA_MAX, SIGMA_MIN, sigma_grid
 from osv_jax.diffusion.ode import Denoiser, euler_step
@@ -73,7 +73,7 @@ def euler(
 
 
 def consistency(
-    denoiser: Denoiser, noise: Float[Array, "b f h w c"], levels: Float[np.ndarray, " k"], key: jax.Array
+    denoiser: Denoiser, noise: Float[Array, "b f h w c"], levels: Float[np.ndarray, " k"], keys: Key[Array, " b"]
 ) -> Float[Array, "b f h w c"]:
     """Multi-step consistency sampling: predict, add FRESH noise of the next lower level, predict again.
 
@@ -82,9 +82,13 @@ def consistency(
     Args:
         noise: standard normal, the first of the k noises.
         levels: ascending; see `even_levels`.
-        key: of the k - 1 others.
+        keys: of the k - 1 others, one for each clip, whose noise then depends on no other.
     """
-    fresh = jax.random.normal(key, (len(levels) - 1, *noise.shape), noise.dtype)
+
+    def draw(key: jax.Array) -> Array:
+        return jax.random.normal(key, (len(levels) - 1, *noise.shape[1:]), noise.dtype)
+
+    fresh = jax.vmap(draw, out_axes=1)(keys)
     sample = jnp.zeros_like(noise)
     for sigma, eps in zip(levels[::-1], [noise, *fresh], strict=True):
         x = sample + sigma * eps

@@ -7,7 +7,6 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import pathlib
 import zipfile
 import zlib
 from collections.abc import Callable, Iterable, Iterator
@@ -21,6 +20,7 @@ from osv_jax.data.video import VideoError, read_frames
 from osv_jax.errors import UserError
 from osv_jax.evaluation.networks import FeatureNetwork
 from osv_jax.evaluation.protocols import Protocol
+from osv_jax.evaluation.stamps import modified
 from osv_jax.runtime.finite import is_finite
 from osv_jax.runtime.paths import Path, new_file
 
@@ -132,16 +132,24 @@ def make_features(
     return Features(np.stack(vectors), dict(sizes), [*skipped, *unreadable], settings(protocol, network))
 
 
+def clip_features(
+    clips: UInt8[np.ndarray, "n f h w 3"], protocol: Protocol, network: FeatureNetwork
+) -> Float[np.ndarray, "n c"]:
+    """Vectors of clips in memory, of which the first frames count, as many as the network takes.
+
+    Raises:
+        UserError: features that are not finite.
+    """
+    resized = [resize(clip[: network.num_frames], protocol, network.side) for clip in clips]
+    size = network.batch_size
+    batches = (np.stack(resized[start : start + size]) for start in range(0, len(resized), size))
+    return np.concatenate([network(batch) for batch in batches])
+
+
 def fingerprint(videos: Iterable[FolderVideo], skipped: Skipped, made_with: dict[str, Any]) -> str:
     """Of all that features depend on: names, sizes and times of the files, and `settings`."""
-    files = [(video.name, video.size, _modified(video.file)) for video in videos]
+    files = [(video.name, video.size, modified(video.file)) for video in videos]
     return hashlib.sha256(json.dumps([made_with, files, skipped]).encode()).hexdigest()[:32]
-
-
-def _modified(file: Path) -> int:
-    """A number that changes with the file; in a bucket, seconds."""
-    stat = file.stat()
-    return stat.st_mtime_ns if isinstance(file, pathlib.Path) else int(stat.mtime)
 
 
 def save_features(file: Path, features: Features) -> None:

@@ -13,11 +13,14 @@ import numpy as np
 import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from osv_jax.convert import lora_files
+from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.lora_files import check_lora
 from osv_jax.convert.naming import Path, torch_name
 from osv_jax.convert.weights import locate
 from osv_jax.errors import UserError
 from osv_jax.models.lora import merge_lora, scale_lora
+from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.objectives.objective import find, is_known
 from osv_jax.objectives.options import RunOptions, check_stored
 from osv_jax.objectives.players import Student
@@ -40,6 +43,11 @@ class Trained:
     student: Student
     step: int = 0
     config: Mapping[str, Any] = dataclasses.field(default_factory=dict)
+
+    @classmethod
+    def none(cls) -> Trained:
+        """Nothing to be merged: the teacher."""
+        return cls(Student(lora={}, tuned={}))
 
     @property
     def video(self) -> dict[str, Any]:
@@ -77,6 +85,29 @@ class Trained:
         variables = self.student.variables(params)
         merged = merge_lora(variables["params"], variables["lora"], dtype)
         return jax.tree.map(lambda new, old: new.astype(dtype or old.dtype), merged, dict(params))
+
+
+def read_student(path: str | os.PathLike | None, ema: bool, config: UNetConfig) -> tuple[Trained, str]:
+    """What `--lora` names, or of None a student equal to its teacher, and a notice about it.
+
+    Args:
+        path, ema: see `pipeline.ImageToVideo.load`.
+        config: of the UNet that it is to be merged into.
+
+    Raises:
+        UserError: it cannot be read, or does not fit.
+    """
+    if path is None:
+        return Trained.none(), ""
+    shapes, path = expected_params("unet", config), locate(path)
+    if is_workdir(path):
+        trained = load_trained(path, ema)
+        trained.check_fits(shapes, path)
+        return trained, ""
+    if ema:
+        raise UserError(f"{path} is not a training workdir: only those have an EMA; leave out --ema.")
+    read = lora_files.read_lora(path, shapes)
+    return Trained(Student(lora=read.lora, tuned={})), read.notice
 
 
 def is_workdir(path: str | os.PathLike) -> bool:

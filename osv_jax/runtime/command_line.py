@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import jax
 from absl import app, flags
+from ml_collections import ConfigDict, config_flags
 
 from osv_jax.errors import UserError
 from osv_jax.runtime import arguments, ending
@@ -30,14 +31,30 @@ def keep_compiled_programs() -> None:
         jax.config.update("jax_compilation_cache_dir", arguments.compilation_cache())
 
 
-def parse(argv: list[str]) -> list[str]:
+def read_config(arguments: Sequence[str]) -> ConfigDict:
+    """The configuration of `--config=FILE --config.KEY=VALUE ...`, for programs that have no flags of absl's.
+
+    Raises:
+        UserError: as `parse`; there is no --config, or something else.
+    """
+    argv, values = ["", *arguments], flags.FlagValues()
+    located = [_locate_config(argument) for argument in argv]
+    holder = config_flags.DEFINE_config_file("config", flag_values=values, sys_argv=located)
+    if left := parse(argv, values)[1:]:
+        raise UserError(f"Unexpected argument {left[0]!r}; options look like --config.batch_size=4.")
+    if holder.value is None:
+        raise UserError("--config is needed, a file of configs/.")
+    return holder.value
+
+
+def parse(argv: list[str], values: flags.FlagValues = flags.FLAGS) -> list[str]:
     """The arguments that are no flags.
 
     Raises:
         UserError: a flag, a key of the configuration or a value that does not exist.
     """
     try:
-        return flags.FLAGS([_locate_config(argument) for argument in argv])
+        return values([_locate_config(argument) for argument in argv])
     except AttributeError as error:
         raise UserError(f"The configuration has no key {error}; see the file given with --config.") from error
     except (flags.Error, ValueError) as error:

@@ -160,7 +160,9 @@ def test_consistency_adds_fresh_noise_between_k_evaluations(noise, k):
         return 0.5 + 0.0 * x
 
     levels = samplers.even_levels(k)
-    sample = jax.jit(lambda n, key: samplers.consistency(denoiser, n, levels, key))(noise, jax.random.key(3))
+    sample = jax.jit(lambda n, keys: samplers.consistency(denoiser, n, levels, keys))(
+        noise, jax.random.split(jax.random.key(3))
+    )
     jax.effects_barrier()
     assert len(seen) == samplers.num_evaluations("consistency", k) == k
     np.testing.assert_array_equal(sample, np.full(SHAPE, 0.5, np.float32))
@@ -175,8 +177,16 @@ def test_consistency_adds_fresh_noise_between_k_evaluations(noise, k):
             assert abs(np.corrcoef(one.ravel(), other.ravel())[0, 1]) < 0.18
 
 
+def test_the_fresh_noise_of_a_clip_does_not_depend_on_the_others(noise):
+    keys, levels = jax.random.split(jax.random.key(3)), samplers.even_levels(3)
+    both = samplers.consistency(lambda x, sigma: 0.5 * x, noise, levels, keys)
+    second = samplers.consistency(lambda x, sigma: 0.5 * x, noise[1:], levels, keys[1:])
+    np.testing.assert_allclose(both[1:], second, rtol=1e-6)
+
+
 def test_consistency_at_one_step_is_the_denoiser(cond, noise):
-    actual = samplers.consistency(EDMBackbone(toy_network, cond), noise, samplers.even_levels(1), jax.random.key(0))
+    keys = jax.random.split(jax.random.key(0))
+    actual = samplers.consistency(EDMBackbone(toy_network, cond), noise, samplers.even_levels(1), keys)
     expected = EDMBackbone(toy_network, cond)(700 * noise, jnp.full(2, 700.0))
     assert relative_error(actual, expected) <= 1e-6
 
