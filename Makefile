@@ -32,9 +32,11 @@ test-slow: $(VENV)/.test
 test-portable: $(VENV)/.test
 	$(VENV)/bin/python tests/portable.py
 
+# The hooks of .pre-commit-config.yaml; where there is no git, as in an unpacked archive, those that need none.
+lint: export PRE_COMMIT_HOME ?= $(CURDIR)/.cache/pre-commit
 lint: $(VENV)/.test
-	$(VENV)/bin/ruff check
-	$(VENV)/bin/ruff format --check
+	if test -e .git; then $(VENV)/bin/pre-commit run --all-files --show-diff-on-failure; \
+	else $(VENV)/bin/ruff check && $(VENV)/bin/ruff format --check && $(VENV)/bin/mypy; fi
 
 clean:
 	rm -rf $(VENV) .cache runs/demo

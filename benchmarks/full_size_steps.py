@@ -55,9 +55,9 @@ def main() -> None:
         }
         batch = jax.device_put(batch, mesh.batch_shardings(devices, batch))
         start = time.perf_counter()
-        step = jax.jit(setup.make_train_step(config, objective), donate_argnums=0)
+        program = jax.jit(setup.make_train_step(config, objective), donate_argnums=0)
         options = CPU_OPTIONS if jax.default_backend() == "cpu" else None
-        step = step.lower(state, frozen, batch).compile(options)
+        step = program.lower(state, frozen, batch).compile(options)
         print(f"compiled in {time.perf_counter() - start:.0f} s, {_host_gib():.1f} GiB", flush=True)
         print(step.memory_analysis(), flush=True)
         for number in range(1, arguments.steps + 1):

@@ -49,7 +49,7 @@ def main() -> None:
     real = features(network, clips)
     rate = len(clips) / (time.perf_counter() - started)
     print(f"{len(clips)} clips, {rate:.2f} a second, decoded before; against themselves {distance(real, real):.1e}")
-    curves = {name: [] for name in DAMAGES}
+    curves: dict[str, list[float]] = {name: [] for name in DAMAGES}
     for name, amounts in DAMAGES.items():
         for amount in amounts:
             rng = np.random.default_rng(0)

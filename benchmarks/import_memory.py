@@ -54,7 +54,8 @@ def write_unet(folder: pathlib.Path) -> None:
         torch_name(path): flax_shape_to_torch(path, leaf.shape)
         for path, leaf in expected_params("unet", config).items()
     }
-    weight_map, rng = {}, np.random.default_rng(0)
+    weight_map: dict[str, str] = {}
+    rng = np.random.default_rng(0)
     for shard in range(SHARDS):
         name = f"diffusion_pytorch_model-{shard + 1:05}-of-{SHARDS:05}.fp16.safetensors"
         chosen = {key: tensors[key] for key in sorted(tensors)[shard::SHARDS]}

@@ -17,6 +17,7 @@ import pathlib
 import statistics
 import tempfile
 import time
+from collections.abc import Callable
 from unittest import mock
 
 from ml_collections import ConfigDict
@@ -59,7 +60,7 @@ def blocks(config: ConfigDict, block: int, pairs: int) -> tuple[list[float], lis
     config.picture_every = config.checkpoint_every = block // 2
     # Step -> when its metrics were there.
     times: dict[int, float] = {}
-    kept = {
+    kept: dict[str, Callable] = {
         "write": metrics.MetricsWriter.write,
         "write_picture": metrics.MetricsWriter.write_picture,
         "curves": metrics.loss_curves,

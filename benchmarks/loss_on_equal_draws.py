@@ -8,6 +8,7 @@ The loss of a step depends so much on the noise level drawn that the curve of a 
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import itertools
 import json
 import pathlib
@@ -75,7 +76,7 @@ def losses_of(step: Callable, state: TrainState, frozen: Params, batches: Iterab
     """The loss of every batch, none of which changes the state."""
     losses = []
     for number, batch in enumerate(batches):
-        _, metrics = step(state.replace(step=jnp.int32(_FRESH + number)), frozen, batch)
+        _, metrics = step(dataclasses.replace(state, step=jnp.int32(_FRESH + number)), frozen, batch)
         losses.append(float(next(metrics[name] for name in _LOSSES if name in metrics)))
     return losses
 

@@ -110,12 +110,12 @@ def sample(folder: str, clips: np.ndarray, fps: float, picture: pathlib.Path) ->
     model = ImageToVideo.load(folder)
     height, width = clips.shape[2:4]
     options = model.complete(Options(sampler="euler", fps=fps, height=height, width=width, num_frames=clips.shape[1]))
-    outputs = []
+    decoded = []
     for number, clip in enumerate(clips):
         noise = model.noise(jax.random.fold_in(jax.random.key(0), number)[None], options)
-        outputs.append(model.decode(model.sample(clip[:1], noise, options), clips.shape[1])[0])
-    outputs = np.stack(outputs).clip(-1, 1)
-    rows = {}
+        decoded.append(model.decode(model.sample(clip[:1], noise, options), clips.shape[1])[0])
+    outputs = np.stack(decoded).clip(-1, 1)
+    rows: dict[str, np.ndarray] = {}
     for i in np.linspace(0, len(clips) - 1, _DRAWN_CLIPS).round().astype(int):
         rows |= {f"real clip {i}": clips[i], f"teacher, {options.steps} steps, {i}": to_uint8(outputs[i])}
     Image.fromarray(sample_grid(rows)).save(picture)

@@ -13,6 +13,7 @@ from jaxtyping import Array, Float, Num, UInt8
 
 from osv_jax.diffusion.conditioning import Conditioning, clip_pixels, condition_on_image
 from osv_jax.models.clip_vision import CLIPVision
+from osv_jax.models.layers import apply
 from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.runtime.media import to_float
 
@@ -35,11 +36,11 @@ class Codec:
         return self._clip(clip_params, clip_pixels(images, self.image_encoder.config.image_size))
 
     def _clip(self, clip_params: Params, pixels: Float[Array, "b size size 3"]) -> Float[Array, "b c"]:
-        return self.image_encoder.apply({"params": clip_params}, pixels).astype(jnp.float32)
+        return apply(self.image_encoder, {"params": clip_params}, pixels).astype(jnp.float32)
 
     def encode_mode(self, vae_params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b latent_h latent_w c"]:
         """The mode of the posterior of images in [-1, 1], NOT scaled: what SVD is conditioned on."""
-        mean, _ = self.vae.apply({"params": vae_params}, images, method="encode")
+        mean, _ = apply(self.vae, {"params": vae_params}, images, method="encode")
         return mean.astype(jnp.float32)
 
     def encode_video(
@@ -61,7 +62,7 @@ class Codec:
     ) -> Float[Array, "b f h w 3"]:
         """Frames, about in [-1, 1], of SCALED latents."""
         unscaled = latents / self.vae.config.scaling_factor
-        return self.vae.apply({"params": vae_params}, unscaled, method="decode").astype(jnp.float32)
+        return apply(self.vae, {"params": vae_params}, unscaled, method="decode").astype(jnp.float32)
 
     def condition(
         self,

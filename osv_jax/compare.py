@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import argparse
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 from osv_jax.evaluation.generation import generate
 from osv_jax.evaluation.options import MethodOptions, TableOptions, student_methods
@@ -47,7 +48,7 @@ def main(given: list[str] | None = None) -> None:
     paths.check_folder(output, "--output")
     for name in _FILES:
         paths.check_file(output / name, "--output")
-    size = {name: getattr(args, name) or 0 for name in ("height", "width", "num_frames", "fps")}
+    size: dict[str, Any] = {name: getattr(args, name) or 0 for name in ("height", "width", "num_frames", "fps")}
     options = TableOptions(
         weights=args.weights,
         videos=args.videos,
@@ -78,7 +79,7 @@ def main(given: list[str] | None = None) -> None:
     print(", ".join(str(output / name) for name in _FILES))
 
 
-def measure(rows: Sequence[Row]) -> dict[str, dict[str, float]]:
+def measure(rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
     """What measured.json tells of each row of a table: numbers by their names there."""
     return {
         str(row["name"]): {name: row[key] for key, name in _MEASURED.items() if row.get(key) is not None}

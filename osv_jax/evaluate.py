@@ -81,21 +81,22 @@ def _fvd(args: argparse.Namespace) -> None:
             check_made_with(str(source.path), source.content, made_with)
     _describe(protocol, network, args.weights)
 
-    def make(source: _Source, kind: str, wanted: int | None = None) -> Features:
-        videos, skipped = source.content
+    def make(content: tuple[list[FolderVideo], Skipped], kind: str, wanted: int | None = None) -> Features:
+        videos, skipped = content
         total = min(len(videos), wanted or len(videos))
         with tqdm(total=total, desc=f"Features of {kind} videos", unit="video", file=sys.stderr) as bar:
             return make_features(videos, skipped, protocol, network, args.workers, wanted, bar.update)
 
     real_features = real.content
     if not isinstance(real_features, Features):
-        key = fingerprint(*real.content, made_with)
-        real_features, file = cached_features(cache, key, lambda: make(real, "real"))
+        content = real_features
+        key = fingerprint(*content, made_with)
+        real_features, file = cached_features(cache, key, lambda: make(content, "real"))
         print(f"features of real videos: {file or 'not kept, as there is no --cache'}")
     _report("real", real_features)
     fake_features = fake.content
     if not isinstance(fake_features, Features):
-        fake_features = make(fake, "generated", protocol.num_fake)
+        fake_features = make(fake_features, "generated", protocol.num_fake)
     _report("generated", fake_features)
     score = fvd(real_features, fake_features, protocol, args.bootstrap, args.seed, _bootstrap_bar())
     print(f"FVD by {protocol.name}: {score}")

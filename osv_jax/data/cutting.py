@@ -7,6 +7,7 @@ import functools
 import io
 import zipfile
 from collections.abc import Sequence
+from typing import Any
 
 import numpy as np
 from jaxtyping import UInt8
@@ -208,7 +209,7 @@ class _Joined(io.RawIOBase):
         self._position = origin + offset
         return self._position
 
-    def readinto(self, buffer: bytearray | memoryview) -> int:
+    def readinto(self, buffer: Any) -> int:
         """Reads up to the end of one part; the buffered reader around this asks again."""
         begin = 0
         for file, end in zip(self._files, self._ends, strict=True):

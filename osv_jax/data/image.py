@@ -5,7 +5,7 @@ from __future__ import annotations
 import contextlib
 import os
 import warnings
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 
 import jax
 import numpy as np
@@ -26,7 +26,7 @@ EXTENSIONS = (
 # Not all that Pillow knows: some of its formats run other programs (EPS), or name other files.
 _FORMATS = ("PNG", "JPEG", "WEBP", "GIF", "BMP", "TIFF", "AVIF", "JPEG2000", "PPM")
 # What undoes each value of EXIF's Orientation.
-_UPRIGHT = {
+_UPRIGHT: Mapping[object, Image.Transpose] = {
     2: Image.Transpose.FLIP_LEFT_RIGHT,
     3: Image.Transpose.ROTATE_180,
     4: Image.Transpose.FLIP_TOP_BOTTOM,
@@ -87,7 +87,7 @@ def _reading(name: str | Path) -> Iterator[None]:
     except UserError:
         raise
     except Image.DecompressionBombError as error:
-        most = f"{2 * Image.MAX_IMAGE_PIXELS:,}"
+        most = f"{2 * (Image.MAX_IMAGE_PIXELS or 0):,}"
         raise UserError(f"{name} has more than {most} pixels: scale it down first.") from error
     except Exception as error:  # Its decoders meet damage with exceptions of all kinds.
         reason = " ".join(str(error).split()) or type(error).__name__

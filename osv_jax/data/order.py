@@ -7,6 +7,8 @@ process p of P reads its contiguous B / P of them, so the position alone resumes
 from __future__ import annotations
 
 import sys
+from collections.abc import Mapping
+from typing import Any
 
 import grain
 
@@ -58,7 +60,7 @@ def save_position(content_hash: str, batch_size: int, seed: int, step: int) -> d
     return {"position": step * batch_size, "seed": seed, "index_hash": content_hash}
 
 
-def restore_step(state: dict[str, int | str], content_hash: str, name: str, batch_size: int, seed: int) -> int:
+def restore_step(state: Mapping[str, Any], content_hash: str, name: str, batch_size: int, seed: int) -> int:
     """The step at which reading continues from what `save_position` returned.
 
     Args:

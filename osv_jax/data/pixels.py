@@ -9,6 +9,7 @@ import json
 import os
 import pathlib
 import sys
+from typing import Any
 
 import grain
 import numpy as np
@@ -49,7 +50,7 @@ class ClipIndex:
     width: int
     content_hash: str
 
-    def read(self, clip_id: int) -> dict[str, np.ndarray]:
+    def read(self, clip_id: int) -> dict[str, Any]:
         """Decodes one clip: `video` uint8 [f h w 3], `fps` float32, `clip_id` int32.
 
         Raises:
@@ -100,11 +101,11 @@ def index_clips(
     clips, skipped, contents = [], [], []
     for path, (size, result) in zip(names, _probe_all(folder, names, cache_file), strict=True):
         reason = result if isinstance(result, str) else cutting.unfit(result)
-        if reason:
+        if reason is not None:
             skipped.append((path, reason))
-            continue
-        contents.append((path, size))
-        clips += [Clip(path, start) for start in cutting.starts(result)]
+        elif not isinstance(result, str):
+            contents.append((path, size))
+            clips += [Clip(path, start) for start in cutting.starts(result)]
     if not clips:
         reasons = "".join(f"\n  {path} {reason}" for path, reason in skipped[:_NAMED_REASONS])
         more = f"\n  and {len(skipped) - _NAMED_REASONS} more" if len(skipped) > _NAMED_REASONS else ""
@@ -190,12 +191,13 @@ def _size_and_result(entry: dict) -> tuple[int, video.VideoInfo | str]:
 def _size_and_time(path: Path) -> list[int]:
     """Size [bytes] and modification time [ns]; zeros where nothing can be read, which decoding then reports."""
     try:
+        if in_bucket(path):
+            found = path.stat()
+            return [found.length, found.mtime * 10**9]
         stat = path.stat()
+        return [stat.st_size, stat.st_mtime_ns]
     except OSError:
         return [0, 0]
-    if in_bucket(path):
-        return [stat.length, stat.mtime * 10**9]
-    return [stat.st_size, stat.st_mtime_ns]
 
 
 def _read_cache(cache_file: str | os.PathLike | None) -> dict[str, dict]:

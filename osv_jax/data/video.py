@@ -12,6 +12,8 @@ import io
 import itertools
 import os
 from collections.abc import Iterable, Iterator, Sequence
+from fractions import Fraction
+from typing import TypeGuard
 
 import av
 import numpy as np
@@ -47,6 +49,9 @@ class NamedBytes(io.BytesIO):
 
 
 VideoFile = str | os.PathLike | NamedBytes
+
+
+_NO_FRAME = "has a video stream without a frame"
 
 
 class VideoError(UserError):
@@ -107,7 +112,7 @@ def probe_and_read(
         frames = iter(timeline)
         first = next(frames, None)
         if first is None:
-            timeline.info()  # raises
+            raise VideoError(file, _NO_FRAME)
         clips: list[list[np.ndarray]] = [[] for _ in offsets]
         times = np.array([_wanted(first.time + offset, num_frames, fps, stream) for offset in offsets])
         times = times.reshape(-1)
@@ -125,7 +130,8 @@ class _Timeline:
 
     def __init__(self, file: VideoFile, container: av.container.InputContainer, stream: av.VideoStream):
         self._file, self._frames = file, _frames(file, container, stream)
-        self._first = self._last = None
+        self._first: _Frame | None = None
+        self._last: _Frame | None = None
         self._num_frames = 0
 
     def __iter__(self) -> Iterator[_Frame]:
@@ -140,8 +146,8 @@ class _Timeline:
 
     def info(self) -> VideoInfo:
         first, last = self._first, self._last
-        if last is None:
-            raise VideoError(self._file, "has a video stream without a frame")
+        if first is None or last is None:
+            raise VideoError(self._file, _NO_FRAME)
         return VideoInfo(first.time, last.end, self._num_frames, *last.size)
 
 
@@ -252,7 +258,7 @@ def _opened(file: VideoFile) -> Iterator[tuple[av.container.InputContainer, av.V
         yield container, stream
 
 
-def _is_local(file: VideoFile) -> bool:
+def _is_local(file: VideoFile) -> TypeGuard[str | os.PathLike]:
     return not isinstance(file, NamedBytes) and not in_bucket(file)
 
 
@@ -267,10 +273,16 @@ def _source(file: VideoFile) -> contextlib.AbstractContextManager:
     return as_path(file).open("rb")
 
 
+def _tick(stream: av.VideoStream) -> Fraction:
+    """The unit of a stream's timestamps [s]."""
+    assert stream.time_base is not None, "only streams that are written have none"
+    return stream.time_base
+
+
 def _wanted(start: float, num_frames: int, fps: float, stream: av.VideoStream) -> Float[np.ndarray, " f"]:
     """The times [s] of a clip's frames."""
     # Containers round timestamps to their ticks (Matroska: 1 ms); a frame meant for this instant must count.
-    slack = min(float(stream.time_base) / 2, 5e-4) + 1e-6
+    slack = min(float(_tick(stream)) / 2, 5e-4) + 1e-6
     return start + slack + np.arange(num_frames) / fps
 
 
@@ -293,7 +305,7 @@ class _Frame:
     @property
     def size(self) -> tuple[int, int]:
         """Height and width [px], as it is shown."""
-        height, width = self.picture.height, self.picture.width * self.pixel_aspect
+        height, width = float(self.picture.height), self.picture.width * self.pixel_aspect
         if self.quarter_turns % 2:
             height, width = width, height
         return round(height), round(width)
@@ -314,10 +326,10 @@ def _frames(file: VideoFile, container: av.container.InputContainer, stream: av.
             tick = picture.dts if picture.pts is None else picture.pts
             if tick is None:
                 continue
-            time = float((tick - (stream.start_time or 0)) * stream.time_base)
+            time = float((tick - (stream.start_time or 0)) * _tick(stream))
             # As long as the file says, or else by its average rate.
             ticks, rate = picture.duration or 0, stream.average_rate or 0
-            seconds = float(ticks * stream.time_base) if ticks > 0 else float(1 / rate) if rate > 0 else 1.0
+            seconds = float(ticks * _tick(stream)) if ticks > 0 else float(1 / rate) if rate > 0 else 1.0
             pixel_aspect = float(stream.sample_aspect_ratio or 1)
             if not 1 / _MAX_ASPECT <= pixel_aspect <= _MAX_ASPECT:
                 raise VideoError(file, f"has pixels that are {pixel_aspect:.3g} times as wide as high")
@@ -346,7 +358,7 @@ def _pictures(
     file: VideoFile, frames: Iterable[_Frame], height: int, width: int
 ) -> Iterator[UInt8[np.ndarray, "h w 3"]]:
     reformatter = VideoReformatter()
-    previous = picture = None
+    previous = None
     for frame in frames:
         if frame is not previous:
             if frame.picture.is_corrupt:

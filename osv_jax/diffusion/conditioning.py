@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable
 
 import flax.struct
@@ -37,8 +38,8 @@ class Conditioning:
 
     def unconditional(self) -> Conditioning:
         """The c_0 of classifier-free guidance: SVD was trained with BOTH image conditions dropped, the ids kept."""
-        return self.replace(
-            image_embedding=jnp.zeros_like(self.image_embedding), image_latents=jnp.zeros_like(self.image_latents)
+        return dataclasses.replace(
+            self, image_embedding=jnp.zeros_like(self.image_embedding), image_latents=jnp.zeros_like(self.image_latents)
         )
 
 
@@ -93,9 +94,9 @@ def clip_pixels(image: Float[Array, "b h w 3"], size: int = 224) -> Float[Array,
     Blur and resize are diffusers' `_resize_with_antialiasing`. Images of any size are taken: an axis of one pixel,
     which PyTorch cannot reflect, is repeated.
     """
-    matrices = (_blurred_resize_matrix(length, size) for length in image.shape[1:3])
+    rows, columns = (_blurred_resize_matrix(length, size) for length in image.shape[1:3])
     # The reference normalises to [0, 1] only after the cubic's overshoot, and does not clip it.
-    return ((apply_per_axis(*matrices, image) + 1) / 2 - _CLIP_MEAN) / _CLIP_STD
+    return ((apply_per_axis(rows, columns, image) + 1) / 2 - _CLIP_MEAN) / _CLIP_STD
 
 
 def _blurred_resize_matrix(length: int, size: int) -> Float[np.ndarray, "size length"]:

@@ -134,5 +134,5 @@ def time_travel(
     return x
 
 
-def _per_clip(sigma: np.float32, x: Float[Array, " b *rest"]) -> Float[np.ndarray, " b"]:
-    return np.full(len(x), sigma, np.float32)
+def _per_clip(sigma: np.float32, x: Float[Array, " b *rest"]) -> Float[Array, " b"]:
+    return jnp.asarray(np.full(len(x), sigma, np.float32))

@@ -16,7 +16,7 @@ from jaxtyping import Array, Float, UInt8
 from osv_jax.data import demo, latents, pixels
 from osv_jax.errors import UserError
 from osv_jax.evaluation.stamps import modified
-from osv_jax.inference.options import Options
+from osv_jax.inference.options import CompleteOptions
 from osv_jax.models.svd_vae import VAEConfig
 from osv_jax.runtime.paths import Path, size_of
 
@@ -34,8 +34,11 @@ class Clips(abc.ABC):
         encoded: whether they are latents, for which `read` needs a VAE.
     """
 
-    skipped: Sequence[tuple[str, str]] = ()
     encoded: bool = False
+
+    @property
+    def skipped(self) -> Sequence[tuple[str, str]]:
+        return ()
 
     @abc.abstractmethod
     def __len__(self) -> int:
@@ -114,7 +117,7 @@ class PackageClips(Clips):
         return self.frames[list(numbers)]
 
 
-def open_clips(name: str, count: int, stride: float, video: Options, vae: VAEConfig, cache: Path) -> Clips:
+def open_clips(name: str, count: int, stride: float, video: CompleteOptions, vae: VAEConfig, cache: Path) -> Clips:
     """Up to `count` clips, evenly spread over what there is.
 
     Args:

@@ -28,8 +28,8 @@ def fvd(
         UserError: they were made in different ways.
     """
     check_made_with("The features of the generated videos", fake, real.made_with)
-    samples = (
+    real_sample, fake_sample = (
         Sample(features.vectors, protocol.weights(len(features.vectors), generated))
         for features, generated in ((real, False), (fake, True))
     )
-    return score(*samples, protocol.unbiased, replicates, seed, progress)
+    return score(real_sample, fake_sample, protocol.unbiased, replicates, seed, progress)

@@ -37,8 +37,9 @@ def generate(plan: Plan) -> None:
         for key, items in itertools.groupby(work, lambda item: item.model):
             model = None  # Before the next is loaded: one UNet is in memory at a time.
             if key is not None:
+                options, (lora, ema) = plan.options, key
                 model = ImageToVideo.load(
-                    plan.options.weights, *key, plan.options.dtype or None, context=plan.options.context, data=plan.data
+                    options.weights, lora, ema, options.dtype or None, context=options.context, data=plan.data
                 )
             for item in items:
                 bar.set_description(item.method.name if item.method else "real")
@@ -93,6 +94,7 @@ def _make(plan: Plan, item: _Item, model: ImageToVideo | None, tools: _Tools) ->
         decode = functools.partial(_decode, model, plan.data, chunk) if model else None
         frames = plan.clips.read(numbers, decode)
         return _measure(plan, frames, frames[:, 0], tools) | {"first": frames[:, 0], "shown": frames[:shown]}
+    assert model is not None, "a method has one"
     first = _needed(plan, None, numbers, "first")
     latents, frames, seconds = _sample(plan, model, method, first, numbers)
     target = latents if method is plan.target else _needed(plan, plan.target, numbers, "latents")

@@ -14,6 +14,7 @@ from jaxtyping import Array, Float, UInt8
 from osv_jax.data.motion import motion as motion  # Generated clips by the measure that training clips are chosen by.
 from osv_jax.errors import UserError
 from osv_jax.models.discriminator import backbone_features
+from osv_jax.models.layers import apply
 from osv_jax.models.lpips import LPIPS, SMALLEST_SIDE
 from osv_jax.objectives.autoencoder import frame_psnr
 from osv_jax.runtime.media import to_float, to_uint8
@@ -102,7 +103,7 @@ def _lpips(
     params: dict[str, Any], frames: UInt8[Array, "f h w 3"], condition: UInt8[Array, "h w 3"]
 ) -> Float[Array, " f"]:
     images = to_float(frames)
-    return LPIPS().apply({"params": params}, images, jnp.broadcast_to(to_float(condition), images.shape))
+    return apply(LPIPS(), {"params": params}, images, jnp.broadcast_to(to_float(condition), images.shape))
 
 
 @functools.partial(jax.jit, static_argnums=(0, 1))

@@ -17,6 +17,7 @@ from osv_jax.convert.architectures import ARCHITECTURES, Config
 from osv_jax.errors import UserError
 from osv_jax.evaluation.protocols import MIN_FRAMES
 from osv_jax.models.i3d import SIDES, I3DConfig
+from osv_jax.models.layers import apply
 from osv_jax.models.videomae import VideoMAEConfig
 from osv_jax.runtime.finite import NotFinite, blame_weights, is_finite
 from osv_jax.runtime.mesh import batch_shardings, make_mesh, replicated
@@ -72,7 +73,7 @@ class FeatureNetwork:
         network = ARCHITECTURES[name].network(config)
 
         def features(params: Mapping[str, Any], clips: Float[Array, "b f s s 3"]) -> Float[Array, "b c"]:
-            return network.apply({"params": params}, clips * scale + offset)
+            return apply(network, {"params": params}, clips * scale + offset)
 
         inputs = jax.ShapeDtypeStruct(clips.shape, clips.dtype, sharding=self._split)
         with matmul_precision(jnp.float32):
@@ -119,5 +120,5 @@ def _fingerprint(config: Config, params: Mapping[str, Any]) -> str:
     digest = hashlib.sha256(repr(config).encode())
     for path, leaf in sorted(flatten_dict(params).items()):
         digest.update(f"{'/'.join(path)} {leaf.shape} {leaf.dtype}".encode())
-        digest.update(np.ascontiguousarray(leaf))
+        digest.update(np.ascontiguousarray(leaf).data)
     return digest.hexdigest()[:16]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import zipfile
 import zlib
+from typing import Any
 
 import numpy as np
 
@@ -17,7 +18,8 @@ Part = dict[str, np.ndarray]
 def save_part(file: Path, part: Part) -> None:
     """Writes what `load_part` reads."""
     with new_file(file) as temporary, temporary.open("wb") as stream:
-        np.savez_compressed(stream, **part)
+        arrays: dict[str, Any] = {**part}
+        np.savez_compressed(stream, **arrays)
 
 
 def load_part(file: Path, *names: str) -> Part | None:

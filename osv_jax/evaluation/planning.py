@@ -18,7 +18,7 @@ from osv_jax.evaluation.networks import check_frames
 from osv_jax.evaluation.options import MethodOptions, TableOptions
 from osv_jax.evaluation.protocols import Protocol
 from osv_jax.evaluation.stamps import fingerprint, stamp
-from osv_jax.inference.options import Options, complete, own_video
+from osv_jax.inference.options import CompleteOptions, Options, complete, own_video
 from osv_jax.inference.pipeline import COMPONENTS, check_devices
 from osv_jax.inference.trained import Trained, is_workdir, read_student
 from osv_jax.models.lpips import SMALLEST_SIDE, load_lpips
@@ -38,14 +38,13 @@ class Method:
 
     Attributes:
         lora: a student, or None: the teacher.
-        video: complete.
         depends_on: what its clips do, beside the first frames.
     """
 
     name: str
     lora: str | None
     ema: bool
-    video: Options
+    video: CompleteOptions
     depends_on: dict[str, Any]
 
 
@@ -80,7 +79,7 @@ class Plan:
     measured_with: dict[str, Any]
 
     @property
-    def video(self) -> Options:
+    def video(self) -> CompleteOptions:
         """Whose size, length and rate all clips have."""
         return self.target.video
 
@@ -185,7 +184,7 @@ def _check_apart(output: Path, videos: str) -> None:
 
 
 def _video_options(options: TableOptions, method: MethodOptions) -> Options:
-    size = {name: getattr(options, name) or None for name in ("height", "width", "num_frames", "fps")}
+    size: dict[str, Any] = {name: getattr(options, name) or None for name in ("height", "width", "num_frames", "fps")}
     same = ("motion_bucket_id", "noise_aug_strength", "decode_chunk_size")
     own = ("sampler", "steps", "min_guidance_scale", "max_guidance_scale")
     return Options(
@@ -203,7 +202,7 @@ def _student_stamp(method: MethodOptions) -> Any:
     return stamp(path / "config.json", path / "checkpoints" / str(checkpoint.latest_step(path)))
 
 
-def _measures(options: TableOptions, video: Options) -> tuple[Protocol | None, int, dict[str, Any]]:
+def _measures(options: TableOptions, video: CompleteOptions) -> tuple[Protocol | None, int, dict[str, Any]]:
     """FVD's protocol and frames, and what all measures depend on."""
     if options.lpips:
         load_lpips()
@@ -217,6 +216,6 @@ def _measures(options: TableOptions, video: Options) -> tuple[Protocol | None, i
     protocol = protocols.PROTOCOLS[options.protocol]
     num_frames = min(protocol.num_frames, video.num_frames)
     check_frames(weights.load_config(options.fvd_weights, protocol.network), num_frames)
-    depends_on = {"protocol": protocol.name, "num_frames": num_frames}
+    depends_on: dict[str, Any] = {"protocol": protocol.name, "num_frames": num_frames}
     depends_on |= {"network": stamp(weights.locate(options.fvd_weights) / protocol.network)}
     return protocol, num_frames, {"lpips": options.lpips, "fvd": depends_on}

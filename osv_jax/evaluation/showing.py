@@ -25,7 +25,8 @@ def shown_clips(plan: Plan, method: Method | None, most: int) -> UInt8[np.ndarra
     found: list[np.ndarray] = []
     for numbers in plan.batches():
         if len(found) < min(most, plan.options.films, len(plan.clips)):
-            found += list((load_part(plan.file(method, numbers), "shown") or {"shown": []})["shown"])
+            part = load_part(plan.file(method, numbers), "shown")
+            found += list(part["shown"]) if part else []
     return np.stack(found[:most])
 
 

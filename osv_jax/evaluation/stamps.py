@@ -4,10 +4,9 @@ from __future__ import annotations
 
 import hashlib
 import json
-import pathlib
 from typing import Any
 
-from osv_jax.runtime.paths import Path, files_below, size_of
+from osv_jax.runtime.paths import Path, files_below, in_bucket, size_of
 
 # Size [bytes] and time of each file, by its name.
 Stamp = dict[str, tuple[int, int]]
@@ -15,8 +14,7 @@ Stamp = dict[str, tuple[int, int]]
 
 def modified(file: Path) -> int:
     """A number that changes with the file; in a bucket, seconds."""
-    stat = file.stat()
-    return stat.st_mtime_ns if isinstance(file, pathlib.Path) else int(stat.mtime)
+    return int(file.stat().mtime) if in_bucket(file) else file.stat().st_mtime_ns
 
 
 def stamp(*sources: Path) -> Stamp:

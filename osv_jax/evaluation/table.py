@@ -56,8 +56,8 @@ def make_rows(plan: Plan, progress: Callable[[Iterable[int]], Iterable[int]] = i
         row: Row = {"name": method.name, "steps": video.steps, "nfe": video.num_evaluations, **_means(part)}
         row |= {"mse_std": float(part["mse"].std()), "seconds": float(np.median(part["seconds"]))}
         if plan.protocol is not None:
-            features = [_features(plan, each) for each in (real, part)]
-            score = fvd(*features, plan.protocol, plan.options.bootstrap, plan.options.seed, progress)
+            of_real, of_made = _features(plan, real), _features(plan, part)
+            score = fvd(of_real, of_made, plan.protocol, plan.options.bootstrap, plan.options.seed, progress)
             row |= {"fvd": score.value, "fvd_low": score.low, "fvd_high": score.high}
         rows.append(row)
     return rows

@@ -43,7 +43,8 @@ def merge_run(
     Raises:
         UserError: if `output` exists, unless it may be overwritten, or the base is missing or does not fit.
     """
-    config, folder = trained.config, base or trained.config.get("weights")
+    config = trained.config
+    folder: Any = base or config.get("weights")
     if not folder and not config.get("random_networks"):
         raise UserError("The run has no weights folder of its own: give the base's with --weights.")
     check_output(output, overwrite, source, *([folder] if folder else []))

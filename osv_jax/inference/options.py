@@ -75,6 +75,17 @@ class Options:
         """Whether the sampler evaluates the network without its condition, too (diffusers' rule)."""
         return self.sampler == "euler" and self.max_guidance_scale > 1
 
+
+@dataclasses.dataclass(frozen=True, kw_only=True)
+class CompleteOptions(Options):
+    """Options that leave nothing to the model; see `complete`."""
+
+    steps: int
+    height: int
+    width: int
+    num_frames: int
+    fps: float
+
     @property
     def num_evaluations(self) -> int:
         """Network evaluations a video (NFE)."""
@@ -92,7 +103,9 @@ def own_video(unet: UNetConfig, stored: Mapping[str, Any], trained: Trained) -> 
     return own | dict(stored) | trained.video
 
 
-def complete(options: Options, own: Mapping[str, Any], downscale: int, num_levels: int, context: int = 1) -> Options:
+def complete(
+    options: Options, own: Mapping[str, Any], downscale: int, num_levels: int, context: int = 1
+) -> CompleteOptions:
     """The options with a model's own values for what is not said.
 
     Args:
@@ -104,20 +117,19 @@ def complete(options: Options, own: Mapping[str, Any], downscale: int, num_level
     Raises:
         UserError: a size that the VAE cannot make, or more steps than the sampler has noise levels.
     """
-    own = {"steps": DEFAULT_STEPS[options.sampler], **own}
-    own = {name: value for name, value in own.items() if getattr(options, name) is None}
-    options = dataclasses.replace(options, **own)
+    said = {name: value for name, value in vars(options).items() if value is not None}
+    made = CompleteOptions(**({"steps": DEFAULT_STEPS[options.sampler], **own} | said))
     for name in ("height", "width"):
-        value = getattr(options, name)
+        value = getattr(made, name)
         if value % downscale:
             raise UserError(f"{name}={value} is not divisible by {downscale}, the VAE's factor: use a multiple of it.")
-    rows = options.height // downscale
+    rows = made.height // downscale
     if rows % context:
         raise UserError(
-            f"context={context} does not divide the {rows} rows of latents of height={options.height}: use a"
+            f"context={context} does not divide the {rows} rows of latents of height={made.height}: use a"
             f" divisor of {rows}, or another height."
         )
-    most = samplers.max_steps(options.sampler, num_levels)
-    if most is not None and options.steps > most:
-        raise UserError(f"steps={options.steps} is too many for {options.sampler}: at most {most}.")
-    return options
+    most = samplers.max_steps(made.sampler, num_levels)
+    if most is not None and made.steps > most:
+        raise UserError(f"steps={made.steps} is too many for {made.sampler}: at most {most}.")
+    return made

@@ -25,7 +25,6 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from osv_jax.codec import Codec
 from osv_jax.convert import weights
-from osv_jax.convert.architectures import Config
 from osv_jax.data.image import ImageLike, read_image
 from osv_jax.data.video import cover
 from osv_jax.diffusion import samplers
@@ -33,9 +32,10 @@ from osv_jax.diffusion.conditioning import Conditioning, added_time_ids
 from osv_jax.diffusion.edm import EDMBackbone
 from osv_jax.diffusion.ode import guided_denoiser
 from osv_jax.errors import UserError
-from osv_jax.inference.options import Options, complete, own_video
+from osv_jax.inference.options import CompleteOptions, Options, complete, own_video
 from osv_jax.inference.trained import Trained, read_student
 from osv_jax.models.clip_vision import CLIPVision
+from osv_jax.models.layers import apply
 from osv_jax.models.svd_unet import SVDUNet
 from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.runtime.finite import blame_weights
@@ -79,7 +79,7 @@ class ImageToVideo:
 
     def __init__(
         self,
-        configs: Mapping[str, Config],
+        configs: Mapping[str, Any],
         params: Mapping[str, Any],
         trained: Trained,
         dtype: Any,
@@ -166,13 +166,13 @@ class ImageToVideo:
         """
         SEED.check("seed", seed)
         SEED.check("number", number)
-        options = self.complete(Options(**options))
-        picture = cover(read_image(image), options.height, options.width)
+        video = self.complete(Options(**options))
+        picture = cover(read_image(image), video.height, video.width)
         key = jax.random.fold_in(jax.random.key(seed), number)
-        latents = self.sample(picture[None], self.noise(key[None], options), options)
-        return self.frames(latents, options.decode_chunk_size)[0]
+        latents = self.sample(picture[None], self.noise(key[None], video), video)
+        return self.frames(latents, video.decode_chunk_size)[0]
 
-    def complete(self, options: Options) -> Options:
+    def complete(self, options: Options) -> CompleteOptions:
         """The options with the model's own values for what is not said.
 
         Raises:
@@ -181,7 +181,7 @@ class ImageToVideo:
         context = self.devices.shape["context"]
         return complete(options, self._video, self.codec.vae.config.downscale, self.num_levels, context)
 
-    def noise(self, keys: Key[Array, " b"], options: Options) -> Noise:
+    def noise(self, keys: Key[Array, " b"], options: CompleteOptions) -> Noise:
         """The random numbers of a batch of videos, drawn in float32, each video's from its own key."""
         factor, channels = self.codec.vae.config.downscale, self.unet.config.out_channels
         latents = (options.num_frames, options.height // factor, options.width // factor, channels)
@@ -193,12 +193,12 @@ class ImageToVideo:
         )
 
     def sample(
-        self, images: UInt8[np.ndarray, "b h w 3"], noise: Noise, options: Options
+        self, images: UInt8[np.ndarray, "b h w 3"], noise: Noise, options: CompleteOptions
     ) -> Float[Array, "b f latent_h latent_w c"]:
         """Latents of videos, scaled, for images that have their size.
 
         Args:
-            options: complete; see `complete`.
+            options: see `complete`.
         """
         pixels = to_float(images)
         strength = jnp.full(len(images), options.noise_aug_strength)
@@ -230,7 +230,7 @@ class ImageToVideo:
         return samplers.time_travel(denoiser, noise.latents, levels(options.steps, self.num_levels), finer)
 
     def decode(
-        self, latents: Float[Array, "b f latent_h latent_w c"], chunk_size: int
+        self, latents: Float[Array | np.ndarray, "b f latent_h latent_w c"], chunk_size: int
     ) -> Float[np.ndarray, "b f h w 3"]:
         """Frames, about in [-1, 1], of scaled latents, `chunk_size` frames at a time (as diffusers does)."""
         chunks = [
@@ -240,7 +240,7 @@ class ImageToVideo:
         return np.concatenate(chunks, axis=1)
 
     def frames(
-        self, latents: Float[Array, "b f latent_h latent_w c"], chunk_size: int
+        self, latents: Float[Array | np.ndarray, "b f latent_h latent_w c"], chunk_size: int
     ) -> UInt8[np.ndarray, "b f h w 3"]:
         """Pixels of scaled latents; see `decode`.
 
@@ -252,7 +252,7 @@ class ImageToVideo:
 
     def _denoise(self, params: Any, x: Array, sigma: Array, cond: Conditioning, guidance: Array | None) -> Array:
         def network(*inputs: Array) -> Array:
-            return self.unet.apply({"params": params}, *inputs)
+            return apply(self.unet, {"params": params}, *inputs)
 
         backbone = EDMBackbone(network, cond, self.boundary)
         return backbone(x, sigma) if guidance is None else guided_denoiser(backbone, guidance)(x, sigma)

@@ -91,15 +91,15 @@ class _Embeddings(nn.Module):
             return parameter(self, name, nn.initializers.normal(0.02), (1, length, channels), self.param_dtype)
 
         patches = _PatchEmbeddings(config, self.dtype, self.param_dtype, name="patch_embeddings")(pixels)
-        n, *grid, _ = patches.shape
+        n, rows, columns, _ = patches.shape
         class_token = tokens("cls_token", 1)
         positions = tokens("position_embeddings", 1 + trained**2)
         class_position, positions = positions[:, :1], positions[:, 1:]
-        if tuple(grid) != (trained, trained):
+        if (rows, columns) != (trained, trained):
             # The two families were trained with different resampling. (The torch hub code also shifts the grid by
             # 0.1 of a cell for the models without registers; transformers, our reference, does not.)
             positions = positions.reshape(1, trained, trained, channels)
-            positions = resize_bicubic(positions, tuple(grid), antialias=config.num_register_tokens > 0)
+            positions = resize_bicubic(positions, (rows, columns), antialias=config.num_register_tokens > 0)
             positions = positions.reshape(1, -1, channels)
         parts = [class_token + class_position, patches.reshape(n, -1, channels) + positions.astype(self.dtype)]
         if config.num_register_tokens:

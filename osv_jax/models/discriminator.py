@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from osv_jax.models.heads import Head, over_frames, over_tracks
-from osv_jax.models.layers import Conv, Dtype, parameter
+from osv_jax.models.layers import Conv, Dtype, apply, parameter
 
 # What each latent channel (rows) of Stable Diffusion contributes to red, green and blue in [-1, 1].
 _LATENT_TO_RGB = np.array(
@@ -103,7 +103,7 @@ class _Upsampler(nn.Module):
 
         params = {"kernel": self.param("kernel", start)}
         params["bias"] = parameter(self, "bias", nn.initializers.zeros, (features,), self.param_dtype)
-        x = Conv(features, (3, 3), dtype=self.dtype, parent=None).apply({"params": params}, latents)
+        x = apply(Conv(features, (3, 3), dtype=self.dtype, parent=None), {"params": params}, latents)
         return pixel_shuffle(x, self.upscale)
 
 
@@ -119,7 +119,7 @@ def init_discriminator(disc: Discriminator, key: PRNGKeyArray, feature_width: in
     """Fresh variables, `params` and `spectral`, for a backbone whose features are `feature_width` wide."""
     latents = jnp.zeros((1, 1, 1, 1, len(_LATENT_TO_RGB)))
     features = (jnp.zeros((1, 1, 1, 1, feature_width)),) * len(disc.blocks)
-    return disc.init(key, latents, features)
+    return dict(disc.init(key, latents, features))
 
 
 def discriminate(
@@ -142,7 +142,7 @@ def discriminate(
         The logits of all heads (`spatial` and `temporal`; positive means real), and the collection `spectral` to
         store: the one passed in unless `update_stats`.
     """
-    pixels = disc.apply(disc_variables, latents, method="pixels")
+    pixels = apply(disc, disc_variables, latents, method="pixels")
     return discriminate_pixels(disc, backbone, disc_variables, backbone_params, pixels, update_stats)
 
 
@@ -157,8 +157,8 @@ def discriminate_pixels(
     """Judges videos in [0, 1] of any size, e.g. decoded ones (the discriminator of ADD); else as `discriminate`."""
     features = backbone_features(backbone, lax.stop_gradient(backbone_params), pixels, disc.blocks)
     if not update_stats:
-        return disc.apply(disc_variables, features, False, method="score"), disc_variables["spectral"]
-    logits, updated = disc.apply(disc_variables, features, True, method="score", mutable=["spectral"])
+        return apply(disc, disc_variables, features, False, method="score"), disc_variables["spectral"]
+    logits, updated = apply(disc, disc_variables, features, True, method="score", mutable=["spectral"])
     return logits, updated["spectral"]
 
 
@@ -174,7 +174,7 @@ def backbone_features(
     pixels = _share_out(pixels)
     images = (pixels.reshape(-1, *pixels.shape[2:]) - _IMAGENET_MEAN) / _IMAGENET_STD
     images = _resize_to_patches(images, backbone.config.patch_size)
-    features = backbone.apply({"params": params}, images, blocks)
+    features = apply(backbone, {"params": params}, images, blocks)
     return tuple(x.reshape(batch, frames, *x.shape[1:]) for x in features)
 
 

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from osv_jax.errors import UserError
-from osv_jax.models.layers import Conv, Dtype, GroupNorm, parameter
+from osv_jax.models.layers import Conv, Dtype, GroupNorm, apply, parameter
 
 _INITIAL_POWER_ITERATIONS = 15
 
@@ -70,7 +70,7 @@ class SpectralConv(nn.Module):
         v = _unit(_matvec(lax.stop_gradient(matrix), u))
         kernel = kernel / (v @ _matvec(matrix, u))
         conv = Conv(self.features, self.window, dtype=self.dtype, parent=None)
-        return conv.apply({"params": {"kernel": kernel, "bias": bias}}, x)
+        return apply(conv, {"params": {"kernel": kernel, "bias": bias}}, x)
 
 
 def _power_iteration(matrix: Float[Array, "k o"], u: Float[Array, " o"]) -> Float[Array, " o"]:

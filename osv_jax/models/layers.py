@@ -7,8 +7,8 @@ holds `a` and `b` for them, so the same module is the teacher (without the colle
 from __future__ import annotations
 
 import functools
-from collections.abc import Sequence
-from typing import Any
+from collections.abc import Mapping, Sequence
+from typing import Any, TypeVar
 
 import flax.linen as nn
 import jax
@@ -22,6 +22,7 @@ Dtype = Any
 ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 REMAT_POLICIES = ("none", "dots", "full")
 
+_Module = TypeVar("_Module", bound=nn.Module)
 # Above this many queries the XLA path works through them in chunks, so that the score matrix never exists whole
 # (9,216 tokens x 14 frames x 5 heads of float32 scores would be 24 GB).
 _QUERY_CHUNK = 1024
@@ -39,13 +40,18 @@ def parameter(
     """
     if not module.has_variable("params", name):
         return module.param(name, init, shape, dtype)
-    value = module.get_variable("params", name)
+    value: Array = module.get_variable("params", name)
     if value.shape != shape:
         raise ValueError(f"{'/'.join(module.path)}/{name} has shape {value.shape}, expected {shape}.")
     return value
 
 
-def rematerialise(module: type[nn.Module], policy: str) -> type[nn.Module]:
+def apply(module: nn.Module, variables: Mapping[str, Any], *inputs: Any, **options: Any) -> Any:
+    """`module.apply`, whose declared type says that it may be the tuple which only `mutable` makes of it."""
+    return module.apply(variables, *inputs, **options)
+
+
+def rematerialise(module: type[_Module], policy: str) -> type[_Module]:
     """The module, with what the backward pass computes again instead of keeping it.
 
     Args:
@@ -81,7 +87,8 @@ class Dense(nn.Module):
         x = x.astype(self.dtype)
         y = x @ kernel.astype(self.dtype)
         if self.has_variable("lora", "a"):
-            a, b = (self.get_variable("lora", leaf) for leaf in ("a", "b"))
+            a: Array = self.get_variable("lora", "a")
+            b: Array = self.get_variable("lora", "b")
             y = _add_lora(y, jnp.matmul(x, a.astype(self.dtype), preferred_element_type=jnp.float32), b)
         if self.use_bias:
             y += parameter(self, "bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
@@ -121,7 +128,8 @@ class Conv(nn.Module):
         x = x.astype(self.dtype)
         y = _convolve(x, kernel.astype(self.dtype), self.strides, padding)
         if self.has_variable("lora", "a"):
-            a, b = (self.get_variable("lora", leaf) for leaf in ("a", "b"))
+            a: Array = self.get_variable("lora", "a")
+            b: Array = self.get_variable("lora", "b")
             y = _add_lora(y, _convolve(x, a.astype(self.dtype), self.strides, padding, jnp.float32), b)
         if self.use_bias:
             y += parameter(self, "bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
@@ -151,7 +159,7 @@ def _convolve(
         y = _convolve(folded, kernel.reshape(window[0], 1, *kernel.shape[-2:]), 1, (padding[0], (0, 0)), dtype)
         return y.reshape(*batch, y.shape[1], height, width, kernel.shape[-1])
     rank = len(window)
-    batch, space = x.shape[: -rank - 1], x.shape[-rank - 1 :]
+    leading, space = x.shape[: -rank - 1], x.shape[-rank - 1 :]
     letters = "HW"[-rank:]
     y = lax.conv_general_dilated(
         x.reshape(-1, *space),
@@ -161,7 +169,7 @@ def _convolve(
         dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
         preferred_element_type=dtype,
     )
-    return y.reshape(*batch, *y.shape[1:])
+    return y.reshape(*leading, *y.shape[1:])
 
 
 class GroupNorm(nn.Module):
@@ -192,7 +200,7 @@ class GroupNorm(nn.Module):
 @functools.partial(jax.jit, static_argnums=0)
 def _normalize(norm: nn.GroupNorm, params: dict[str, Array], x: Array) -> Array:
     """Traced once for all norms of the same shape, of which a UNet has many."""
-    return norm.apply({"params": params}, x)
+    return apply(norm, {"params": params}, x)
 
 
 def layer_norm(name: str, epsilon: float, dtype: Dtype, param_dtype: Dtype) -> nn.LayerNorm:

@@ -42,9 +42,9 @@ def apply_per_axis(
 ) -> Float[Array, "*batch out_h out_w c"]:
     """Multiplies height by `rows` and width by `columns`, in float32."""
     # The default precision of a TPU or of TF32 would round the pixels to 8 or 11 bits.
-    exact = {"precision": lax.Precision.HIGHEST}
-    x = jnp.einsum("ph,...hwc->...pwc", rows.astype(np.float32), x.astype(jnp.float32), **exact)
-    return jnp.einsum("qw,...hwc->...hqc", columns.astype(np.float32), x, **exact)
+    exact = lax.Precision.HIGHEST
+    x = jnp.einsum("ph,...hwc->...pwc", rows.astype(np.float32), x.astype(jnp.float32), precision=exact)
+    return jnp.einsum("qw,...hwc->...hqc", columns.astype(np.float32), x, precision=exact)
 
 
 def bicubic_matrix(

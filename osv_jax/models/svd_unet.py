@@ -181,8 +181,8 @@ class _UpBlock(_Level):
             if self.config.has_attention[self.level]:
                 x = self.transformer(i, x, context)
         if self.level > 0:
-            size = skips[-1].shape[2:4]
-            x = Upsample(name="upsamplers_0", **self.dtypes)(x, size)
+            height, width = skips[-1].shape[2:4]
+            x = Upsample(name="upsamplers_0", **self.dtypes)(x, (height, width))
         return x
 
 

@@ -7,6 +7,7 @@ Reference: diffusers `AutoencoderKLTemporalDecoder`. Both directions work on uns
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -144,11 +145,11 @@ class _Stage(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "*batch h w c"]) -> Float[Array, "*batch h2 w2 channels"]:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        block: Any = SpatialResBlock
+        options: dict[str, Any] = {"num_groups": self.num_groups}
         if self.temporal:
-            block, options = SpatioTemporalResBlock, {"temporal_epsilon": _TEMPORAL_EPSILON, "switch_mix": True}
-        else:
-            block, options = SpatialResBlock, {}
-        options["num_groups"] = self.num_groups
+            block = SpatioTemporalResBlock
+            options |= {"temporal_epsilon": _TEMPORAL_EPSILON, "switch_mix": True}
         block, attention = rematerialise(block, self.remat), rematerialise(_MidAttention, self.remat)
         for i in range(self.num_layers):
             x = block(self.channels, _EPSILON, name=f"resnets_{i}", **options, **dtypes)(x)

@@ -23,7 +23,7 @@ from osv_jax.objectives.consistency import Example
 from osv_jax.objectives.distillation import Distillation, DistillationOptions
 from osv_jax.objectives.judges import Judge, real_and_fake
 from osv_jax.objectives.networks import Params
-from osv_jax.objectives.objective import Draws, Metrics
+from osv_jax.objectives.objective import Draws, Metrics, Optimizers
 from osv_jax.objectives.options import AdversarialOptimizerOptions, setting
 from osv_jax.objectives.players import Player, Student, TrainState, make_optimizer, norms, start
 from osv_jax.runtime.ranges import NOT_NEGATIVE
@@ -55,7 +55,7 @@ class Adversarial(Distillation):
     # The metric of `distance`.
     distance_metric: ClassVar[str] = "loss_huber"
 
-    def __init__(self, networks, options, optimizers=None):
+    def __init__(self, networks: Any, options: AdversarialOptions, optimizers: Optimizers | None = None):
         super().__init__(networks, options, optimizers)
         self.judge = self.make_judge()
 
@@ -220,7 +220,7 @@ def discriminator_loss(
 
 
 def update_discriminator(objective: Adversarial, disc: Player, gradient: Params, stats: Params) -> Player:
-    return disc.update(gradient, objective.optimizers["disc"]).replace(stats=stats)
+    return dataclasses.replace(disc.update(gradient, objective.optimizers["disc"]), stats=stats)
 
 
 def student_gradient(

@@ -8,10 +8,12 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 import optax
 from jaxtyping import Array, Float
 from ml_collections import ConfigDict
 
+from osv_jax.models.layers import apply
 from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Metrics, Objective, register
@@ -79,7 +81,8 @@ class Autoencoder(Objective):
         self, frozen: Params, clips: Mapping[str, Array], key: jax.Array, data: ConfigDict
     ) -> Float[Array, "b f h w 3"]:
         """A random crop of each clip, in [-1, 1]."""
-        return random_crop(to_float(clips["video"]), *data.crop, key)
+        height, width = data.crop
+        return random_crop(to_float(clips["video"]), height, width, key)
 
     def step(self, state: TrainState, frozen: Params, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
         return step(self, state, frozen, batch, key)
@@ -130,9 +133,9 @@ def vae_losses(
         perceptual: a distance of images; its mean over each clip's frames is then returned as `lpips`.
     """
     b, f, *image = video.shape
-    mean, logvar = vae.apply({"params": params}, video.reshape(-1, *image), method="encode")
+    mean, logvar = apply(vae, {"params": params}, video.reshape(-1, *image), method="encode")
     latents = mean + jnp.exp(logvar / 2) * jax.random.normal(key, mean.shape)
-    output = vae.apply({"params": params}, latents.reshape(b, f, *latents.shape[1:]), method="decode")
+    output = apply(vae, {"params": params}, latents.reshape(b, f, *latents.shape[1:]), method="decode")
     output = output.astype(jnp.float32)
     losses = {
         "l1": jnp.abs(output - video).reshape(b, -1).mean(axis=1),
@@ -179,7 +182,9 @@ def without_neighbours(params: Any) -> Any:
     return jax.tree.map(middle, params)
 
 
-def frame_psnr(output: Float[Array, "b f h w 3"], video: Float[Array, "b f h w 3"]) -> Float[Array, "b f"]:
+def frame_psnr(
+    output: Float[Array | np.ndarray, "b f h w 3"], video: Float[Array | np.ndarray, "b f h w 3"]
+) -> Float[Array, "b f"]:
     """Peak signal to noise ratio [dB] of every frame in [-1, 1], the output clipped to that."""
     error = jnp.mean((output.clip(-1, 1) - video) ** 2, axis=(2, 3, 4))
     return 10 * jnp.log10(4 / error)

@@ -113,7 +113,7 @@ class Finetune(Objective):
     def preview_denoiser(self, backbone: EDMBackbone, num_frames: int) -> Denoiser:
         return guided_denoiser(backbone, jnp.linspace(1.0, _MAX_GUIDANCE, num_frames))
 
-    def preview(self, denoiser, noise):
+    def preview(self, denoiser: Denoiser, noise: Array) -> Array:
         return euler(denoiser, noise, euler_levels(_EULER_STEPS))
 
 
@@ -184,7 +184,8 @@ def drop_conditions(cond: Conditioning, uniform: Float[Array, " b"], dropout: Dr
     both = (uniform >= latents_end) & (uniform < latents_end + dropout.both)
     no_embedding = (uniform < embedding_end) | both
     no_latents = ((uniform >= embedding_end) & (uniform < latents_end)) | both
-    return cond.replace(
+    return dataclasses.replace(
+        cond,
         image_embedding=jnp.where(no_embedding[:, None], 0.0, cond.image_embedding),
         image_latents=jnp.where(no_latents[:, None, None, None], 0.0, cond.image_latents),
     )

@@ -16,6 +16,7 @@ from osv_jax.codec import Codec, Params
 from osv_jax.diffusion.edm import discretised_lognormal, network_inputs, per_clip, scalings, sigma_grid
 from osv_jax.models.dinov2 import Dinov2
 from osv_jax.models.discriminator import Discriminator, discriminate, discriminate_pixels, init_discriminator
+from osv_jax.models.layers import apply
 from osv_jax.models.svd_unet import SVDUNet
 from osv_jax.models.unet_heads import UNetHeads
 from osv_jax.objectives.losses import Logits
@@ -76,7 +77,17 @@ class LatentJudge:
     def draw(self, key: jax.Array, shape: Sequence[int]) -> tuple[jax.Array, dict[str, Array]]:
         return key, {}
 
-    def __call__(self, params, stats, frozen, x, sigma, cond, draws, update_stats=False):
+    def __call__(
+        self,
+        params: Params,
+        stats: Params,
+        frozen: Params,
+        x: Array,
+        sigma: Array,
+        cond: Any,
+        draws: dict[str, Array],
+        update_stats: bool = False,
+    ) -> tuple[Logits, Params]:
         variables = {"params": params, "spectral": stats}
         return discriminate(self.discriminator, self.dinov2, variables, frozen["dinov2"], x, update_stats)
 
@@ -87,7 +98,17 @@ class PixelJudge(LatentJudge):
 
     codec: Codec
 
-    def __call__(self, params, stats, frozen, x, sigma, cond, draws, update_stats=False):
+    def __call__(
+        self,
+        params: Params,
+        stats: Params,
+        frozen: Params,
+        x: Array,
+        sigma: Array,
+        cond: Any,
+        draws: dict[str, Array],
+        update_stats: bool = False,
+    ) -> tuple[Logits, Params]:
         variables = {"params": params, "spectral": stats}
         pixels = (self.codec.decode_video(jax.lax.stop_gradient(frozen["vae"]), x) + 1) / 2
         return discriminate_pixels(self.discriminator, self.dinov2, variables, frozen["dinov2"], pixels, update_stats)
@@ -131,15 +152,25 @@ class UNetJudge:
         index = jax.random.choice(level_key, len(levels), (shape[0],), p=probabilities)
         return key, {"judge_index": index, "judge_noise": jax.random.normal(noise_key, shape)}
 
-    def __call__(self, params, stats, frozen, x, sigma, cond, draws, update_stats=False):
+    def __call__(
+        self,
+        params: Params,
+        stats: Params,
+        frozen: Params,
+        x: Array,
+        sigma: Array,
+        cond: Any,
+        draws: dict[str, Array],
+        update_stats: bool = False,
+    ) -> tuple[Logits, Params]:
         level = jnp.asarray(self.levels)[draws["judge_index"]]
         noisy = x + per_clip(level) * draws["judge_noise"]
-        network = functools.partial(self.unet.apply, {"params": jax.lax.stop_gradient(frozen["unet"])})
+        network = functools.partial(apply, self.unet, {"params": jax.lax.stop_gradient(frozen["unet"])})
         features = network(*network_inputs(noisy, level, cond), features=self.blocks)
         inputs = ({"params": params, "spectral": stats}, features, cond.image_embedding, scalings(level).c_noise)
         if not update_stats:
-            return self.heads.apply(*inputs, False), stats
-        logits, updated = self.heads.apply(*inputs, True, mutable=["spectral"])
+            return apply(self.heads, *inputs, False), stats
+        logits, updated = apply(self.heads, *inputs, True, mutable=["spectral"])
         return logits, updated["spectral"]
 
 
@@ -159,7 +190,17 @@ class FramesJudge:
         key, draws = self.judge.draw(key, (clips, self.count, *rest))
         return key, draws | {"first_frame": draw_first_frame(frame_key, clips, frames, self.count)}
 
-    def __call__(self, params, stats, frozen, x, sigma, cond, draws, update_stats=False):
+    def __call__(
+        self,
+        params: Params,
+        stats: Params,
+        frozen: Params,
+        x: Array,
+        sigma: Array,
+        cond: Any,
+        draws: dict[str, Array],
+        update_stats: bool = False,
+    ) -> tuple[Logits, Params]:
         seen = frames_from(x, draws["first_frame"], self.count)
         return self.judge(params, stats, frozen, seen, sigma, cond, draws, update_stats)
 
@@ -192,7 +233,8 @@ def real_and_fake(
 
     # Real and fake side by side for each clip, so that a sharded batch stays where it is.
     pairs = jnp.stack([real, fake], axis=1).reshape(-1, *real.shape[1:])
-    logits, stats = judge(params, stats, frozen, pairs, *twice((sigma, cond, draws)), update_stats=True)
+    sigma, cond, draws = twice((sigma, cond, draws))
+    logits, stats = judge(params, stats, frozen, pairs, sigma, cond, draws, update_stats=True)
     logits = {kind: values.reshape(-1, 2, values.shape[-1]) for kind, values in logits.items()}
     real_logits, fake_logits = ({kind: values[:, i] for kind, values in logits.items()} for i in (0, 1))
     return real_logits, fake_logits, stats

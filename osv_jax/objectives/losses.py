@@ -67,7 +67,7 @@ def r1(logits_of: Callable[[Any], Logits], x: Any) -> Float[Array, " b"]:
         x: real clips, or features of theirs (ADD); trees of arrays with the clips as first axis.
     """
     gradient = jax.grad(lambda x: _join(logits_of(x)).sum())(x)
-    return sum(_sum_of_squares(leaf) for leaf in jax.tree.leaves(gradient))
+    return jnp.asarray(sum(_sum_of_squares(leaf) for leaf in jax.tree.leaves(gradient)))
 
 
 def r1_by_difference(

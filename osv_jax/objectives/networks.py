@@ -14,6 +14,7 @@ from osv_jax.diffusion.edm import Network
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.dinov2 import Dinov2
 from osv_jax.models.discriminator import Discriminator
+from osv_jax.models.layers import apply
 from osv_jax.models.svd_unet import SVDUNet
 from osv_jax.models.svd_vae import SVDVAE
 
@@ -42,7 +43,7 @@ class Networks:
         """The UNet as the function that `diffusion.edm.EDMBackbone` takes."""
 
         def network(sample: Array, c_noise: Array, image_embedding: Array, added_time_ids: Array) -> Array:
-            return self.unet.apply(variables, sample, c_noise, image_embedding, added_time_ids)
+            return apply(self.unet, variables, sample, c_noise, image_embedding, added_time_ids)
 
         return network
 

@@ -22,7 +22,7 @@ import osv_jax.objectives
 from osv_jax.diffusion.edm import SIGMA_MAX, EDMBackbone
 from osv_jax.diffusion.ode import Denoiser
 from osv_jax.errors import UserError
-from osv_jax.objectives.batches import Batch, to_batch
+from osv_jax.objectives.batches import to_batch
 from osv_jax.objectives.networks import Params
 from osv_jax.objectives.players import Player, TrainState
 
@@ -57,7 +57,7 @@ class Objective(abc.ABC):
     """
 
     name: ClassVar[str]
-    Options: ClassVar[type]
+    Options: ClassVar[type[Any]]
     components: ClassVar[tuple[str, ...]] = ("unet", "vae", "image_encoder")
     curves: ClassVar[tuple[str, ...]]
     product: ClassVar[str] = "student"
@@ -95,7 +95,7 @@ class Objective(abc.ABC):
     def step(self, state: TrainState, frozen: Params, batch: Any, key: jax.Array) -> tuple[TrainState, Metrics]:
         """One step of training, to be compiled; all randomness comes from `key`."""
 
-    def batch(self, frozen: Params, clips: Mapping[str, Array], key: jax.Array, data: ConfigDict) -> Batch:
+    def batch(self, frozen: Params, clips: Mapping[str, Array], key: jax.Array, data: ConfigDict) -> Any:
         """What `step` takes, from what `training.clips` gives.
 
         Args:

@@ -10,7 +10,7 @@ import dataclasses
 import numbers
 import typing
 from collections.abc import Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeGuard, TypeVar
 
 from ml_collections import ConfigDict
 
@@ -55,13 +55,13 @@ def from_config(cls: type[T], config: Mapping[str, Any] | ConfigDict, where: str
         UserError: naming the key, its value and what is allowed.
     """
     config = config.to_dict() if isinstance(config, ConfigDict) else config
-    values = {}
+    values: dict[str, Any] = {}
     for field, hint in _fields(cls):
         name = where + field.name
         if field.name not in config:
             raise UserError(f"{name} is missing; the configuration must have it.")
         value = config[field.name]
-        if dataclasses.is_dataclass(hint):
+        if _is_settings(hint):
             values[field.name] = from_config(hint, value, f"{name}.")
         else:
             values[field.name] = _checked(name, value, hint, field.metadata.get("allowed"))
@@ -76,9 +76,9 @@ def check_stored(cls: type, config: Mapping[str, Any], where: str) -> None:
     """
     for field, hint in _fields(cls):
         value = config.get(field.name)
-        if dataclasses.is_dataclass(hint) and isinstance(value, Mapping):
+        if _is_settings(hint) and isinstance(value, Mapping):
             check_stored(hint, value, f"{where}{field.name}.")
-        elif field.name in config and not dataclasses.is_dataclass(hint):
+        elif field.name in config and not _is_settings(hint):
             _checked(where + field.name, value, hint, field.metadata.get("allowed"))
 
 
@@ -90,6 +90,10 @@ def to_config(cls: type) -> dict[str, Any]:
 def _fields(cls: type) -> list[tuple[dataclasses.Field, Any]]:
     hints = typing.get_type_hints(cls)
     return [(field, hints[field.name]) for field in dataclasses.fields(cls)]
+
+
+def _is_settings(hint: Any) -> TypeGuard[type]:
+    return dataclasses.is_dataclass(hint)
 
 
 def _checked(name: str, value: Any, hint: Any, allowed: Range | Sequence[Any] | None) -> Any:

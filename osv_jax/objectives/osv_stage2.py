@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import jax
 
@@ -30,7 +31,7 @@ class Stage2(OSV):
     Options = Stage2Options
 
     @classmethod
-    def check(cls, options: Stage2Options, num_frames: int) -> None:
+    def check(cls, options: Any, num_frames: int) -> None:
         super().check(options, num_frames)
         consistency.check(options)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -9,7 +10,7 @@ import jax
 import jax.numpy as jnp
 import optax
 from flax import struct
-from flax.traverse_util import flatten_dict, path_aware_map, unflatten_dict
+from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
 
 from osv_jax.models import groups, lora
@@ -38,8 +39,11 @@ class Player:
         """One step of the optimizer, and of the EMA where there is one."""
         updates, opt_state = optimizer.update(gradient, self.opt_state, self.params)
         params = optax.apply_updates(self.params, updates)
-        ema = None if self.ema is None else update_ema(self.ema, params, ema_decay)
-        return self.replace(params=params, opt_state=opt_state, ema=ema)
+        ema = self.ema
+        if ema is not None:
+            assert ema_decay is not None, "a player with an EMA needs its decay"
+            ema = update_ema(ema, params, ema_decay)
+        return dataclasses.replace(self, params=params, opt_state=opt_state, ema=ema)
 
 
 def start(params: Any, optimizer: optax.GradientTransformation, stats: Any = None, ema: bool = False) -> Player:
@@ -104,8 +108,8 @@ def init_student(
 
 def student_groups(student: Student) -> Student:
     """The student's tree with each parameter's group (of `models.groups.TRAINABLE`) in its place."""
-    tuned = path_aware_map(lambda path, _: groups.group_of(path), student.tuned) if student.tuned else {}
-    return Student(lora=jax.tree.map(lambda _: "lora", student.lora), tuned=tuned)
+    tuned = {path: groups.group_of(path) for path in flatten_dict(student.tuned)}
+    return Student(lora=jax.tree.map(lambda _: "lora", student.lora), tuned=unflatten_dict(tuned))
 
 
 def make_optimizer(options: OptimizerOptions, learning_rate: float | None = None) -> optax.GradientTransformation:

@@ -7,7 +7,7 @@ from Eq. 8 and 11, whose discriminator is negative for real clips: here, as ever
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -84,7 +84,8 @@ class SFVOptions(AdversarialOptions):
         r1: the penalty.
     """
 
-    optimizer: SM3Options = dataclasses.field(default_factory=SM3Options)
+    # Not Adam: what reads it, `make_optimizers`, is replaced, too.
+    optimizer: SM3Options = dataclasses.field(default_factory=SM3Options)  # type: ignore[assignment]
     trainable: tuple[str, ...] = setting(("all",), groups.TRAINABLE)
     num_levels: int = setting(4, Range(2, 10_000, whole=True))
     adversarial_weight: float = setting(1.0, NOT_NEGATIVE)
@@ -174,7 +175,7 @@ def penalty(
     options = objective.options.r1
     if not options.weight:
         return 0.0, {}
-    judge = objective.judge
+    judge: Any = objective.judge
     if options.kind == "exact":
         # The fused kernels have no second derivative.
         judge = dataclasses.replace(judge, unet=judge.unet.clone(attention="xla"))

@@ -9,6 +9,7 @@ import re
 import tempfile
 from collections.abc import Callable
 from multiprocessing.connection import Connection
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -27,7 +28,7 @@ from osv_jax.training.config import Phase
 # On CPU: XLA's default order of operations favours concurrency and holds the float32 copies of all bfloat16 weights at
 # once; and code that is built fast, without the pass that splits the sum over a parameter in two, takes a fraction of
 # the time of compilation.
-CPU_OPTIONS = {
+CPU_OPTIONS: dict[str, Any] = {
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,

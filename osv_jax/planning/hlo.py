@@ -6,6 +6,7 @@ import dataclasses
 import pathlib
 import re
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -53,13 +54,18 @@ def operations(jaxpr: Jaxpr) -> float:
             inner *= np.prod(equation.params["grid_mapping"].grid)
         elif equation.primitive.name == "dot_general":
             (contracted, _), _ = equation.params["dimension_numbers"]
-            left = equation.invars[0].aval.shape
-            inner = 2.0 * equation.outvars[0].aval.size * np.prod([left[axis] for axis in contracted])
+            left = _array(equation.invars[0]).shape
+            inner = 2.0 * _array(equation.outvars[0]).size * np.prod([left[axis] for axis in contracted])
         elif equation.primitive.name == "conv_general_dilated":
-            kernel, numbers = equation.invars[1].aval.shape, equation.params["dimension_numbers"]
-            inner = 2.0 * equation.outvars[0].aval.size * np.prod(kernel) / kernel[numbers.rhs_spec[0]]
+            kernel, numbers = _array(equation.invars[1]).shape, equation.params["dimension_numbers"]
+            inner = 2.0 * _array(equation.outvars[0]).size * np.prod(kernel) / kernel[numbers.rhs_spec[0]]
         total += inner
     return total
+
+
+def _array(variable: Any) -> Any:
+    """Shape and size of a variable, which not all that JAX declares to stand there have."""
+    return variable.aval
 
 
 def analyse(compiled: jax.stages.Compiled, flops: float) -> Plan:
@@ -68,10 +74,11 @@ def analyse(compiled: jax.stages.Compiled, flops: float) -> Plan:
     Args:
         flops: of one device.
     """
-    memory = compiled.memory_analysis()
+    memory, program = compiled.memory_analysis(), compiled.as_text()
+    assert memory is not None and program is not None, "the compiler tells nothing about its program"
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes, results
-    return Plan(*sizes, flops, collectives_of(compiled.as_text()))
+    return Plan(*sizes, flops, collectives_of(program))
 
 
 def collectives_of(program: str) -> dict[str, tuple[int, float]]:

@@ -17,11 +17,12 @@ import numpy as np
 from jaxtyping import UInt8
 
 from osv_jax.data.cutting import Clip, Cutting, Task
+from osv_jax.data.folder import Skipped
 from osv_jax.data.latents import serialize
 from osv_jax.preparation import shards
 from osv_jax.preparation.decoding import Decoder
 from osv_jax.preparation.shards import Chunk, Progress
-from osv_jax.preparation.sources import Skipped, SourceVideo
+from osv_jax.preparation.sources import SourceVideo
 from osv_jax.runtime.paths import Path
 
 # (clips, [(name of the video, number of the clip)]) -> arrays of `latents.Schema`, for all clips.
@@ -137,14 +138,14 @@ def encode_batches(
         start = time.perf_counter()
         tally.started = tally.started or start
         names = [(video.name, clip.number) for video, clip in batch.clips]
-        encoded = encode(np.stack([clip.frames for _, clip in batch.clips]), names)
+        encoded = encode(np.stack([clip.frames for _, clip in batch.clips if clip.frames is not None]), names)
         tally.encoding += time.perf_counter() - start
         return encoded
 
     def commit(batch: Batch, encoded: Mapping[str, np.ndarray]) -> None:
         records = []
         for i, (video, clip) in enumerate(batch.clips):
-            known = {"caption": video.caption, "source": video.name}
+            known: dict[str, Any] = {"caption": video.caption, "source": video.name}
             known |= {"fps": fps, "clip_start": clip.start, "motion": clip.motion}
             records.append(serialize(features, known | {name: value[i] for name, value in encoded.items()}))
         motions = [clip.motion for _, clip in batch.clips]

@@ -70,7 +70,7 @@ def read_openvid(
             if reason:
                 skipped.append((source, reason))
                 rejected.add(key)
-            else:
+            elif row:
                 location = Location(files, index)
                 videos[key] = SourceVideo(source, location, member.file_size, row.caption)
     found = videos.keys() | rejected

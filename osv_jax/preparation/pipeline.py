@@ -212,7 +212,7 @@ def _fingerprint(folder: str, config: ConfigDict | None) -> str:
     """Of what the networks are; weights may lie elsewhere the next time."""
     stored = _stored(config)
     texts = [(weights.locate(folder) / name / "config.json").read_text() for name in stored]
-    if len(stored) < len(_COMPONENTS):
+    if config is not None and len(stored) < len(_COMPONENTS):
         texts.append(json.dumps(config.random_networks.to_dict(), sort_keys=True))
     return hashlib.sha256(" ".join(texts).encode()).hexdigest()[:16]
 
@@ -224,7 +224,7 @@ def _encoder(
     options = {"dtype": dtype, "param_dtype": dtype}
     codec = Codec(SVDVAE(networks["vae"], **options), CLIPVision(networks["image_encoder"], **options))
     stored = _stored(config)
-    params = {name: weights.load_params(folder, name, dtype=dtype) for name in stored}
+    params: dict[str, Any] = {name: weights.load_params(folder, name, dtype=dtype) for name in stored}
     params |= random_frozen({name: networks[name] for name in _COMPONENTS if name not in stored}, dtype)
     height, width = settings["height"], settings["width"]
     schema = latents.Schema(

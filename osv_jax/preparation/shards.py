@@ -23,9 +23,10 @@ from typing import Any
 from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
 
 from osv_jax.data import latents
+from osv_jax.data.folder import Skipped
 from osv_jax.data.latents import Schema
 from osv_jax.errors import UserError
-from osv_jax.preparation.sources import Skipped, Source, SourceVideo
+from osv_jax.preparation.sources import Source, SourceVideo
 from osv_jax.runtime import paths
 from osv_jax.runtime.paths import Path, in_bucket, write_text
 
@@ -61,7 +62,7 @@ class Progress:
 
 def chunks_of(source: Source, videos_per_chunk: int) -> list[Chunk]:
     """The same for every machine; chunk i is done by shard i % n of n."""
-    chunks = []
+    chunks: list[Chunk] = []
     for split, videos in source.splits.items():
         for start in range(0, len(videos), videos_per_chunk):
             chunks.append(Chunk(len(chunks), split, tuple(videos[start : start + videos_per_chunk])))
@@ -137,7 +138,8 @@ def progress_of(output: Path, chunk: int) -> Progress:
     if not numbers:
         return Progress()
     header = _read_header(folder / f"{numbers[-1]:06d}.array_record")
-    return Progress(len(numbers), *header["next"], header["complete"])
+    video, clip = header["next"]
+    return Progress(len(numbers), video, clip, header["complete"])
 
 
 def resume(output: Path, chunks: Sequence[Chunk]) -> dict[int, Progress]:

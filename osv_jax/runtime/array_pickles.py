@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 import numpy as np
+from numpy._core.multiarray import _reconstruct
 
 
 def read_arrays(data: bytes) -> Mapping[str, Any]:
@@ -31,5 +32,5 @@ class _ArrayUnpickler(pickle.Unpickler):
             return getattr(np, name)
         # Its home has moved since the files were written.
         if name == "_reconstruct" and module in ("numpy.core.multiarray", "numpy._core.multiarray"):
-            return np._core.multiarray._reconstruct
+            return _reconstruct
         raise pickle.UnpicklingError(f"{module}.{name} is not a NumPy array")

@@ -81,9 +81,11 @@ def without_interrupts() -> Iterator[None]:
 
 def end_with_parent() -> None:
     """To be called in a worker process, which would wait for work for ever if its parent were killed."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "this is no worker process"
 
     def wait() -> None:
-        multiprocessing.parent_process().join()
+        parent.join()
         os._exit(1)
 
     threading.Thread(target=wait, daemon=True).start()
@@ -152,10 +154,11 @@ def _refusal(error: BaseException) -> str | None:
 
 def _causes(error: BaseException) -> Iterator[BaseException]:
     """An exception, those that it was raised from or while handling, and those of a group."""
-    seen, waiting = set(), [error]
+    seen: set[int] = set()
+    waiting: list[BaseException | None] = [error]
     while waiting:
-        error = waiting.pop()
-        if error is not None and id(error) not in seen:
-            seen.add(id(error))
-            waiting += [error.__context__, error.__cause__, *getattr(error, "exceptions", ())]
-            yield error
+        found = waiting.pop()
+        if found is not None and id(found) not in seen:
+            seen.add(id(found))
+            waiting += [found.__context__, found.__cause__, *getattr(found, "exceptions", ())]
+            yield found

@@ -10,6 +10,7 @@ import os
 import pathlib
 import textwrap
 from collections.abc import Mapping
+from typing import TypeVar
 
 import av
 import numpy as np
@@ -22,6 +23,8 @@ from osv_jax.runtime import paths
 from osv_jax.runtime.finite import NotFinite, is_finite
 from osv_jax.runtime.paths import Path, as_path
 
+_AnyArray = TypeVar("_AnyArray", Array, np.ndarray)
+_Font = ImageFont.FreeTypeFont | ImageFont.ImageFont
 _MIN_FRAME_WIDTH = 96
 # Of a video with labels, and letters of a label that fit beside each other.
 _MIN_COLUMN_WIDTH, _LABEL_LETTERS = 160, 22
@@ -33,12 +36,12 @@ _BT709 = 1
 _GIF_MAX_FPS = 50
 
 
-def to_float(frames: UInt8[Array, "*batch h w 3"]) -> Float[Array, "*batch h w 3"]:
+def to_float(frames: UInt8[_AnyArray, "*batch h w 3"]) -> Float[_AnyArray, "*batch h w 3"]:
     """Pixels as frames in [-1, 1], of NumPy or of JAX as they come."""
     return frames.astype(np.float32) / 127.5 - 1
 
 
-def to_uint8(frames: Float[Array, "*batch h w 3"]) -> UInt8[np.ndarray, "*batch h w 3"]:
+def to_uint8(frames: Float[Array | np.ndarray, "*batch h w 3"]) -> UInt8[np.ndarray, "*batch h w 3"]:
     """Frames in [-1, 1] (clipped to it) as pixels.
 
     Raises:
@@ -74,7 +77,9 @@ def sample_grid(
     return np.asarray(grid)
 
 
-def _strip(label: str, frames: np.ndarray, max_frames: int, font: ImageFont.FreeTypeFont) -> Image.Image:
+def _strip(
+    label: str, frames: np.ndarray, max_frames: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont
+) -> Image.Image:
     is_video = frames.ndim == 4
     frames = frames if is_video else frames[None]
     chosen = np.unique(np.linspace(0, len(frames) - 1, min(len(frames), max_frames)).round().astype(int))

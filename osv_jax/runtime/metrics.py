@@ -141,7 +141,7 @@ class _Board:
         self._file.write(self._event(wall_time=time.time(), step=step, **content).SerializeToString())
 
 
-def read_metrics(jsonl: str | os.PathLike) -> list[dict[str, float | None]]:
+def read_metrics(jsonl: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`, without an incomplete last one.
 
     Raises:

@@ -18,13 +18,14 @@ import stat
 import tempfile
 import uuid
 from collections.abc import Iterator
+from typing import TypeAlias, TypeGuard
 
 import fsspec
 from etils import epath
 
 from osv_jax.errors import UserError
 
-Path = pathlib.Path | epath.Path
+Path: TypeAlias = pathlib.Path | epath.Path
 # The one kind of bucket that all that read and write here know: Orbax, TensorStore and ArrayRecord have no other.
 _SCHEME = "gs://"
 # epath would go through TensorFlow wherever that happens to be installed.
@@ -101,7 +102,7 @@ def user_cache(name: str) -> pathlib.Path | None:
     return None
 
 
-def in_bucket(path: str | os.PathLike) -> bool:
+def in_bucket(path: str | os.PathLike) -> TypeGuard[epath.Path]:
     """Whether a path is in a bucket."""
     return os.fspath(path).startswith(_SCHEME)
 
@@ -113,8 +114,7 @@ def absolute(path: Path) -> Path:
 
 def size_of(file: Path) -> int:
     """Of a file [bytes]."""
-    found = file.stat()
-    return found.length if isinstance(file, epath.Path) else found.st_size
+    return file.stat().length if isinstance(file, epath.Path) else file.stat().st_size
 
 
 def files_below(folder: Path) -> dict[str, int]:

@@ -31,13 +31,16 @@ class Range:
 
     def __contains__(self, value: object) -> bool:
         kind = numbers.Integral if self.whole else numbers.Real
-        # Compared, because `math.isfinite` fails for the largest integers.
-        if not isinstance(value, kind) or isinstance(value, bool) or not -math.inf < value < math.inf:
+        if isinstance(value, bool) or not isinstance(value, kind):
             return False
-        if value == self.also:
+        number: Any = value  # `numbers` does not say that they compare to floats.
+        # Compared, because `math.isfinite` fails for the largest integers.
+        if not -math.inf < number < math.inf:
+            return False
+        if number == self.also:
             return True
-        above = self.low < value if self.above_low else self.low <= value
-        below = value < self.high if self.below_high else value <= self.high
+        above = self.low < number if self.above_low else self.low <= number
+        below = number < self.high if self.below_high else number <= self.high
         return bool(above and below)  # NumPy's numbers compare to NumPy's.
 
     def __str__(self) -> str:

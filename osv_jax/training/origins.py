@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from collections.abc import Mapping
 from typing import Any
@@ -35,6 +36,7 @@ def start_from(workdir: Path, state: TrainState, objective: Objective) -> TrainS
         UserError: when the checkpoint does not fit, saying what differs, or is not finite.
     """
     step = checkpoint.latest_step(workdir)
+    assert step is not None, "`check_origin` has found a checkpoint"
     stored = checkpoint.stored_shapes(workdir, step).get("players", {})
     student = state.players["student"].params
     own, tuned = flatten_dict(student.lora), flatten_dict(student.tuned)
@@ -59,10 +61,9 @@ def start_from(workdir: Path, state: TrainState, objective: Objective) -> TrainS
     check_finite(parts, f"The checkpoint of step {step} in {workdir}")
     own |= flatten_dict(parts["student"]["params"].get("lora", {}))
     tuned |= flatten_dict(parts["student"]["params"].get("tuned", {}))
-    players = {name: state.players[name].replace(**part) for name, part in parts.items()}
-    players["student"] = players["student"].replace(
-        params=Student(lora=unflatten_dict(own), tuned=unflatten_dict(tuned))
-    )
+    players = {name: dataclasses.replace(state.players[name], **part) for name, part in parts.items()}
+    students = Student(lora=unflatten_dict(own), tuned=unflatten_dict(tuned))
+    players["student"] = dataclasses.replace(players["student"], params=students)
     return _begin(state, players, objective)
 
 
@@ -122,8 +123,8 @@ def start_from_lora(given: Params, config: ConfigDict, state: TrainState, object
     scaled = lora.scale_lora(given, config.lora.rank / config.lora.alpha)
     player = state.players["student"]
     own = flatten_dict(player.params.lora) | flatten_dict(scaled)
-    student = player.replace(params=player.params.replace(lora=unflatten_dict(own)))
-    return _begin(state, {"student": student}, objective)
+    params = dataclasses.replace(player.params, lora=unflatten_dict(own))
+    return _begin(state, {"student": dataclasses.replace(player, params=params)}, objective)
 
 
 def check_origin(workdir: Path, config: ConfigDict) -> None:

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import functools
 from collections.abc import Mapping
+from typing import Any
 
 import jax
 import numpy as np
@@ -20,7 +21,7 @@ from osv_jax.training.loop import Picture
 
 
 def make_picture(
-    config: ConfigDict, objective: Objective, example: Mapping[str, np.ndarray], devices: jax.sharding.Mesh
+    config: ConfigDict, objective: Objective, example: Mapping[str, Any], devices: jax.sharding.Mesh
 ) -> Picture:
     """A picture of a clip, the frame the sample starts from, and the objective's `preview`.
 

@@ -10,7 +10,7 @@ import jax.numpy as jnp
 from ml_collections import ConfigDict
 
 from osv_jax.convert import weights
-from osv_jax.convert.architectures import TRAINING, Config
+from osv_jax.convert.architectures import TRAINING
 from osv_jax.errors import UserError
 from osv_jax.models import groups
 from osv_jax.objectives.networks import Networks, Params, build_networks
@@ -65,7 +65,7 @@ def networks_of(config: ConfigDict) -> Networks:
         UserError: on missing weights, or a discriminator block that DINOv2 does not have.
     """
     architectures = architectures_of(config)
-    blocks = ()
+    blocks: tuple[int, ...] = ()
     if "dinov2" in architectures:
         blocks, depth = tuple(config.discriminator_blocks), architectures["dinov2"].num_hidden_layers
         if not all(0 <= block < depth for block in blocks):
@@ -82,7 +82,7 @@ def networks_of(config: ConfigDict) -> Networks:
     )
 
 
-def architectures_of(config: ConfigDict) -> dict[str, Config]:
+def architectures_of(config: ConfigDict) -> dict[str, Any]:
     """The architectures of the networks that the objective needs: of the weights, or in the configuration.
 
     Raises:
@@ -91,7 +91,7 @@ def architectures_of(config: ConfigDict) -> dict[str, Config]:
     return {name: _architecture_of(config, name) for name in find(config.objective).components}
 
 
-def _architecture_of(config: ConfigDict, name: str) -> Config:
+def _architecture_of(config: ConfigDict, name: str) -> Any:
     if name in random_components(config):
         return random_architecture(config.random_networks.to_dict(), name)
     return weights.load_config(config.weights, name)
