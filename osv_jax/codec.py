@@ -20,6 +20,14 @@ from osv_jax.runtime.media import to_float
 Params = Mapping[str, Any]
 
 
+def parameter_dtype(network: str, dtype: Any) -> jnp.dtype:
+    """What a network's parameters are held in where the networks compute in `dtype`.
+
+    The VAE's are float32, because its encoder computes in float32: rounded before, they would change all latents.
+    """
+    return jnp.dtype(jnp.float32 if network == "vae" else dtype)
+
+
 @dataclasses.dataclass(frozen=True)
 class Codec:
     """Between pixels and what the UNet sees; results are float32.
@@ -33,15 +41,20 @@ class Codec:
 
     def embed_image(self, clip_params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b c"]:
         """CLIP embeddings of images in [-1, 1] of any size."""
-        return self._clip(clip_params, clip_pixels(images, self.image_encoder.config.image_size))
+        return self.embed_pixels(clip_params, self.clip_pixels(images))
 
-    def _clip(self, clip_params: Params, pixels: Float[Array, "b size size 3"]) -> Float[Array, "b c"]:
+    def clip_pixels(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b size size 3"]:
+        """What CLIP takes of images in [-1, 1]: the whole of them, at its own size; see `conditioning.clip_pixels`."""
+        return clip_pixels(images, self.image_encoder.config.image_size)
+
+    def embed_pixels(self, clip_params: Params, pixels: Float[Array, "b size size 3"]) -> Float[Array, "b c"]:
+        """CLIP embeddings of what `clip_pixels` makes."""
         return apply(self.image_encoder, {"params": clip_params}, pixels).astype(jnp.float32)
 
     def encode_mode(self, vae_params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b latent_h latent_w c"]:
         """The mode of the posterior of images in [-1, 1], NOT scaled: what SVD is conditioned on."""
         mean, _ = apply(self.vae, {"params": vae_params}, images, method="encode")
-        return mean.astype(jnp.float32)
+        return mean
 
     def encode_video(
         self, vae_params: Params, video: Float[Array, "b f h w 3"] | UInt8[Array, "b f h w 3"]
@@ -80,7 +93,7 @@ class Codec:
             image, noise, noise_aug_strength, fps, motion_bucket_id: see there.
         """
         return condition_on_image(
-            functools.partial(self._clip, params["image_encoder"]),
+            functools.partial(self.embed_pixels, params["image_encoder"]),
             functools.partial(self.encode_mode, params["vae"]),
             image,
             noise,

@@ -75,7 +75,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--batch_size", type=COUNT, default=8, help="clips encoded at a time, over all devices (default %(default)s)")
     add("--videos_per_file", type=COUNT, default=256, help="videos whose clips share a file (default %(default)s)")
-    add("--dtype", choices=("float32", "bfloat16"), help="of the networks (default: float32 on a CPU, else bfloat16)")
+    add("--dtype", choices=("float32", "bfloat16"), help="of CLIP (default: float32 on a CPU, else bfloat16)")
     return parser
 
 

@@ -1,8 +1,9 @@
 """Makes videos of images: `python -m osv_jax.sample --image=cat.png --output=cat.mp4 --weights=weights/svd`.
 
-An image of any size is scaled to cover the video's height and width and cropped at the centre. --output is a name
-ending in .mp4 or .gif, or else a folder, which receives PNG pictures; {name} in it stands for the image's name, and
-several images need it or a folder. All images share the compiled programs; each has noise of its own from --seed.
+An image of any size is scaled to cover the video's height and width and cropped at the centre; CLIP sees all of it.
+--output is a name ending in .mp4 or .gif, or else a folder, which receives PNG pictures; {name} in it stands for the
+image's name, and several images need it or a folder. All images share the compiled programs; each has noise of its own
+from --seed.
 """
 
 from __future__ import annotations
@@ -16,11 +17,10 @@ import time
 import jax
 
 from osv_jax.data.image import EXTENSIONS, read_image
-from osv_jax.data.video import cover
 from osv_jax.diffusion.samplers import SAMPLERS
 from osv_jax.errors import UserError
 from osv_jax.inference.options import Options
-from osv_jax.inference.pipeline import DTYPES, ImageToVideo
+from osv_jax.inference.pipeline import DECODE_DTYPES, DTYPES, ImageToVideo
 from osv_jax.runtime import arguments, command_line, ending, paths
 from osv_jax.runtime.media import check_rate, write_pictures, write_video
 from osv_jax.runtime.paths import Path, as_path
@@ -44,7 +44,9 @@ def main(given: list[str] | None = None) -> None:
     for path in images:
         read_image(path)
     outputs = plan_outputs(images, args.output)
-    model = ImageToVideo.load(args.weights, args.lora, args.ema, args.dtype, context=args.context)
+    model = ImageToVideo.load(
+        args.weights, args.lora, args.ema, args.dtype, context=args.context, decode_dtype=args.decode_dtype
+    )
     options = model.complete(chosen)
     check_rate(args.output, options.fps)
     if model.notice:
@@ -64,9 +66,8 @@ def main(given: list[str] | None = None) -> None:
         heading = f"[{i + 1}/{len(images)}] {image.name}"
         model.on_part = functools.partial(_show_part, heading)
         before, start = dict(model.seconds), time.perf_counter()
-        picture = cover(read_image(image), options.height, options.width)
         noise = model.noise(jax.random.fold_in(jax.random.key(args.seed), i)[None], options)
-        frames = model.frames(model.sample(picture[None], noise, options), options.decode_chunk_size)[0]
+        frames = model.frames(model.sample(read_image(image)[None], noise, options), options.decode_chunk_size)[0]
         model.on_part("write")
         writing = time.perf_counter()
         if _is_video(args.output):
@@ -172,6 +173,7 @@ def _parser() -> argparse.ArgumentParser:
         default=7,
         help="frames decoded at a time; fewer take less memory (%(default)s)",
     )
+    add("--decode_dtype", choices=DECODE_DTYPES, help="of the VAE's decoder (default: --dtype)")
     add_video_options(parser)
     return parser
 

@@ -92,6 +92,17 @@ def test_a_clip_does_not_depend_on_its_batch(encoder, clips):
         np.testing.assert_array_equal(many[name][:1], value)
 
 
+def test_clip_alone_is_computed_in_bfloat16(checkpoint, encoder, clips):
+    _, networks = preparation._networks(argparse.Namespace(weights=checkpoint[1]), None)
+    settings = {**SIZE, "num_augmented": 2, "batch_size": 8, "dtype": "bfloat16"}
+    half = preparation._encoder(checkpoint[1], None, networks, settings)
+    keys = np.stack([noise_key(0, "a.mp4", number) for number in range(len(clips))])
+    exact, rounded = encoder(clips, keys), half(clips, keys)
+    for name in ("latents", "image_latents"):
+        np.testing.assert_array_equal(rounded[name], exact[name])
+    assert 1e-4 < relative_error(rounded["image_embedding"], exact["image_embedding"]) < 0.05
+
+
 def test_latents_that_are_not_finite_are_not_stored(encoder, clips):
     params = flatten_dict(encoder.params)
     name = ("vae", "quant_conv", "bias")

@@ -64,6 +64,18 @@ def test_train_vae(dtype, expected, monkeypatch, tmp_path):
     assert traced.value.args == (expected,)
 
 
+def test_the_vae_of_a_run_is_held_in_float32(dtype, expected):
+    config = micro_stage1.get_config()
+    config.dtype = dtype
+    networks = setup.networks_of(config)
+    frozen = setup.load_frozen(config, networks, tiny.one_device_mesh())
+    held = {name: {str(leaf.dtype) for leaf in jax.tree.leaves(tree)} for name, tree in frozen.items()}
+    assert held.pop("vae") == {"float32"} and set().union(*held.values()) == {dtype}
+    # As it is planned.
+    planned = jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, leaf.dtype), frozen)
+    assert planned == setup.frozen_shapes(config, networks)
+
+
 def test_sample_and_compare(dtype, expected, monkeypatch):
     monkeypatch.setattr(pipeline, "_PROGRAMS", {})
     monkeypatch.setattr(Codec, "decode_video", stop)

@@ -111,6 +111,15 @@ def test_a_finished_dataset_is_left_alone(whole, openvid, capsys):
         run(f"openvid:{openvid}", whole, "--max_clips=1")
 
 
+def test_what_was_begun_with_an_encoder_in_half_precision_is_not_continued_in_float32(whole, openvid, tmp_path):
+    plan = json.loads((whole / "plan.json").read_text())
+    assert plan.pop("vae_dtype") == "float32"
+    (tmp_path / "begun").mkdir()
+    (tmp_path / "begun" / "plan.json").write_text(json.dumps(plan))
+    with pytest.raises(UserError, match=r"vae_dtype \(was None, is 'float32'\)"):
+        run(f"openvid:{openvid}", tmp_path / "begun")
+
+
 def test_shards_merge_to_the_same_dataset(whole, openvid, tmp_path, capsys):
     parts = [run(f"openvid:{openvid}", tmp_path / f"part{i}", f"--shard={i}/2") for i in range(2)]
     sources = [{r["source"] for r in read_all(part)} for part in parts]

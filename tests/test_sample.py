@@ -135,6 +135,55 @@ def test_euler_is_the_pipeline_of_diffusers(reference, model, picture):
     assert np.abs(to_uint8(ours) - (255 * finished).round()).max() <= 1
 
 
+def test_clip_sees_the_whole_image_as_in_diffusers_and_the_vae_what_covers_the_video(reference, model, monkeypatch):
+    """Of images of two other shapes, for which no other program is compiled."""
+    monkeypatch.setattr(pipeline, "_PROGRAMS", {})
+    watched, seen = copy.copy(model), {}
+
+    class Enough(Exception):
+        pass
+
+    def run(part, *arguments, progress=""):
+        if part == "UNet":
+            raise Enough
+        seen[part] = model._run(part, *arguments)
+        return seen[part]
+
+    watched._run = run
+    options = model.complete(Options(height=HEIGHT, width=WIDTH, num_frames=FRAMES, noise_aug_strength=0.0))
+    for shape in ((70, 50), (90, 600)):
+        photo = np.random.default_rng(2).integers(0, 256, (*shape, 3), np.uint8)
+        photo[:, : shape[1] // 4] = 255  # What is not in the video differs from what is.
+        with pytest.raises(Enough):
+            watched(photo, **{name: getattr(options, name) for name in ("height", "width", "noise_aug_strength")})
+        with torch.no_grad():
+            whole = reference._encode_image(Image.fromarray(photo), "cpu", 1, False)[:, 0]
+            cropped = Image.fromarray(cover(photo, HEIGHT, WIDTH))
+            crop = reference._encode_image(cropped, "cpu", 1, False)[:, 0]
+            pixels = reference.video_processor.preprocess(cropped, height=HEIGHT, width=WIDTH)
+            latents = reference._encode_vae_image(pixels, "cpu", 1, False)
+        assert relative_error(seen["CLIP"], whole) <= 2e-5
+        assert relative_error(seen["CLIP"], crop) > 1e-2
+        assert relative_error(seen["VAE encode"], latents.permute(0, 2, 3, 1)) <= 1e-4
+    assert [part for part, *_ in pipeline._PROGRAMS] == ["CLIP", "VAE encode"]
+
+
+def test_the_decoder_has_a_dtype_of_its_own(model, weights):
+    """And the VAE's parameters are float32 whatever the networks' dtype is."""
+    assert model.codec.vae.dtype == jnp.float32
+    half = ImageToVideo.load(weights, dtype="bfloat16")
+    assert half.codec.vae.dtype == half.unet.dtype == half.codec.image_encoder.dtype == jnp.bfloat16
+    chosen = ImageToVideo.load(weights, dtype="bfloat16", decode_dtype="float16")
+    assert (chosen.codec.vae.dtype, chosen.unet.dtype) == (jnp.float16, jnp.bfloat16)
+    held = {name: {str(leaf.dtype) for leaf in jax.tree.leaves(tree)} for name, tree in chosen.params.items()}
+    assert held == {"unet": {"bfloat16"}, "vae": {"float32"}, "image_encoder": {"bfloat16"}}
+    latents = jax.random.normal(jax.random.key(0), (1, 2, HEIGHT // 2, WIDTH // 2, 4))
+    error = relative_error(chosen.decode(latents, 2), model.decode(latents, 2))
+    assert 0 < error < 0.01
+    with pytest.raises(UserError, match="decode_dtype 'int8' is not one of bfloat16, float32, float16"):
+        ImageToVideo.load(weights, decode_dtype="int8")
+
+
 @pytest.fixture(scope="module")
 def one_step(model):
     """`(variables, cond, noise) -> latents`: the consistency function at the highest level."""
@@ -258,7 +307,7 @@ def decoded(path):
 def test_the_program_makes_a_video_of_every_image(weights, images, tmp_path, capsys, monkeypatch):
     kept = {key: program for key, program in pipeline._PROGRAMS.items() if key[0] != "decode"}
     monkeypatch.setattr(pipeline, "_PROGRAMS", kept)
-    arguments = [f"--weights={weights}", *SIZE, "--fps=8", "--seed=3"]
+    arguments = [f"--weights={weights}", *SIZE, "--fps=8", "--seed=3", "--decode_dtype=bfloat16"]
     sample.main([*arguments, f"--image={images}", f"--output={tmp_path}/clips/{{name}}.mp4"])
     output = capsys.readouterr().out
     assert "tts, 1 step(s), 2 network evaluations (NFE) a video" in output
@@ -274,9 +323,9 @@ def test_the_program_makes_a_video_of_every_image(weights, images, tmp_path, cap
     pictures = [np.asarray(Image.open(tmp_path / "again" / f"{i:03d}.png")) for i in range(FRAMES)]
     assert len(list((tmp_path / "again").iterdir())) == FRAMES
 
-    pixels = cover(np.asarray(Image.open(images / "one.png")), HEIGHT, WIDTH)
+    pixels = np.asarray(Image.open(images / "one.png"))
     size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "decode_chunk_size": 2}
-    expected = ImageToVideo.load(weights)(pixels, seed=3, fps=8, **size)
+    expected = ImageToVideo.load(weights, decode_dtype="bfloat16")(pixels, seed=3, fps=8, **size)
     np.testing.assert_array_equal(pictures, expected)
     # Compression and 4:2:0 colours of noise cost much, but this is the video.
     assert np.corrcoef(video.ravel(), expected.ravel())[0, 1] > 0.8
@@ -345,6 +394,7 @@ def test_a_folders_images_are_its_files_that_are_not_hidden(images, tmp_path):
         (["--seed=4294967296"], ["--seed: 4294967296"]),
         (["--seed=18446744073709551615"], ["--seed: 18446744073709551615"]),
         (["--sampler=ddim"], ["ddim", "tts", "euler"]),
+        (["--decode_dtype=int8"], ["int8", "float16"]),
         (["--no_such_flag=1"], ["no_such_flag"]),
         (["--weights=nowhere"], ["tools/convert_weights.py svd"]),
         (["--lora=nowhere"], ["nowhere does not exist"]),

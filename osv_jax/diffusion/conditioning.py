@@ -106,8 +106,11 @@ def _blurred_resize_matrix(length: int, size: int) -> Float[np.ndarray, "size le
     window = int(max(4 * sigma, 3)) // 2 * 2 + 1
     offsets = np.arange(window) - window // 2
     gaussian = np.exp(-(offsets**2) / (2 * sigma**2))
+    gaussian /= gaussian.sum()
     sources = np.pad(np.arange(length), window // 2, mode="reflect")
-    blur = np.zeros((length, length))
-    target = np.arange(length)[:, None]
-    np.add.at(blur, (target, sources[target + np.arange(window)]), gaussian / gaussian.sum())
-    return bicubic_matrix(length, size, align_corners=True) @ blur
+    resize = bicubic_matrix(length, size, align_corners=True)
+    # Tap by tap: the blur as a matrix, [length, length], would take gigabytes for a photograph.
+    rows, taps = np.nonzero(resize)
+    matrix = np.zeros_like(resize)
+    np.add.at(matrix, (rows[:, None], sources[taps[:, None] + np.arange(window)]), resize[rows, taps, None] * gaussian)
+    return matrix

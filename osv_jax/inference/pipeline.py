@@ -23,7 +23,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, UInt8
 
-from osv_jax.codec import Codec
+from osv_jax.codec import Codec, parameter_dtype
 from osv_jax.convert import weights
 from osv_jax.data.image import ImageLike, read_image
 from osv_jax.data.video import cover
@@ -46,6 +46,8 @@ from osv_jax.runtime.ranges import SEED
 
 COMPONENTS = ("unet", "vae", "image_encoder")
 DTYPES = ("bfloat16", "float32")
+# Activations of a decoder fit into float16, which is more exact than bfloat16.
+DECODE_DTYPES = (*DTYPES, "float16")
 
 # Compiled once in a process, and shared by all models of the same networks.
 _PROGRAMS: dict[Hashable, Callable] = {}
@@ -88,17 +90,19 @@ class ImageToVideo:
         video: Mapping[str, Any] = MappingProxyType({}),
         context: int = 1,
         data: int = 1,
+        decode_dtype: Any = None,
     ):
         """Networks and their parameters by component.
 
         Args:
             trained: what has been merged into the UNet's.
             video: of the clips that the UNet was trained on; see `weights.load_video`.
-            context, data: see `load`.
+            context, data, decode_dtype: see `load`.
         """
         options = {"dtype": dtype, "param_dtype": dtype, "attention": attention}
         self.unet = SVDUNet(configs["unet"], **options)
-        self.codec = Codec(SVDVAE(configs["vae"], **options), CLIPVision(configs["image_encoder"], **options))
+        vae = SVDVAE(configs["vae"], **options | {"dtype": dtype if decode_dtype is None else decode_dtype})
+        self.codec = Codec(vae, CLIPVision(configs["image_encoder"], **options))
         self.notice = notice
         self.devices = make_mesh(data, 1, context, jax.local_devices()[: data * context])
         self.params = jax.device_put(dict(params), replicated(self.devices))
@@ -118,6 +122,7 @@ class ImageToVideo:
         attention: str = "auto",
         context: int = 1,
         data: int = 1,
+        decode_dtype: str | None = None,
     ) -> ImageToVideo:
         """Loads a weights folder and merges what was trained into it.
 
@@ -129,31 +134,34 @@ class ImageToVideo:
             attention: see `layers.dot_product_attention`.
             context: so many devices share every video, each making a part of its height.
             data: so many groups of these devices share a batch of videos, which must be a multiple of that.
+            decode_dtype: of `DECODE_DTYPES`, what the VAE's decoder computes in; by default `dtype`. Its encoder always
+                computes in float32.
 
         Raises:
             UserError: missing or incomplete weights, a LoRA that cannot be read or does not fit, too few devices.
         """
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-        if dtype not in DTYPES:
-            raise UserError(f"dtype {dtype!r} is not one of {', '.join(DTYPES)}.")
+        decode_dtype = decode_dtype or dtype
+        for name, chosen, allowed in (("dtype", dtype, DTYPES), ("decode_dtype", decode_dtype, DECODE_DTYPES)):
+            if chosen not in allowed:
+                raise UserError(f"{name} {chosen!r} is not one of {', '.join(allowed)}.")
         check_devices(context)
         configs = {name: weights.load_config(weights_folder, name) for name in COMPONENTS}
         # Before the weights, which take longest.
         trained, notice = read_student(lora, ema, configs["unet"])
         # The UNet as it is stored: LoRAs are merged before it is rounded.
-        params = {
-            name: weights.load_params(weights_folder, name, dtype=None if name == "unet" else jnp.dtype(dtype))
-            for name in COMPONENTS
-        }
+        held = {name: parameter_dtype(name, dtype) for name in COMPONENTS} | {"unet": None}
+        params = {name: weights.load_params(weights_folder, name, dtype=held[name]) for name in COMPONENTS}
         with jax.default_matmul_precision("highest"):
             params["unet"] = trained.merge_into(params["unet"], jnp.dtype(dtype))
         video = weights.load_video(weights_folder)
-        return cls(configs, params, trained, jnp.dtype(dtype), attention, notice, video, context, data)
+        dtypes = jnp.dtype(dtype), jnp.dtype(decode_dtype)
+        return cls(configs, params, trained, dtypes[0], attention, notice, video, context, data, dtypes[1])
 
     def __call__(
         self, image: ImageLike, seed: int = 0, number: int = 0, **options: Any
     ) -> UInt8[np.ndarray, "f height width 3"]:
-        """Makes a video of an image of any size, which is scaled to cover the video's size and cropped at the centre.
+        """Makes a video of an image of any size; see `sample` for what of it is seen.
 
         Args:
             image: a file, a PIL image or values [h w] or [h w c]; see `data.image.read_image`.
@@ -167,9 +175,8 @@ class ImageToVideo:
         SEED.check("seed", seed)
         SEED.check("number", number)
         video = self.complete(Options(**options))
-        picture = cover(read_image(image), video.height, video.width)
         key = jax.random.fold_in(jax.random.key(seed), number)
-        latents = self.sample(picture[None], self.noise(key[None], video), video)
+        latents = self.sample(read_image(image)[None], self.noise(key[None], video), video)
         return self.frames(latents, video.decode_chunk_size)[0]
 
     def complete(self, options: Options) -> CompleteOptions:
@@ -193,17 +200,22 @@ class ImageToVideo:
         )
 
     def sample(
-        self, images: UInt8[np.ndarray, "b h w 3"], noise: Noise, options: CompleteOptions
+        self, images: UInt8[np.ndarray, "b h0 w0 3"], noise: Noise, options: CompleteOptions
     ) -> Float[Array, "b f latent_h latent_w c"]:
-        """Latents of videos, scaled, for images that have their size.
+        """Latents of videos, scaled, for images of any size.
+
+        CLIP sees all of an image, squeezed into a square, as in diffusers. The VAE, whose latents the video begins
+        with, sees the image scaled until it covers the video's size, and cropped at the centre.
 
         Args:
             options: see `complete`.
         """
-        pixels = to_float(images)
+        # Outside of the program, which is then the same for images of all sizes.
+        whole = self.codec.clip_pixels(to_float(jnp.asarray(images)))
+        pixels = to_float(np.stack([cover(image, options.height, options.width) for image in images]))
         strength = jnp.full(len(images), options.noise_aug_strength)
         cond = Conditioning(
-            image_embedding=self._run("CLIP", "image_encoder", self.codec.embed_image, pixels),
+            image_embedding=self._run("CLIP", "image_encoder", self.codec.embed_pixels, whole),
             image_latents=self._run(
                 "VAE encode", "vae", self.codec.encode_mode, pixels + strength[:, None, None, None] * noise.image
             ),
@@ -268,7 +280,8 @@ class ImageToVideo:
             start = time.perf_counter()
             # Clips stay where they are made; of a clip, every device that shares it has the whole.
             split = NamedSharding(self.devices, PartitionSpec(BATCH_AXES))
-            with jax.set_mesh(self.devices), matmul_precision(self.unet.dtype):
+            dtype = self.codec.vae.dtype if component == "vae" else self.unet.dtype
+            with jax.set_mesh(self.devices), matmul_precision(dtype):
                 compiled = jax.jit(function, out_shardings=split).lower(params, *inputs).compile()
             _PROGRAMS[program] = compiled
             self.seconds["compile"] += time.perf_counter() - start

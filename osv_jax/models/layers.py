@@ -340,6 +340,10 @@ def dot_product_attention(
     length, keys = q.shape[1], k.shape[1]
     half = q.dtype in (jnp.bfloat16, jnp.float16)
     platform = _platform()
+    if q.dtype == jnp.float16 and platform != "gpu":
+        # Of halves, CPUs and TPUs multiply only bfloat16 with sums in float32.
+        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
+        return dot_product_attention(q, k, v, implementation).astype(jnp.float16)
     wants_cudnn = implementation == "cudnn" or (implementation == "auto" and platform == "gpu" and half)
     wants_splash = implementation == "splash" or (implementation == "auto" and platform == "tpu")
     fits_cudnn = length % 2 == 0 and keys % 2 == 0 and q.shape[3] % 8 == 0 and q.shape[3] <= 128

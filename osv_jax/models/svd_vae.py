@@ -1,7 +1,8 @@
 """The autoencoder of Stable Video Diffusion: an image encoder and a decoder that also looks along the frames.
 
 Reference: diffusers `AutoencoderKLTemporalDecoder`. Both directions work on unscaled latents: what diffusion sees is
-`latent * scaling_factor`, and multiplying or dividing is the caller's business.
+`latent * scaling_factor`, and multiplying or dividing is the caller's business. The encoder computes in float32
+whatever the decoder computes in, as diffusers makes it where a checkpoint's config.json has `force_upcast`.
 """
 
 from __future__ import annotations
@@ -16,6 +17,7 @@ from jaxtyping import Array, Float
 from osv_jax.errors import UserError
 from osv_jax.models.layers import Conv, Dense, Dtype, GroupNorm, dot_product_attention, rematerialise
 from osv_jax.models.resnet import Downsample, SpatialResBlock, SpatioTemporalResBlock, Upsample
+from osv_jax.runtime.precision import matmul_precision
 
 _EPSILON = 1e-6
 _TEMPORAL_EPSILON = 1e-5
@@ -69,6 +71,7 @@ class SVDVAE(nn.Module):
             one head as wide as the block (512) is beyond what the fused kernels take.
         remat: what the backward pass computes again of residual blocks and attention, see `layers.rematerialise`; for
             losses on decoded frames.
+        dtype: what the decoder computes in.
     """
 
     config: VAEConfig
@@ -78,11 +81,11 @@ class SVDVAE(nn.Module):
     param_dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         attention = "xla" if self.attention == "auto" else self.attention
-        self.encoder = _Encoder(self.config, attention, self.remat, **dtypes)
-        self.quant_conv = Conv(2 * self.config.latent_channels, (1, 1), **dtypes)
-        self.decoder = _TemporalDecoder(self.config, attention, self.remat, **dtypes)
+        exact = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
+        self.encoder = _Encoder(self.config, attention, self.remat, **exact)
+        self.quant_conv = Conv(2 * self.config.latent_channels, (1, 1), **exact)
+        self.decoder = _TemporalDecoder(self.config, attention, self.remat, self.dtype, self.param_dtype)
 
     def __call__(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b f h2 w2 3"]:
         """Reconstructs a video in [-1, 1] through the mode of its latents."""
@@ -90,11 +93,13 @@ class SVDVAE(nn.Module):
         return self.decode(mean.reshape(*video.shape[:2], *mean.shape[1:]))
 
     def encode(self, images: Float[Array, "n h w 3"]) -> tuple[Float[Array, "n lh lw 4"], Float[Array, "n lh lw 4"]]:
-        """Mean (which is the mode) and log-variance of the unscaled latents of images in [-1, 1].
+        """Mean (which is the mode) and log-variance of the unscaled latents of images in [-1, 1], in float32.
 
         A side that the factor 8 does not divide loses its remainder: the latent's side is `side // 8`.
         """
-        moments = self.quant_conv(self.encoder(images)).astype(jnp.float32)
+        # On a TPU or a GPU whose other networks are bfloat16, products of float32 would be rounded, too.
+        with matmul_precision(jnp.float32):
+            moments = self.quant_conv(self.encoder(images))
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, logvar.clip(-30.0, 20.0)
 

@@ -11,6 +11,7 @@ import numpy as np
 from flax.traverse_util import unflatten_dict
 from ml_collections import ConfigDict
 
+from osv_jax.codec import parameter_dtype
 from osv_jax.convert.architectures import ARCHITECTURES, TRAINING, Config, expected_params
 from osv_jax.objectives.networks import Params
 
@@ -32,8 +33,8 @@ def random_frozen(architectures: Mapping[str, Config], dtype: Any) -> dict[str, 
 
 
 def fill_randomly(shapes: Mapping[str, Params], dtype: Any) -> dict[str, Params]:
-    """Each network is drawn by itself, so that it does not depend on which others there are."""
-    return {name: random_params(tree, 0, dtype) for name, tree in shapes.items()}
+    """Each network is drawn by itself, so that it does not depend on which others there are; see `parameter_dtype`."""
+    return {name: random_params(tree, 0, parameter_dtype(name, dtype)) for name, tree in shapes.items()}
 
 
 def shapes_of(architectures: Mapping[str, Config]) -> dict[str, Params]:

@@ -43,10 +43,7 @@ class DoesNotFit(Exception):
 
 def trace(config: ConfigDict, objective: Objective, phase: Phase, devices: Mesh) -> jax.stages.Traced:
     """The step that training runs on clips of a phase's size, encoding included, for devices that need not be there."""
-    dtype = jnp.dtype(config.dtype)
-    frozen = jax.tree.map(
-        lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), setup.frozen_shapes(config, objective.networks)
-    )
+    frozen = setup.frozen_shapes(config, objective.networks)
     state = jax.eval_shape(setup.make_init(objective), jax.random.key(0), frozen)
     count, frames = config.batch_size, config.data.num_frames
     clips = {

@@ -16,7 +16,7 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from osv_jax.codec import Codec
+from osv_jax.codec import Codec, parameter_dtype
 from osv_jax.convert import weights
 from osv_jax.data import demo, latents
 from osv_jax.data.cutting import Cutting
@@ -224,7 +224,8 @@ def _encoder(
     options = {"dtype": dtype, "param_dtype": dtype}
     codec = Codec(SVDVAE(networks["vae"], **options), CLIPVision(networks["image_encoder"], **options))
     stored = _stored(config)
-    params: dict[str, Any] = {name: weights.load_params(folder, name, dtype=dtype) for name in stored}
+    held = {name: parameter_dtype(name, dtype) for name in stored}
+    params: dict[str, Any] = {name: weights.load_params(folder, name, dtype=held[name]) for name in stored}
     params |= random_frozen({name: networks[name] for name in _COMPONENTS if name not in stored}, dtype)
     height, width = settings["height"], settings["width"]
     schema = latents.Schema(
@@ -274,4 +275,5 @@ def _settings(args: argparse.Namespace, config: ConfigDict | None, networks: Map
             f"--batch_size={chosen['batch_size']} does not split over the {jax.local_device_count()} devices; use a"
             " multiple of that."
         )
-    return chosen | {"dtype": args.dtype or dtype}
+    # That of the encoder was the networks' once: what was begun then must not be continued in another.
+    return chosen | {"dtype": args.dtype or dtype, "vae_dtype": "float32"}

@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
+from osv_jax.codec import parameter_dtype
 from osv_jax.convert import weights
 from osv_jax.convert.architectures import TRAINING
 from osv_jax.errors import UserError
@@ -98,24 +99,31 @@ def _architecture_of(config: ConfigDict, name: str) -> Any:
 
 
 def frozen_shapes(config: ConfigDict, networks: Networks) -> dict[str, Params]:
-    """Shapes of the frozen parameters that a step takes; CLIP's only where clips are to be encoded."""
+    """Shapes and dtypes of the frozen parameters that a step takes; CLIP's only where clips are to be encoded."""
     needed = [name for name in TRAINING if not (config.data.dataset and name == "image_encoder")]
     modules = {name: getattr(networks, name) for name in needed}
-    return shapes_of({name: module.config for name, module in modules.items() if module is not None})
+    shapes = shapes_of({name: module.config for name, module in modules.items() if module is not None})
+
+    def held(name: str) -> Params:
+        dtype = parameter_dtype(name, config.dtype)
+        return jax.tree.map(lambda leaf: jax.ShapeDtypeStruct(leaf.shape, dtype), shapes[name])
+
+    return {name: held(name) for name in shapes}
 
 
 def load_frozen(config: ConfigDict, networks: Networks, devices: jax.sharding.Mesh) -> dict[str, Params]:
     """The frozen parameters of `frozen_shapes`, each read onto the devices that hold it."""
     shapes = frozen_shapes(config, networks)
     shardings = mesh.parameter_shardings(devices, shapes)
-    dtype, random = jnp.dtype(config.dtype), random_components(config)
+    random = random_components(config)
     drawn = {name: tree for name, tree in shapes.items() if name in random}
-    drawn = jax.device_put(fill_randomly(drawn, dtype), {name: shardings[name] for name in drawn})
+    drawn = jax.device_put(fill_randomly(drawn, config.dtype), {name: shardings[name] for name in drawn})
+
+    def load(name: str) -> Params:
+        return weights.load_params(config.weights, name, shardings[name], parameter_dtype(name, config.dtype))
+
     # In the order of the shapes.
-    return {
-        name: drawn[name] if name in drawn else weights.load_params(config.weights, name, shardings[name], dtype)
-        for name in shapes
-    }
+    return {name: drawn[name] if name in drawn else load(name) for name in shapes}
 
 
 def objective_of(config: ConfigDict, networks: Networks) -> Objective:

@@ -11,6 +11,7 @@ from flax.traverse_util import unflatten_dict
 from jaxprs import equations
 from students import CONFIGS, TRAINABLE
 
+from osv_jax.codec import Codec
 from osv_jax.convert.architectures import expected_params
 from osv_jax.models.discriminator import discriminate, init_discriminator
 from osv_jax.objectives.animatelcm import AnimateLCM
@@ -64,8 +65,7 @@ def unet():
 
 
 def vae_encoder():
-    encode = lambda params, images: NETWORKS.vae.apply({"params": params}, images, method="encode")  # noqa: E731
-    return encode, params_of("vae"), floats(BATCH, 8, 12, 3)
+    return NETWORKS.codec.encode_video, params_of("vae"), floats(BATCH, FRAMES, 8, 12, 3)
 
 
 def vae_decoder():
@@ -119,7 +119,6 @@ def sf_v():
     ("case", "delicate", "there"),
     [
         (unet, FORWARD, NORM | SOFTMAX | SINUSOIDS),
-        (vae_encoder, FORWARD, NORM | SOFTMAX),
         (vae_decoder, FORWARD, NORM | SOFTMAX),
         (image_encoder, FORWARD, NORM | SOFTMAX),
         (dinov2, FORWARD, NORM | SOFTMAX),
@@ -141,3 +140,34 @@ def test_norms_softmax_embeddings_and_losses_are_in_float32(case, delicate, ther
     if case not in (image_encoder, dinov2):
         # Predictions, moments, pixels and logits; of steps the state and the metrics.
         assert {v.aval.dtype for v in jaxpr.jaxpr.outvars} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
+
+
+def products(jaxpr):
+    return [eqn for eqn in equations(jaxpr) if eqn.primitive.name in ("dot_general", "conv_general_dilated")]
+
+
+def test_half_precision_networks_encode_in_float32():
+    """With products that TPUs and GPUs do not round; parameters in half precision are converted on their way."""
+    run, *arguments = vae_encoder()
+    jaxpr = jax.make_jaxpr(run)(*arguments)
+    assert len(products(jaxpr)) > 20
+    for eqn in products(jaxpr):
+        assert {v.aval.dtype for v in (*eqn.invars, *eqn.outvars)} == {jnp.dtype(jnp.float32)}
+        assert eqn.params["precision"] == (jax.lax.Precision.HIGHEST,) * 2
+    assert {eqn.primitive.name for eqn in equations(jaxpr)} >= NORM | SOFTMAX
+    assert half_precision(jaxpr, FORWARD) == []
+    # What is left in half precision is parameters that are given another shape.
+    halves = {eqn.primitive.name for eqn in equations(jaxpr) if any(v.aval.dtype == jnp.bfloat16 for v in eqn.outvars)}
+    assert halves <= {"reshape"}
+
+
+@pytest.mark.parametrize("dtype", [jnp.float32, jnp.float16])
+def test_the_decoder_computes_in_the_dtype_that_is_asked_for(dtype):
+    codec = Codec(NETWORKS.vae.clone(dtype=dtype), NETWORKS.image_encoder)
+    jaxpr = jax.make_jaxpr(codec.decode_video)(params_of("vae"), floats(BATCH, FRAMES, 4, 6, 4))
+    # Attention's weights and the blend of both paths are float32 in any case.
+    convolutions = [eqn for eqn in products(jaxpr) if eqn.primitive.name == "conv_general_dilated"]
+    assert len(convolutions) > 20
+    assert {v.aval.dtype for eqn in convolutions for v in (*eqn.invars, *eqn.outvars)} == {jnp.dtype(dtype)}
+    assert half_precision(jaxpr, FORWARD) == []
+    assert {v.aval.dtype for v in jaxpr.jaxpr.outvars} == {jnp.dtype(jnp.float32)}
