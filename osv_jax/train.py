@@ -15,6 +15,7 @@ from ml_collections import ConfigDict, config_flags
 
 from osv_jax.convert import lora_files, weights
 from osv_jax.errors import UserError
+from osv_jax.evaluation.while_training import plan_evaluation
 from osv_jax.runtime import checkpoint, command_line, distributed, mesh, metrics
 from osv_jax.runtime.finite import blame_weights
 from osv_jax.runtime.paths import Path, as_path
@@ -58,6 +59,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
     clips = open_clips(config, networks, workdir)
     devices = mesh.make_mesh(config.mesh.data, config.mesh.fsdp, config.mesh.context)
     setup.check_layout(config, networks, devices)
+    make_evaluation = plan_evaluation(config, objective, workdir, devices) if config.eval_every else None
     if jax.process_index() == 0:
         checkpoint.write_config(workdir, config.to_dict())
 
@@ -98,6 +100,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
                 *(config, workdir, objective, devices, clips, frozen, shardings, checkpoints, writer),
                 picture_name="samples",
                 make_picture=make_picture,
+                make_evaluation=make_evaluation,
             )
             with blame_weights(frozen):
                 for phase in phases_of(config):

@@ -57,6 +57,8 @@ class ToyUNet(SVDUNet):
 _NOT_OF_THE_STEP = (
     "checkpoint_every",
     "data",
+    "eval_every",
+    "evaluation",
     "init_from",
     "keep_checkpoints",
     "log_every",

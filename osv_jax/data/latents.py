@@ -32,7 +32,7 @@ FORMAT = 1
 # What ArrayRecord is told: one record a group, for random access; weak compression takes a fifth off latents.
 WRITER_OPTIONS = "group_size:1,zstd:1"
 _BFLOAT16 = ("latents", "image_latents")
-_FOR_TRAINING = (*_BFLOAT16, "image_embedding", "noise_aug_strength", "fps")
+FOR_TRAINING = (*_BFLOAT16, "image_embedding", "noise_aug_strength", "fps")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -279,7 +279,7 @@ class _ReadStep:
         ids = [self.order.record(step * part + offset) for offset in range(part)]
         # One after the other: handing them to threads of their own takes longer than reading.
         parsed = [features.deserialize_example_np(source[index]) for index in ids]
-        batch = {name: np.stack([record[name] for record in parsed]) for name in _FOR_TRAINING}
+        batch = {name: np.stack([record[name] for record in parsed]) for name in FOR_TRAINING}
         return batch | {"fps": batch["fps"].astype(np.float32), "clip_id": np.array(ids, np.int32)}
 
 

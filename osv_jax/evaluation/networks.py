@@ -65,7 +65,7 @@ class FeatureNetwork:
         self.name, self.num_frames, self.batch_size = name, num_frames, batch_size
         self.side = config.image_size if isinstance(config, VideoMAEConfig) else SIDES[-1]
         self.fingerprint = _fingerprint(config, params)
-        mesh = make_mesh(len(devices), 1, devices=devices)
+        self._mesh = mesh = make_mesh(len(devices), 1, devices=devices)
         self._params = jax.device_put(params, replicated(mesh))
         clips = jax.ShapeDtypeStruct((batch_size, num_frames, self.side, self.side, 3), jnp.float32)
         self._split = batch_shardings(mesh, clips)
@@ -76,7 +76,8 @@ class FeatureNetwork:
             return apply(network, {"params": params}, clips * scale + offset)
 
         inputs = jax.ShapeDtypeStruct(clips.shape, clips.dtype, sharding=self._split)
-        with matmul_precision(jnp.float32):
+        # Its own mesh, also inside a training run, which has another.
+        with jax.set_mesh(mesh), matmul_precision(jnp.float32):
             self._program = jax.jit(features).lower(self._params, inputs).compile()
 
     def __call__(self, clips: Float[np.ndarray, "n f s s 3"]) -> Float[np.ndarray, "n c"]:
@@ -86,7 +87,8 @@ class FeatureNetwork:
             UserError: features that are not finite, and whether the weights are to blame.
         """
         padded = np.pad(clips, [(0, self.batch_size - len(clips))] + [(0, 0)] * 4, mode="edge")
-        vectors = np.asarray(self._program(self._params, jax.device_put(padded, self._split)))[: len(clips)]
+        with jax.set_mesh(self._mesh):
+            vectors = np.asarray(self._program(self._params, jax.device_put(padded, self._split)))[: len(clips)]
         with blame_weights({self.name: self._params}):
             if not is_finite(vectors):
                 raise NotFinite(f"{self.name} gives features that are NaN or infinite; use other weights.")

@@ -58,6 +58,7 @@ class Plan:
         methods: in the order of the table.
         target: the one to which `mse` is measured.
         clips: real ones, for all methods.
+        identities: what each of them depends on; see `Clips.identity`.
         protocol: of FVD, or None.
         fvd_frames: so many of each clip are FVD's.
         batch_size: clips made at a time.
@@ -71,6 +72,7 @@ class Plan:
     methods: tuple[Method, ...]
     target: Method
     clips: Clips
+    identities: Sequence[list[str | int | float]]
     protocol: Protocol | None
     fvd_frames: int
     batch_size: int
@@ -99,7 +101,7 @@ class Plan:
         if method is not None:
             made = [method.depends_on, self.target.depends_on, method is self.target]
         # A clip's number decides its noise.
-        clips = [[number, *self.clips.identity(number)] for number in numbers]
+        clips = [[number, *self.identities[number]] for number in numbers]
         films = [number for number in numbers if number < self.options.films]
         return self.output / _PARTS / f"{fingerprint([_FORMAT, made, self.measured_with, films, clips])}.npz"
 
@@ -158,9 +160,18 @@ def make_plan(options: TableOptions, chosen: Sequence[MethodOptions]) -> Plan:
     if clips.encoded:
         real_with |= {"decoded_with": made_of, "decode_chunk_size": options.decode_chunk_size}
     return Plan(
-        *(options, output, methods, target, clips, protocol, fvd_frames, options.batch_size or data, notices),
-        real_with=real_with,
-        measured_with=measured_with,
+        options,
+        output,
+        methods,
+        target,
+        clips,
+        [clips.identity(number) for number in range(len(clips))],
+        protocol,
+        fvd_frames,
+        options.batch_size or data,
+        notices,
+        real_with,
+        measured_with,
     )
 
 

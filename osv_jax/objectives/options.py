@@ -159,6 +159,27 @@ class MeshOptions:
 
 
 @dataclasses.dataclass(frozen=True)
+class EvaluationOptions:
+    """What is measured every `eval_every` steps, on a few clips that are not trained on.
+
+    Attributes:
+        videos: a folder; of a run on a dataset its split `test` is taken instead.
+        clips: at most so many, evenly spread.
+        teacher_steps: Euler steps of the teacher's samples, to which `eval_mse` is measured.
+        protocol: of FVD, see docs/evaluation.md.
+        fvd_weights: a folder with i3d or videomae, that tools/convert_weights.py wrote; empty: no FVD.
+        bootstrap: draws for FVD's interval.
+    """
+
+    videos: str = ""
+    clips: int = setting(16, COUNT)
+    teacher_steps: int = setting(25, COUNT)
+    protocol: str = "osv"
+    fvd_weights: str = ""
+    bootstrap: int = setting(100, WHOLE)
+
+
+@dataclasses.dataclass(frozen=True)
 class RunOptions:
     """The settings of every run, whatever its objective.
 
@@ -177,6 +198,8 @@ class RunOptions:
         remat: what the backward pass recomputes in the UNet and the VAE, see `models.layers.rematerialise`.
         mesh: of devices.
         log_every, picture_every, checkpoint_every: steps between progress lines, pictures, checkpoints.
+        eval_every: steps between evaluations of the student on held-out clips; 0: none.
+        evaluation: what these are.
         keep_checkpoints: how many of the last checkpoints are kept.
     """
 
@@ -195,6 +218,8 @@ class RunOptions:
     log_every: int = setting(10, COUNT)
     picture_every: int = setting(200, COUNT)
     checkpoint_every: int = setting(200, COUNT)
+    eval_every: int = setting(0, WHOLE)
+    evaluation: EvaluationOptions = dataclasses.field(default_factory=EvaluationOptions)
     keep_checkpoints: int = setting(2, COUNT)
 
 

@@ -21,8 +21,8 @@ _MIN_SLICE_BYTES = 4 * 2**20
 _COMMITTED = "commit_success.txt"
 
 # What may differ from the run that wrote a workdir: it changes how long and where, not what is computed.
-_INTERVALS = ("log_every", "checkpoint_every", "picture_every")
-_FREE_TO_CHANGE = ("num_steps", *_INTERVALS, "keep_checkpoints", "mesh", "data.num_workers")
+_INTERVALS = ("log_every", "checkpoint_every", "picture_every", "eval_every")
+_FREE_TO_CHANGE = ("num_steps", *_INTERVALS, "evaluation", "keep_checkpoints", "mesh", "data.num_workers")
 
 
 def check_workdir(workdir: Path, config: dict[str, Any]) -> None:

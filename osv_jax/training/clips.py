@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import sys
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import grain
@@ -104,6 +104,41 @@ def open_clips(config: ConfigDict, networks: Networks, workdir: Path) -> PixelCl
     return LatentClips(config, {(p.height, p.width): _open_dataset(config, networks, p) for p in phases_of(config)})
 
 
+@dataclasses.dataclass(frozen=True)
+class HeldOutClips:
+    """Clips on which a run is measured, in batches as `objective.batch` takes them.
+
+    Attributes:
+        source: of clips by their numbers.
+        chosen: numbers.
+    """
+
+    source: pixels.ClipIndex | latents.LatentDataset
+    chosen: tuple[int, ...]
+
+    def batch(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
+        """Some of the clips, of which numbers count from 0."""
+        clips = [self.source.read(self.chosen[number]) for number in numbers]
+        names = ("video", "fps") if "video" in clips[0] else latents.FOR_TRAINING
+        return {name: np.stack([clip[name] for clip in clips]) for name in names}
+
+
+def held_out_clips(config: ConfigDict, networks: Networks, workdir: Path, phase: Phase) -> HeldOutClips:
+    """The clips for `config.eval_every`: the split `test` of the run's dataset, or those of `config.evaluation.videos`.
+
+    Raises:
+        UserError: there are none, or they do not fit the configuration.
+    """
+    options = config.evaluation
+    if config.data.dataset:
+        dataset = _open_dataset(config, networks, phase, "test")
+        return HeldOutClips(dataset, tuple(pixels.spread(len(dataset), options.clips)))
+    if not options.videos:
+        raise UserError("config.eval_every needs config.evaluation.videos, a folder of videos to measure with.")
+    index = index_folder(options.videos, config.data, phase.height, phase.width, workdir / "test_clips.json")
+    return HeldOutClips(index, tuple(pixels.spread(len(index.clips), options.clips)))
+
+
 def index_videos(config: ConfigDict, workdir: Path) -> pixels.ClipIndex:
     """The clips of `config.data.videos`, at the first resolution; see `index_folder`."""
     first = phases_of(config)[0]
@@ -125,10 +160,10 @@ def index_folder(name: str, data: ConfigDict, height: int, width: int, cache_fil
     return index
 
 
-def _open_dataset(config: ConfigDict, networks: Networks, phase: Phase) -> latents.LatentDataset:
+def _open_dataset(config: ConfigDict, networks: Networks, phase: Phase, split: str = "train") -> latents.LatentDataset:
     size = {"height": phase.height, "width": phase.width}
     folder = config.data.dataset.replace("{height}", str(phase.height)).replace("{width}", str(phase.width))
-    dataset = latents.open_dataset(folder)
+    dataset = latents.open_dataset(folder, split)
     wanted = size | {"num_frames": config.data.num_frames, "fps": config.data.fps}
     wrong = {name: value for name, value in wanted.items() if dataset.metadata.get(name) != value}
     if wrong:

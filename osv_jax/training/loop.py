@@ -33,6 +33,8 @@ from osv_jax.training.setup import make_train_step
 _STEPS_IN_FLIGHT = 2
 # `(state, frozen) -> (image, metrics)` of a picture.
 Picture = Callable[[TrainState, Params], tuple[np.ndarray, Mapping[str, float]]]
+# `(state, frozen) -> metrics` of what has been trained so far.
+Evaluation = Callable[[TrainState, Params], Mapping[str, float]]
 
 
 @dataclasses.dataclass
@@ -43,6 +45,7 @@ class Run:
         config: the loop reads its `seed`, `batch_size`, `num_steps` and the intervals.
         picture_name: of the files of pictures.
         make_picture: gives the function that draws, for the clips of a phase.
+        make_evaluation: the same of the function that measures every `eval_every` steps, if anything does.
         shardings: of the state.
     """
 
@@ -57,6 +60,7 @@ class Run:
     writer: metrics.MetricsWriter
     picture_name: str
     make_picture: Callable[[Phase], Picture]
+    make_evaluation: Callable[[Phase], Evaluation] | None = None
 
 
 def run_phase(run: Run, phase: Phase, start: int, state: TrainState) -> TrainState:
@@ -83,6 +87,7 @@ def _train(
     print(f"Compiled in {time.perf_counter() - compile_start:.0f} s.")
     progress = _Progress(run, phase, start, names)
     draw = run.make_picture(phase)
+    evaluate = run.make_evaluation(phase) if run.make_evaluation else None
     if start == 0:
         _write_picture(run, 0, draw(state, run.frozen))
     progress.begin()
@@ -107,16 +112,23 @@ def _train(
                 run.writer.flush()
                 if jax.process_index() == 0:
                     metrics.loss_curves(run.workdir / "metrics.jsonl", run.workdir / "losses.png", curves)
+            if evaluate and (number % config.eval_every == 0 or last):
+                progress.finish()
+                _write_measured(run, number, evaluate(state, run.frozen))
             progress.rest()
     return state
 
 
 def _write_picture(run: Run, number: int, drawn: tuple[np.ndarray, Mapping[str, float]]) -> None:
     picture, measured = drawn
+    _write_measured(run, number, measured)
+    run.writer.write_picture(run.picture_name, number, picture)
+
+
+def _write_measured(run: Run, number: int, measured: Mapping[str, float]) -> None:
     if measured:
         run.writer.write(number, measured)
         print("  " + ", ".join(f"{name} {value:.4g}" for name, value in measured.items()), flush=True)
-    run.writer.write_picture(run.picture_name, number, picture)
 
 
 class _Progress:

@@ -1,0 +1,114 @@
+"""Samples of what a run has trained so far, made on the run's own devices."""
+
+from __future__ import annotations
+
+import dataclasses
+import functools
+from collections.abc import Callable, Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jaxtyping import Array, Float, UInt8
+from ml_collections import ConfigDict
+
+from osv_jax.diffusion.conditioning import Conditioning
+from osv_jax.diffusion.edm import EDMBackbone
+from osv_jax.diffusion.ode import guided_denoiser
+from osv_jax.diffusion.samplers import euler, euler_levels
+from osv_jax.objectives.networks import Params
+from osv_jax.objectives.objective import Objective
+from osv_jax.objectives.players import Student
+from osv_jax.runtime import media, mesh
+
+# SVD's guidance at the first and at the last frame.
+_GUIDANCE = (1.0, 3.0)
+
+
+@dataclasses.dataclass(frozen=True)
+class Sampler:
+    """Programs that are compiled once and serve every step of a run. Every process has whole results.
+
+    Attributes:
+        config: of the run.
+        devices: those of the run.
+    """
+
+    config: ConfigDict
+    objective: Objective
+    devices: jax.sharding.Mesh
+
+    def encode(
+        self, frozen: Params, clips: Mapping[str, Array | np.ndarray], key: jax.Array, noise_key: jax.Array
+    ) -> tuple[Conditioning, Float[Array, "b f h w c"]]:
+        """The condition of clips, as a step would draw it, and standard normal noise for their latents."""
+        return self._encode(frozen, clips, key, noise_key)
+
+    def student(
+        self, student: Student, frozen: Params, cond: Conditioning, noise: Float[Array, "b f h w c"]
+    ) -> Float[Array, "b f h w c"]:
+        """Latents by the objective's `preview`."""
+        denoiser = functools.partial(self._student, student, frozen, cond)
+        return self.objective.preview(denoiser, noise)
+
+    def teacher(
+        self, frozen: Params, cond: Conditioning, noise: Float[Array, "b f h w c"], steps: int
+    ) -> Float[Array, "b f h w c"]:
+        """Latents by Euler steps with SVD's guidance, of the frozen UNet."""
+        denoiser = functools.partial(self._teacher, frozen, cond)
+        return euler(denoiser, noise, euler_levels(steps))
+
+    def frames(self, frozen: Params, latents: Float[Array, "b f h w c"]) -> UInt8[np.ndarray, "b f h2 w2 3"]:
+        """Pixels of scaled latents."""
+        # Two frames at a time: decoding a whole clip at 576 x 1024 takes more memory than a training step.
+        chunks = [self._decode(frozen["vae"], latents[:, i : i + 2]) for i in range(0, latents.shape[1], 2)]
+        return media.to_uint8(np.concatenate([np.asarray(chunk) for chunk in chunks], axis=1))
+
+    @functools.cached_property
+    def _whole(self) -> jax.sharding.NamedSharding:
+        return mesh.replicated(self.devices)
+
+    def _split(self, batch: Any) -> Any:
+        """Each device takes its part of a batch that can be split, and not the whole."""
+        parts = self.devices.shape["data"] * self.devices.shape["fsdp"]
+        if len(jax.tree.leaves(batch)[0]) % parts:
+            return batch
+        return jax.lax.with_sharding_constraint(batch, mesh.batch_shardings(self.devices, batch))
+
+    @functools.cached_property
+    def _encode(self) -> Callable:
+        def encode(
+            frozen: Params, clips: Mapping[str, Array], key: jax.Array, noise_key: jax.Array
+        ) -> tuple[Conditioning, Array]:
+            batch = self.objective.batch(frozen, self._split(clips), key, self.config.data)
+            return batch.cond, jax.random.normal(noise_key, batch.latents.shape)
+
+        return jax.jit(encode, out_shardings=self._whole)
+
+    @functools.cached_property
+    def _student(self) -> Callable:
+        scale, boundary = self.config.lora.alpha / self.config.lora.rank, self.config.get("boundary", "svd")
+
+        def denoised(student: Student, frozen: Params, cond: Conditioning, x: Array, sigma: Array) -> Array:
+            cond, x, sigma = self._split((cond, x, sigma))
+            network = self.objective.networks.unet_with(student.variables(frozen["unet"], scale))
+            backbone = EDMBackbone(network, cond, boundary)
+            return self.objective.preview_denoiser(backbone, x.shape[1])(x, sigma)
+
+        return jax.jit(denoised, out_shardings=self._whole)
+
+    @functools.cached_property
+    def _teacher(self) -> Callable:
+        def denoised(frozen: Params, cond: Conditioning, x: Array, sigma: Array) -> Array:
+            cond, x, sigma = self._split((cond, x, sigma))
+            network = self.objective.networks.unet_with({"params": frozen["unet"]})
+            weight = jnp.linspace(*_GUIDANCE, x.shape[1])
+            return guided_denoiser(EDMBackbone(network, cond), weight)(x, sigma)
+
+        return jax.jit(denoised, out_shardings=self._whole)
+
+    @functools.cached_property
+    def _decode(self) -> Callable:
+        codec = self.objective.networks.codec
+        return jax.jit(lambda vae, latents: codec.decode_video(vae, self._split(latents)), out_shardings=self._whole)
