@@ -14,6 +14,10 @@ from jaxtyping import Array, Float
 from osv_jax.models.layers import Conv, Dense, Dtype, dot_product_attention, layer_norm, parameter
 from osv_jax.models.resize import resize_bicubic
 
+# In the place of a block's number: the embedded patches, before all blocks.
+EMBEDDING = -1
+READS = ("patches", "class", "sum")
+
 
 @dataclasses.dataclass(frozen=True)
 class Dinov2Config:
@@ -49,22 +53,26 @@ class Dinov2(nn.Module):
 
     @nn.compact
     def __call__(
-        self, pixels: Float[Array, "n h w 3"], blocks: tuple[int, ...]
-    ) -> tuple[Float[Array, "n grid_h grid_w c"], ...]:
-        """Patch tokens after the given blocks, before the final norm.
+        self, pixels: Float[Array, "n h w 3"], blocks: tuple[int, ...], read: str = "patches"
+    ) -> tuple[Float[Array, "n grid_h grid_w c"], ...] | tuple[Float[Array, "n c"], ...]:
+        """Tokens after the given blocks, before the final norm.
 
         Args:
             pixels: images whose sides are multiples of `config.patch_size`.
-            blocks: transformer blocks, counted from 0; the features come back in this order. Under `jit`, blocks
-                after the last one asked for cost nothing.
+            blocks: transformer blocks, counted from 0; `EMBEDDING` is what enters the first. The features come back in
+                this order. Under `jit`, blocks after the last one asked for cost nothing.
+            read: which tokens, of `READS`: the `patches`; the `class` token, one an image; or the `sum` of each patch
+                and the class token (the readout of Projected GAN and StyleGAN-T).
 
         Raises:
-            ValueError: on an image size that is not whole patches, or a block that does not exist.
+            ValueError: on an image size that is not whole patches, a block that does not exist, or an unknown `read`.
         """
         config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         depth = config.num_hidden_layers
-        if not all(0 <= block < depth for block in blocks):
-            raise ValueError(f"blocks must lie in 0 .. {depth - 1}, got {blocks}.")
+        if not all(EMBEDDING <= block < depth for block in blocks):
+            raise ValueError(f"blocks must lie in {EMBEDDING} .. {depth - 1}, got {blocks}.")
+        if read not in READS:
+            raise ValueError(f"read must be one of {READS}, got {read!r}.")
         n, height, width, _ = pixels.shape
         if height % config.patch_size or width % config.patch_size:
             raise ValueError(f"DINOv2 takes sides that are multiples of {config.patch_size}, got {height} x {width}.")
@@ -73,8 +81,13 @@ class Dinov2(nn.Module):
         # The checkpoint's final norm: it has parameters, and no feature passes it.
         layer_norm("layernorm", config.layer_norm_eps, **dtypes)(hidden[-1])
         grid = (height // config.patch_size, width // config.patch_size)
-        first_patch = 1 + config.num_register_tokens
-        return tuple(hidden[block][:, first_patch:].reshape(n, *grid, -1) for block in blocks)
+        chosen = [x if block == EMBEDDING else hidden[block] for block in blocks]
+        if read == "class":
+            return tuple(tokens[:, 0] for tokens in chosen)
+        patches = [tokens[:, 1 + config.num_register_tokens :] for tokens in chosen]
+        if read == "sum":
+            patches = [patch + tokens[:, :1] for patch, tokens in zip(patches, chosen, strict=True)]
+        return tuple(patch.reshape(n, *grid, -1) for patch in patches)
 
 
 class _Embeddings(nn.Module):

@@ -16,7 +16,7 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
-from osv_jax.models.heads import Head, over_frames, over_tracks
+from osv_jax.models.heads import Head, Projection, over_frames, over_tracks, project
 from osv_jax.models.layers import Conv, Dtype, apply, parameter
 
 # What each latent channel (rows) of Stable Diffusion contributes to red, green and blue in [-1, 1].
@@ -42,37 +42,53 @@ class Discriminator(nn.Module):
 
     Args (attributes):
         blocks: the backbone's blocks whose features are judged, counted from 0; a level each.
+        read: which tokens of the backbone are judged, see `Dinov2`.
         upscale: side of the sub-pixel upsampling (r of Fig. 9).
+        condition_width: of the projection of a condition, as in ADD; 0: logits depend on no condition.
         dtype: of the computation; logits are float32 always.
     """
 
     blocks: tuple[int, ...] = (2, 5, 8, 11)
+    read: str = "patches"
     upscale: int = 4
+    condition_width: int = 0
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     def setup(self) -> None:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         self.upsampler = _Upsampler(self.upscale, **dtypes)
-        self.spatial = [Head((3, 3), **dtypes) for _ in self.blocks]
-        self.temporal = [Head((3,), **dtypes) for _ in self.blocks]
+        values = self.condition_width or 1
+        self.spatial = [Head((3, 3), values, **dtypes) for _ in self.blocks]
+        self.temporal = [Head((3,), values, **dtypes) for _ in self.blocks]
+        if self.condition_width:
+            self.condition = Projection(self.condition_width, **dtypes)
 
     def __call__(
-        self, latents: Float[Array, "b f h w 4"], features: tuple[Float[Array, "b f gh gw c"], ...]
+        self,
+        latents: Float[Array, "b f h w 4"],
+        features: tuple[Float[Array, "b f gh gw c"], ...],
+        condition: Float[Array, "b k"] | None = None,
     ) -> tuple[Float[Array, "b f H W 3"], Logits]:
         """Both halves one after the other; only `init` needs it."""
-        return self.pixels(latents), self.score(features, update_stats=False)
+        return self.pixels(latents), self.score(features, False, condition)
 
     def pixels(self, latents: Float[Array, "b f h w 4"]) -> Float[Array, "b f H W 3"]:
         """Frames, about in [0, 1] and `upscale` times as large, of scaled latents."""
         return (self.upsampler(latents).astype(jnp.float32) + 1) / 2
 
-    def score(self, features: tuple[Float[Array, "b f gh gw c"], ...], update_stats: bool) -> Logits:
+    def score(
+        self,
+        features: tuple[Float[Array, "b f gh gw c"], ...],
+        update_stats: bool,
+        condition: Float[Array, "b k"] | None = None,
+    ) -> Logits:
         """The heads' logits, all levels one after the other along n.
 
         Args:
             features: one array a level.
             update_stats: improve the singular vectors by one power iteration first; `spectral` must be mutable then.
+            condition: where `condition_width` is not 0.
 
         Raises:
             UserError: on features whose width is not a multiple of 32 (the norms' groups).
@@ -80,8 +96,13 @@ class Discriminator(nn.Module):
         """
         spatial, temporal = [], []
         for x, spatial_head, temporal_head in zip(features, self.spatial, self.temporal, strict=True):
-            spatial.append(over_frames(spatial_head, x, update_stats).reshape(x.shape[0], -1))
-            temporal.append(over_tracks(temporal_head, x, update_stats).reshape(x.shape[0], -1))
+            spatial.append(over_frames(spatial_head, x, update_stats))
+            temporal.append(over_tracks(temporal_head, x, update_stats))
+        if self.condition_width:
+            projection = self.condition(condition)[:, None, None, None]
+            spatial, temporal = ([project(x, projection) for x in values] for values in (spatial, temporal))
+        else:
+            spatial, temporal = ([x.reshape(x.shape[0], -1) for x in values] for values in (spatial, temporal))
         return {"spatial": jnp.concatenate(spatial, axis=1), "temporal": jnp.concatenate(temporal, axis=1)}
 
 
@@ -115,11 +136,17 @@ def pixel_shuffle(x: Float[Array, "*batch h w crr"], upscale: int) -> Float[Arra
     return x.reshape(*batch, height * upscale, width * upscale, -1)
 
 
-def init_discriminator(disc: Discriminator, key: PRNGKeyArray, feature_width: int) -> dict[str, Any]:
-    """Fresh variables, `params` and `spectral`, for a backbone whose features are `feature_width` wide."""
+def init_discriminator(
+    disc: Discriminator, key: PRNGKeyArray, feature_width: int, condition_size: int = 0
+) -> dict[str, Any]:
+    """Fresh variables, `params` and `spectral`, for a backbone whose features are `feature_width` wide.
+
+    Args:
+        condition_size: numbers in the condition, where the discriminator has one.
+    """
     latents = jnp.zeros((1, 1, 1, 1, len(_LATENT_TO_RGB)))
     features = (jnp.zeros((1, 1, 1, 1, feature_width)),) * len(disc.blocks)
-    return dict(disc.init(key, latents, features))
+    return dict(disc.init(key, latents, features, jnp.zeros((1, condition_size)) if condition_size else None))
 
 
 def discriminate(
@@ -155,26 +182,42 @@ def discriminate_pixels(
     update_stats: bool,
 ) -> tuple[Logits, dict[str, Any]]:
     """Judges videos in [0, 1] of any size, e.g. decoded ones (the discriminator of ADD); else as `discriminate`."""
-    features = backbone_features(backbone, lax.stop_gradient(backbone_params), pixels, disc.blocks)
+    features = backbone_features(backbone, lax.stop_gradient(backbone_params), pixels, disc.blocks, disc.read)
+    return discriminate_features(disc, disc_variables, features, update_stats)
+
+
+def discriminate_features(
+    disc: Discriminator,
+    disc_variables: dict[str, Any],
+    features: tuple[Float[Array, "b f gh gw c"], ...],
+    update_stats: bool,
+    condition: Float[Array, "b k"] | None = None,
+) -> tuple[Logits, dict[str, Any]]:
+    """Judges videos by their features, see `backbone_features`; else as `discriminate`."""
+    arguments = (disc_variables, features, update_stats, condition)
     if not update_stats:
-        return apply(disc, disc_variables, features, False, method="score"), disc_variables["spectral"]
-    logits, updated = apply(disc, disc_variables, features, True, method="score", mutable=["spectral"])
+        return apply(disc, *arguments, method="score"), disc_variables["spectral"]
+    logits, updated = apply(disc, *arguments, method="score", mutable=["spectral"])
     return logits, updated["spectral"]
 
 
 def backbone_features(
-    backbone: nn.Module, params: dict[str, Any], pixels: Float[Array, "b f h w 3"], blocks: tuple[int, ...]
-) -> tuple[Float[Array, "b f grid_h grid_w c"], ...]:
-    """What a discriminator is given of the frames of videos in [0, 1] of any size: patch features of some blocks.
+    backbone: nn.Module,
+    params: dict[str, Any],
+    pixels: Float[Array, "b f h w 3"],
+    blocks: tuple[int, ...],
+    read: str = "patches",
+) -> tuple[Float[Array, "b f *grid c"], ...]:
+    """What a discriminator is given of the frames of videos in [0, 1] of any size: features of some blocks.
 
-    The backbone is any module with `config.patch_size` that maps ImageNet-normalised images [n h w 3] and block numbers
-    to a tuple of [n gh gw c].
+    The backbone is any module with `config.patch_size` that maps ImageNet-normalised images [n h w 3], block numbers
+    and `read` (see `Dinov2`) to a tuple of [n gh gw c], or [n c].
     """
     batch, frames = pixels.shape[:2]
     pixels = _share_out(pixels)
     images = (pixels.reshape(-1, *pixels.shape[2:]) - _IMAGENET_MEAN) / _IMAGENET_STD
     images = _resize_to_patches(images, backbone.config.patch_size)
-    features = apply(backbone, {"params": params}, images, blocks)
+    features = apply(backbone, {"params": params}, images, blocks, read)
     return tuple(x.reshape(batch, frames, *x.shape[1:]) for x in features)
 
 

@@ -9,7 +9,7 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from osv_jax.errors import UserError
-from osv_jax.models.layers import Conv, Dtype, GroupNorm, apply, parameter
+from osv_jax.models.layers import Conv, Dense, Dtype, GroupNorm, apply, parameter
 
 _INITIAL_POWER_ITERATIONS = 15
 
@@ -84,6 +84,25 @@ def _matvec(matrix: Float[Array, "k o"], u: Float[Array, " o"]) -> Float[Array, 
 
 def _unit(x: Float[Array, " k"]) -> Float[Array, " k"]:
     return x / jnp.maximum(jnp.linalg.norm(x), 1e-12)
+
+
+class Projection(nn.Module):
+    """A condition for `project` (Miyato & Koyama 2018): two linear layers with a SiLU between them; float32."""
+
+    width: int
+    dtype: Dtype
+    param_dtype: Dtype
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch width"]:
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        x = nn.silu(Dense(self.width, name="linear_1", **dtypes)(x))
+        return Dense(self.width, name="linear_2", **dtypes)(x).astype(jnp.float32)
+
+
+def project(x: Float[Array, "b *space k"], condition: Float[Array, "b *_space k"]) -> Float[Array, "b n"]:
+    """One logit per position: the inner product with the condition, over the root of the width."""
+    return (x * condition).sum(axis=-1).reshape(x.shape[0], -1) / x.shape[-1] ** 0.5
 
 
 def over_frames(head: Head, x: Float[Array, "b f h w c"], update_stats: bool) -> Float[Array, "b f h w k"]:

@@ -10,8 +10,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from osv_jax.models.heads import Head, over_frames, over_tracks
-from osv_jax.models.layers import Dense, Dtype, timestep_embedding
+from osv_jax.models.heads import Head, Projection, over_frames, over_tracks, project
+from osv_jax.models.layers import Dtype, timestep_embedding
 
 KINDS = ("spatial", "temporal")
 _EMBEDDING = 64
@@ -62,27 +62,8 @@ class UNetHeads(nn.Module):
                 "spatial": ((3, 3), over_frames, of_frame[:, :, None, None]),
                 "temporal": ((3,), over_tracks, of_clip[:, None, None, None]),
             }[kind]
-            projection = _Condition(self.width, name=f"{kind}_condition", **dtypes)(condition)
+            projection = Projection(self.width, name=f"{kind}_condition", **dtypes)(condition)
             heads = [Head(window, self.width, name=f"{kind}_{level}", **dtypes) for level in range(len(features))]
             values = [run(head, x, update_stats) for head, x in zip(heads, features, strict=True)]
-            logits[kind] = jnp.concatenate([_project(x, projection) for x in values], axis=1)
+            logits[kind] = jnp.concatenate([project(x, projection) for x in values], axis=1)
         return logits
-
-
-class _Condition(nn.Module):
-    """Two linear layers with a SiLU between them, in float32 for what is compared with it."""
-
-    width: int
-    dtype: Dtype
-    param_dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch width"]:
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = nn.silu(Dense(self.width, name="linear_1", **dtypes)(x))
-        return Dense(self.width, name="linear_2", **dtypes)(x).astype(jnp.float32)
-
-
-def _project(x: Float[Array, "b *space k"], condition: Float[Array, "b *_space k"]) -> Float[Array, "b n"]:
-    """One logit per position: the inner product with the condition, over the root of the width."""
-    return (x * condition).sum(axis=-1).reshape(x.shape[0], -1) / x.shape[-1] ** 0.5

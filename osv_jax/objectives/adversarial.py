@@ -19,8 +19,8 @@ from jaxtyping import Array, Float
 from osv_jax.objectives import losses
 from osv_jax.objectives.accumulation import mean_over_parts, split_batch
 from osv_jax.objectives.batches import Batch
-from osv_jax.objectives.consistency import Example
 from osv_jax.objectives.distillation import Distillation, DistillationOptions
+from osv_jax.objectives.example import Example
 from osv_jax.objectives.judges import Judge, real_and_fake
 from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Draws, Metrics, Optimizers

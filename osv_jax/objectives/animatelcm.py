@@ -19,8 +19,9 @@ from osv_jax.models import groups
 from osv_jax.objectives import consistency, losses
 from osv_jax.objectives.accumulation import mean_over_batch
 from osv_jax.objectives.batches import Batch
-from osv_jax.objectives.consistency import ConsistencyOptions, Example
+from osv_jax.objectives.consistency import ConsistencyOptions
 from osv_jax.objectives.distillation import Distillation
+from osv_jax.objectives.example import Example
 from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Draws, Metrics, register
 from osv_jax.objectives.options import setting

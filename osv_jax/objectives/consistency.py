@@ -6,15 +6,14 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from flax import struct
 from jaxtyping import Array, Float
 
-from osv_jax.diffusion.conditioning import Conditioning
 from osv_jax.diffusion.edm import per_clip, sigma_grid
 from osv_jax.diffusion.ode import euler_solve, guided_denoiser
 from osv_jax.errors import UserError
 from osv_jax.objectives.batches import Batch
 from osv_jax.objectives.distillation import Distillation, DistillationOptions
+from osv_jax.objectives.example import Example
 from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Draws
 from osv_jax.objectives.options import GuidanceOptions, setting
@@ -35,23 +34,6 @@ class ConsistencyOptions(DistillationOptions):
     solver_steps: int = setting(5, COUNT)
     guidance: GuidanceOptions = dataclasses.field(default_factory=GuidanceOptions)
     weight_exponent: float = setting(0.1, NOT_NEGATIVE)
-
-
-@struct.dataclass
-class Example:
-    """Student input and training target of some clips.
-
-    Attributes:
-        x, sigma, cond: the student input: noisy latents, their noise level, the condition.
-        target: the training target, which the output is regressed to and a discriminator takes for real.
-        weight: of the distance to the target, per clip.
-    """
-
-    x: Float[Array, "b f h w c"]
-    sigma: Float[Array, " b"]
-    cond: Conditioning
-    target: Float[Array, "b f h w c"]
-    weight: Float[Array, " b"]
 
 
 def check(options: ConsistencyOptions) -> None:

@@ -13,9 +13,17 @@ import numpy as np
 from jaxtyping import Array, Float, Int
 
 from osv_jax.codec import Codec, Params
+from osv_jax.diffusion.conditioning import Conditioning
 from osv_jax.diffusion.edm import discretised_lognormal, network_inputs, per_clip, scalings, sigma_grid
 from osv_jax.models.dinov2 import Dinov2
-from osv_jax.models.discriminator import Discriminator, discriminate, discriminate_pixels, init_discriminator
+from osv_jax.models.discriminator import (
+    Discriminator,
+    backbone_features,
+    discriminate,
+    discriminate_features,
+    discriminate_pixels,
+    init_discriminator,
+)
 from osv_jax.models.layers import apply
 from osv_jax.models.svd_unet import SVDUNet
 from osv_jax.models.unet_heads import UNetHeads
@@ -112,6 +120,57 @@ class PixelJudge(LatentJudge):
         variables = {"params": params, "spectral": stats}
         pixels = (self.codec.decode_video(jax.lax.stop_gradient(frozen["vae"]), x) + 1) / 2
         return discriminate_pixels(self.discriminator, self.dinov2, variables, frozen["dinov2"], pixels, update_stats)
+
+
+@dataclasses.dataclass(frozen=True)
+class ConditionedPixelJudge(PixelJudge):
+    """As `PixelJudge`, with logits that depend on the image too, by projection (ADD, section 3.1).
+
+    The condition is DINOv2's class token of the decoded image, and the image's CLIP embedding.
+    """
+
+    clip_width: int
+
+    def init(self, key: jax.Array) -> tuple[Params, Params]:
+        width = self.dinov2.config.hidden_size
+        variables = init_discriminator(self.discriminator, key, width, width + self.clip_width)
+        return variables["params"], variables["spectral"]
+
+    def features(self, frozen: Params, x: Float[Array, "b f h w c"]) -> tuple[Array, ...]:
+        """DINOv2's of the decoded frames."""
+        return self._features(frozen, x, self.discriminator.blocks, self.discriminator.read)
+
+    def _features(self, frozen: Params, x: Array, blocks: tuple[int, ...], read: str) -> tuple[Array, ...]:
+        frozen = jax.lax.stop_gradient({name: frozen[name] for name in ("vae", "dinov2")})
+        pixels = (self.codec.decode_video(frozen["vae"], x) + 1) / 2
+        return backbone_features(self.dinov2, frozen["dinov2"], pixels, blocks, read)
+
+    def condition(self, frozen: Params, cond: Conditioning) -> Float[Array, "b k"]:
+        """What the logits are conditioned on."""
+        image = cond.image_latents[:, None] * self.codec.vae.config.scaling_factor
+        last = (self.dinov2.config.num_hidden_layers - 1,)
+        (token,) = self._features(frozen, image, last, "class")
+        return jnp.concatenate([token[:, 0].astype(jnp.float32), cond.image_embedding], axis=-1)
+
+    def score(self, params: Params, stats: Params, features: tuple[Array, ...], condition: Array) -> Logits:
+        """Logits of `features` under a `condition`."""
+        variables = {"params": params, "spectral": stats}
+        return discriminate_features(self.discriminator, variables, features, False, condition)[0]
+
+    def __call__(
+        self,
+        params: Params,
+        stats: Params,
+        frozen: Params,
+        x: Array,
+        sigma: Array,
+        cond: Any,
+        draws: dict[str, Array],
+        update_stats: bool = False,
+    ) -> tuple[Logits, Params]:
+        variables, features = {"params": params, "spectral": stats}, self.features(frozen, x)
+        condition = self.condition(frozen, cond)
+        return discriminate_features(self.discriminator, variables, features, update_stats, condition)
 
 
 @dataclasses.dataclass(frozen=True)

@@ -6,10 +6,15 @@ import dataclasses
 from typing import ClassVar
 
 from osv_jax.errors import UserError
+from osv_jax.models.dinov2 import EMBEDDING
 from osv_jax.objectives.adversarial import Adversarial, AdversarialOptions
 from osv_jax.objectives.judges import FramesJudge, Judge, LatentJudge, PixelJudge
 from osv_jax.objectives.options import setting
-from osv_jax.runtime.ranges import WHOLE
+from osv_jax.runtime.ranges import WHOLE, Range
+
+# Of DINOv2, counted from 0, or its embedding.
+BLOCK = Range(EMBEDDING, whole=True)
+PATCH_READS = ("patches", "sum")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -17,13 +22,16 @@ class OSVOptions(AdversarialOptions):
     """The options that the stages share; the defaults are the paper's.
 
     Attributes:
-        discriminator_blocks: blocks of DINOv2 whose features the discriminator sees, counted from 0.
+        discriminator_blocks: blocks of DINOv2 whose features the discriminator sees, counted from 0; -1: the embedded
+            patches, as StyleGAN-T's fifth head does.
+        discriminator_read: see `Dinov2`; `sum` adds the class token to every patch, as StyleGAN-T does.
         discriminator_input: `latents`, or `decoded` by the VAE (Table 2e).
         discriminator_frames: how many consecutive frames of each clip the discriminator sees, to save memory, starting
             at a random one in every step; 0: all of them, as in the paper.
     """
 
-    discriminator_blocks: tuple[int, ...] = setting((2, 5, 8, 11), WHOLE)
+    discriminator_blocks: tuple[int, ...] = setting((2, 5, 8, 11), BLOCK)
+    discriminator_read: str = setting("patches", PATCH_READS)
     discriminator_input: str = setting("latents", ("latents", "decoded"))
     discriminator_frames: int = setting(0, WHOLE)
 
@@ -44,9 +52,10 @@ class OSV(Adversarial):
 
     def make_judge(self) -> Judge:
         networks, options = self.networks, self.options
-        judge: Judge = LatentJudge(networks.discriminator, networks.dinov2)
+        discriminator = networks.discriminator.clone(read=options.discriminator_read)
+        judge: Judge = LatentJudge(discriminator, networks.dinov2)
         if options.discriminator_input == "decoded":
-            judge = PixelJudge(networks.discriminator, networks.dinov2, networks.codec)
+            judge = PixelJudge(discriminator, networks.dinov2, networks.codec)
         return FramesJudge(judge, options.discriminator_frames) if options.discriminator_frames else judge
 
 

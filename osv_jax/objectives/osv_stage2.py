@@ -9,7 +9,8 @@ import jax
 
 from osv_jax.objectives import consistency
 from osv_jax.objectives.batches import Batch
-from osv_jax.objectives.consistency import ConsistencyOptions, Example
+from osv_jax.objectives.consistency import ConsistencyOptions
+from osv_jax.objectives.example import Example
 from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Draws, register
 from osv_jax.objectives.osv import OSV, OSVOptions

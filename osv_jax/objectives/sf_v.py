@@ -10,11 +10,9 @@ import dataclasses
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import optax
 from jaxtyping import Array, Float
 
-from osv_jax.diffusion.edm import per_clip, sigma_grid
 from osv_jax.errors import UserError
 from osv_jax.models import groups
 from osv_jax.models.svd_unet import FEATURES
@@ -22,14 +20,15 @@ from osv_jax.models.unet_heads import KINDS, UNetHeads
 from osv_jax.objectives import losses
 from osv_jax.objectives.adversarial import Adversarial, AdversarialOptions
 from osv_jax.objectives.batches import Batch
-from osv_jax.objectives.consistency import Example
+from osv_jax.objectives.example import Example, draw_noise, noisy_example
 from osv_jax.objectives.finetune import SigmaOptions
+from osv_jax.objectives.gradient_penalty import METRIC, PenaltyOptions, weighted
 from osv_jax.objectives.judges import Judge, UNetJudge
 from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Draws, Metrics, register
 from osv_jax.objectives.options import setting
 from osv_jax.objectives.players import TrainState
-from osv_jax.runtime.ranges import COUNT, DECAY, NOT_NEGATIVE, POSITIVE, Range
+from osv_jax.runtime.ranges import DECAY, NOT_NEGATIVE, POSITIVE, Range
 
 
 @dataclasses.dataclass(frozen=True)
@@ -51,21 +50,17 @@ class SM3Options:
 
 
 @dataclasses.dataclass(frozen=True)
-class R1Options:
-    """The gradient penalty of the discriminator on real clips.
+class R1Options(PenaltyOptions):
+    """As `PenaltyOptions`, of the noised latents that the discriminator sees.
 
     Attributes:
-        weight: gamma of Eq. 11, which the paper leaves open; 0: no penalty.
         kind: `exact`, by second derivatives, for which attention takes the plain path; or `difference`, see
             `losses.r1_by_difference`.
         step: of the difference.
-        every: so many steps from one penalty to the next, which counts as many times.
     """
 
-    weight: float = setting(1e-5, NOT_NEGATIVE)
     kind: str = setting("exact", ("exact", "difference"))
     step: float = setting(0.01, POSITIVE)
-    every: int = setting(1, COUNT)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -103,8 +98,7 @@ class SFV(Adversarial):
     name = "sf_v"
     Options = SFVOptions
     components: ClassVar[tuple[str, ...]] = ("unet", "vae", "image_encoder")
-    # Where `r1.every` is not 1.
-    may_be_missing = "r1"
+    may_be_missing = METRIC
 
     @classmethod
     def check(cls, options: SFVOptions, num_frames: int) -> None:
@@ -127,7 +121,8 @@ class SFV(Adversarial):
         return draw(key, batch, self.options) | of_judge
 
     def example(self, state: TrainState, frozen: Params, batch: Batch, draws: Draws) -> Example:
-        return example(batch, draws, self.options)
+        """x_t = x_0 + sigma_t eps of Eq. 6; the target is x_0."""
+        return noisy_example(batch, draws, self.options.num_levels, self.options.reconstruction_weight)
 
     def penalty(
         self, params: Params, stats: Params, frozen: Params, example: Example, draws: Draws
@@ -145,27 +140,12 @@ def sm3(options: SM3Options, learning_rate: float) -> optax.GradientTransformati
 
 
 def draw(key: jax.Array, batch: Batch, options: SFVOptions) -> Draws:
-    """The index of each clip's noise level, counted from 0, its noise, and the noise of R1's difference."""
-    index_key, noise_key, r1_key = jax.random.split(key, 3)
-    draws = {
-        "index": jax.random.randint(index_key, batch.latents.shape[:1], 1, options.num_levels),
-        "noise": jax.random.normal(noise_key, batch.latents.shape),
-    }
+    """What `noisy_example` needs, sigma_t being uniform among sigma_1 .. sigma_{T_g - 1} (Eq. 5), and R1's noise."""
+    key, r1_key = jax.random.split(key)
+    draws = draw_noise(key, batch, options.num_levels, first=1)
     if options.r1.weight and options.r1.kind == "difference":
         draws["r1_noise"] = jax.random.normal(r1_key, batch.latents.shape)
     return draws
-
-
-def example(batch: Batch, draws: Draws, options: SFVOptions) -> Example:
-    """x_t = x_0 + sigma_t eps, sigma_t uniform among sigma_1 .. sigma_{T_g - 1} (Eq. 5 and 6); the target is x_0."""
-    sigma = jnp.asarray(sigma_grid(options.num_levels))[draws["index"]]
-    return Example(
-        x=batch.latents + per_clip(sigma) * draws["noise"],
-        sigma=sigma,
-        cond=batch.cond,
-        target=batch.latents,
-        weight=jnp.full_like(sigma, options.reconstruction_weight),
-    )
 
 
 def penalty(
@@ -173,8 +153,6 @@ def penalty(
 ) -> tuple[Float[Array, ""] | float, Metrics]:
     """gamma R1 on the real clips, noised as the discriminator sees them (Eq. 11)."""
     options = objective.options.r1
-    if not options.weight:
-        return 0.0, {}
     judge: Any = objective.judge
     if options.kind == "exact":
         # The fused kernels have no second derivative.
@@ -188,9 +166,4 @@ def penalty(
             return losses.r1(logits_of, example.target).mean()
         return losses.r1_by_difference(logits_of, example.target, draws["r1_noise"], options.step).mean()
 
-    if options.every == 1:
-        value = computed()
-        return options.weight * value, {"r1": value}
-    now = draws["step"][0] % options.every == 0
-    value = jax.lax.cond(now, computed, lambda: jnp.zeros(()))
-    return options.every * options.weight * value, {"r1": jnp.where(now, value, jnp.nan)}
+    return weighted(options, draws["step"], computed)

@@ -14,6 +14,7 @@ from osv_jax.convert import weights
 from osv_jax.convert.architectures import TRAINING
 from osv_jax.errors import UserError
 from osv_jax.models import groups
+from osv_jax.models.dinov2 import EMBEDDING
 from osv_jax.objectives.networks import Networks, Params, build_networks
 from osv_jax.objectives.objective import Metrics, Objective, find
 from osv_jax.objectives.options import from_config
@@ -69,9 +70,10 @@ def networks_of(config: ConfigDict) -> Networks:
     blocks: tuple[int, ...] = ()
     if "dinov2" in architectures:
         blocks, depth = tuple(config.discriminator_blocks), architectures["dinov2"].num_hidden_layers
-        if not all(0 <= block < depth for block in blocks):
+        if not all(EMBEDDING <= block < depth for block in blocks):
             raise UserError(
-                f"config.discriminator_blocks={blocks} must lie in 0 .. {depth - 1}, the blocks of this DINOv2."
+                f"config.discriminator_blocks={blocks} must lie in 0 .. {depth - 1}, the blocks of this DINOv2, or be"
+                f" {EMBEDDING}, its embedding."
             )
     return build_networks(
         architectures,

@@ -12,7 +12,7 @@ import transformers
 from conftest import relative_error
 from flax import traverse_util
 
-from osv_jax.models.dinov2 import Dinov2, Dinov2Config
+from osv_jax.models.dinov2 import EMBEDDING, Dinov2, Dinov2Config
 
 _SMALL = Dinov2Config(hidden_size=48, num_hidden_layers=2, num_attention_heads=3, image_size=70, patch_size=14)
 CASES = {
@@ -131,6 +131,23 @@ def test_half_precision_stays_close(case, expected):
         assert relative_error(ours, theirs) <= 0.1
 
 
+def test_class_tokens_and_embeddings_match_transformers(tmp_path, rng):
+    """What StyleGAN-T's heads read: each patch with the class token added, and the embedded patches."""
+    config = dataclasses.replace(_SMALL, num_register_tokens=1)
+    reference = randomise(torch_model(config))
+    params, model = parameters_on_disk(reference, tmp_path), Dinov2(config)
+    pixels = rng.standard_normal((2, 28, 42, 3)).astype(np.float32)
+    with torch.no_grad():
+        hidden = reference(torch.from_numpy(pixels).movedim(-1, 1), output_hidden_states=True).hidden_states
+    run = jax.jit(model.apply, static_argnums=(2, 3))
+    for block, tokens in ((EMBEDDING, hidden[0]), (1, hidden[2])):
+        patches, classes = tokens[:, 2:].reshape(2, 2, 3, -1), tokens[:, 0]
+        for read, wanted in (("patches", patches), ("class", classes), ("sum", patches + classes[:, None, None])):
+            assert relative_error(run({"params": params}, pixels, (block,), read)[0], wanted) <= 2e-5
+    with pytest.raises(ValueError, match="read must be one of"):
+        model.apply({"params": params}, pixels, (0,), "registers")
+
+
 # Width, blocks and heads on the cards of the released models.
 @pytest.mark.parametrize(
     ("name", "width", "depth", "heads"),
@@ -160,8 +177,8 @@ def test_released_sizes_have_as_many_parameters_as_in_transformers(name, width, 
     ("size", "blocks", "message"),
     [
         ((42, 41), (0,), "multiples of 14, got 42 x 41"),
-        ((42, 42), (2,), "must lie in 0 .. 1, got"),
-        ((42, 42), (-1,), "must lie in 0 .. 1, got"),
+        ((42, 42), (2,), "must lie in -1 .. 1, got"),
+        ((42, 42), (-2,), "must lie in -1 .. 1, got"),
     ],
 )
 def test_mistakes_are_refused(size, blocks, message):

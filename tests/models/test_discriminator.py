@@ -285,7 +285,7 @@ def test_backbone_sees_imagenet_normalised_patches(variables):
         pass
 
     class Spy(Dinov2):
-        def apply(self, variables, images, blocks):
+        def apply(self, variables, images, blocks, read):
             raise Seen(variables, images, blocks)
 
     grey = np.full((1, 2, 25, 30, 3), 0.5, np.float32)

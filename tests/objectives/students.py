@@ -116,3 +116,8 @@ def differences(actual, expected, before=None):
     actual, expected = flat(actual), flat(expected)
     change = 0.0 if before is None else relative_error(actual - flat(before), expected - flat(before))
     return relative_error(actual, expected), change
+
+
+def nonzero_leaves(tree):
+    """The names of the leaves that are not all zero."""
+    return [jax.tree_util.keystr(path) for path, leaf in jax.tree.leaves_with_path(tree) if np.any(leaf)]

@@ -59,7 +59,7 @@ def started(name, unet):
     if name == "animatelcm":
         objective = AnimateLCM(networks, AnimateLCMOptions(trainable=TRAINABLE, phases=()), SGD)
         return networks, frozen, batch, state.replace(players={"student": player}), objective.step
-    objective = SFV(networks, SFVOptions(r1=R1Options(1e-3, "difference")), SGD)
+    objective = SFV(networks, SFVOptions(r1=R1Options(1e-3, kind="difference")), SGD)
     disc = jax.jit(objective.init)(jax.random.key(0), frozen)["disc"]
     # More frames: second derivatives of norms over three are mostly rounding errors.
     batch = tiny.tiny_batch(8, frames=8, height=8)

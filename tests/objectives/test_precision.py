@@ -14,6 +14,7 @@ from students import CONFIGS, TRAINABLE
 from osv_jax.codec import Codec
 from osv_jax.convert.architectures import expected_params
 from osv_jax.models.discriminator import discriminate, init_discriminator
+from osv_jax.objectives.add import ADD
 from osv_jax.objectives.animatelcm import AnimateLCM
 from osv_jax.objectives.finetune import Finetune
 from osv_jax.objectives.networks import build_networks
@@ -115,6 +116,10 @@ def sf_v():
     return step_of(SFV)
 
 
+def add():
+    return step_of(ADD, discriminator_blocks=(0,))
+
+
 @pytest.mark.parametrize(
     ("case", "delicate", "there"),
     [
@@ -126,6 +131,7 @@ def sf_v():
         (stage1, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log", "sqrt"}),
         (stage2, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log", "sqrt", "pow"}),
         (denoising, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log"}),
+        (add, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log"}),
         (sf_v, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log", "sqrt"}),
         (animatelcm, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log", "sqrt", "pow"}),
     ],

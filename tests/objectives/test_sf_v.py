@@ -161,8 +161,9 @@ def test_step_is_equations_6_to_11(toy):
     value, r1, (adversarial, huber), g_disc, g_student, disc, student, ema = plainly(state, frozen)
     # What is near zero is measured by the hinge's 1.
     assert float(metrics["loss_disc"]) == pytest.approx(float(value), rel=GRADIENT)
-    assert float(metrics["r1"]) == pytest.approx(float(r1), rel=GRADIENT) and 0.01 * float(r1) > 1e-3
-    assert float(metrics["loss_adversarial"]) == pytest.approx(float(adversarial), abs=1e-4)
+    # The square of a gradient.
+    assert float(metrics["r1"]) == pytest.approx(float(r1), rel=2 * GRADIENT) and 0.01 * float(r1) > 1e-3
+    assert float(metrics["loss_adversarial"]) == pytest.approx(float(adversarial), abs=GRADIENT)
     assert float(metrics["loss_huber"]) == pytest.approx(float(huber), rel=1e-5)
     assert float(metrics["grad_norm/disc"]) == pytest.approx(np.linalg.norm(flat(g_disc)), rel=GRADIENT)
     assert float(metrics["grad_norm/student"]) == pytest.approx(np.linalg.norm(flat(g_student)), rel=GRADIENT)
@@ -181,7 +182,7 @@ def test_a_penalty_every_so_many_steps_counts_as_many_times(toy):
     disc = state.players["disc"]
 
     def penalty(step, **options):
-        objective = SFV(networks, SFVOptions(r1=R1Options(0.01, "difference", **options)), SGD)
+        objective = SFV(networks, SFVOptions(r1=R1Options(0.01, kind="difference", **options)), SGD)
         draws = objective.draw(KEY, batch) | {"step": jnp.full(2, step)}
         example = objective.example(state, frozen, batch, draws)
         return jax.jit(objective.penalty)(disc.params, disc.stats, frozen, example, draws)
@@ -333,7 +334,7 @@ def test_r1_is_pytorch_s_double_backward_through_the_real_encoder(rng):
     (slope,) = torch.autograd.grad(total, x, create_graph=True)
     r1 = (slope**2).sum()
     r1.backward()
-    assert float(value) == pytest.approx(r1.item(), rel=GRADIENT)
+    assert float(value) == pytest.approx(r1.item(), rel=2 * GRADIENT)
     for layer, leaf in leaves.items():
         assert relative_error(gradient[name][layer]["kernel"], leaf.grad.numpy()) < GRADIENT
 

@@ -18,6 +18,7 @@ from students import (
     differences,
     disc_of,
     ema_of,
+    nonzero_leaves,
     one_level_networks_and_frozen,
     perturbed,
     stage2,
@@ -168,10 +169,6 @@ def gradients_of_inputs(networks, frozen, batch, state, wanted, **options):
         return jax.grad(lambda of: total(inputs | of, key))(of)
 
     return run(inputs, jax.random.key(3))
-
-
-def nonzero_leaves(tree):
-    return [jax.tree_util.keystr(path) for path, leaf in jax.tree.leaves_with_path(tree) if np.any(leaf)]
 
 
 def test_no_gradient_reaches_teacher_target_and_dinov2(real):

@@ -27,6 +27,7 @@ VARIANTS = {
     "vae.py": ("", "temporal", "tiny"),
     "animatelcm.py": ("", "tiny", "miniature"),
     "sf_v.py": ("", "tiny", "miniature"),
+    "add.py": ("", "tiny", "miniature"),
 }
 NAMES = [f"{name}:{variant}" for name, variants in VARIANTS.items() for variant in variants]
 # Checked by functions of their own, which have tests.
@@ -80,7 +81,7 @@ def test_the_project_s_own_configurations_are_allowed(configs, name):
         assert ranged or not is_number(value), f"{key} has no range"
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "finetune", "animatelcm", "sf_v"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", "finetune", "animatelcm", "sf_v", "add"])
 def test_a_configuration_has_the_keys_of_its_run_and_its_objective_and_no_others(name):
     keys = {key for cls in (RunOptions, objective.find(name).Options) for key in ranges_of(cls)}
     config = default_config(name)
@@ -136,7 +137,7 @@ def test_no_number_may_be_something_else(configs, name):
         ("guidance.kind", "cosine", "config.guidance.kind='cosine' is not one of linspace, constant, range."),
         ("accumulate", "later", "config.accumulate='later' is not one of together, in_turn."),
         ("trainable", ("lora", "head"), "config.trainable=('lora', 'head') is not one of lora, "),
-        ("discriminator_blocks", (0, -1), "config.discriminator_blocks=(0, -1) must be a whole number of at least 0."),
+        ("discriminator_blocks", (0, -2), "config.discriminator_blocks=(0, -2) must be a whole number of at least -1."),
         ("weights", 7, "config.weights=7 must be of type str."),
         (
             "random_networks.unet.layers_per_block",

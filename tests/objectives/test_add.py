@@ -1,0 +1,148 @@
+"""ADD's step against its equations written out plainly, and who gets no gradient."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import plain_stage2 as plain
+import pytest
+import tiny
+from conftest import flat
+from students import (
+    GRADIENT,
+    RATES,
+    SGD,
+    differences,
+    disc_of,
+    ema_of,
+    nonzero_leaves,
+    perturbed,
+    student_of,
+    toy_networks_and_frozen,
+    with_student,
+)
+
+from osv_jax.diffusion.edm import sigma_grid
+from osv_jax.objectives.add import ADD, ADDOptions
+from osv_jax.objectives.gradient_penalty import PenaltyOptions
+from osv_jax.objectives.players import first_state
+
+KEY = jax.random.key(3)
+OPTIONS = ADDOptions(discriminator_blocks=(-1, 0), condition_width=8, trainable=("lora",), r1=PenaltyOptions(1e-4))
+IMAGENET = np.array([0.485, 0.456, 0.406], np.float32), np.array([0.229, 0.224, 0.225], np.float32)
+
+
+@pytest.fixture(scope="module")
+def toy():
+    networks, frozen = toy_networks_and_frozen()
+    networks = networks.__class__(**{**vars(networks), "discriminator": networks.discriminator.clone(blocks=(-1, 0))})
+    objective = ADD(networks, OPTIONS, SGD)
+    state = jax.jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(0), frozen)
+    player = state.players["student"]
+    state = with_student(state, perturbed(player.params, 1), perturbed(player.ema, 2))
+    return objective, frozen, tiny.tiny_batch(frames=4), state
+
+
+def dinov2_of(networks, frozen, latents, blocks, read):
+    """Decoded to [0, 1], normalised, resized to whole patches."""
+    pixels = (networks.codec.decode_video(frozen["vae"], latents) + 1) / 2
+    images = (pixels.reshape(-1, *pixels.shape[2:]) - IMAGENET[0]) / IMAGENET[1]
+    size = [max(1, round(side / 14)) * 14 for side in images.shape[1:3]]
+    images = jax.image.resize(images, (len(images), *size, 3), "bilinear", antialias=False)
+    features = networks.dinov2.apply({"params": frozen["dinov2"]}, images, blocks, read)
+    return [x.reshape(*latents.shape[:2], *x.shape[1:]) for x in features]
+
+
+def test_step_is_a_conditioned_hinge_r1_of_features_and_score_distillation(toy):
+    objective, frozen, batch, state = toy
+    networks, cond = objective.networks, batch.cond
+    new, metrics = jax.jit(objective.step)(state, frozen, batch, KEY)
+    draws = objective.draw(KEY, batch)
+    denoiser = plain.denoiser(networks)
+    sigma = sigma_grid(5)[np.asarray(draws["index"])]
+    x = batch.latents + plain.column(sigma) * draws["noise"]
+    teacher_sigma = sigma_grid(1000)[np.asarray(draws["teacher_index"])]
+    weight = 2.5 / np.sqrt(teacher_sigma**2 + 1)
+
+    @jax.jit
+    def plainly(state, frozen):
+        disc_module = networks.discriminator.clone(read="sum", condition_width=8)
+        image = cond.image_latents[:, None] * networks.vae.config.scaling_factor
+        (token,) = dinov2_of(networks, frozen, image, (0,), "class")
+        condition = jnp.concatenate([token[:, 0], cond.image_embedding], axis=-1)
+
+        def judged(disc, features, update):
+            arguments = (disc, features, update, condition)
+            logits, updated = disc_module.apply(*arguments, method="score", mutable=["spectral"])
+            return jnp.concatenate(jax.tree.leaves(logits), axis=1), updated["spectral"] if update else disc["spectral"]
+
+        features_of = functools.partial(dinov2_of, networks, frozen, blocks=(-1, 0), read="sum")
+        prediction = lambda student: denoiser(plain.variables(frozen["unet"], student), x, sigma, cond)  # noqa: E731
+        fake, real_features = prediction(student_of(state)), features_of(batch.latents)
+
+        def disc_loss(params):
+            disc = {"params": params, "spectral": disc_of(state)["spectral"]}
+            real, spectral = judged(disc, real_features, True)
+            generated, _ = judged(disc, features_of(fake), True)
+            now = {"params": params, "spectral": spectral}
+            slopes = jax.grad(lambda features: judged(now, features, False)[0].sum())(real_features)
+            r1 = sum(jnp.sum(slope**2) for slope in slopes) / 2
+            return jnp.mean(jax.nn.relu(1 - real)) + jnp.mean(jax.nn.relu(1 + generated)) + 1e-4 * r1, (spectral, r1)
+
+        (value, (spectral, r1)), g_disc = jax.value_and_grad(disc_loss, has_aux=True)(disc_of(state)["params"])
+        params = jax.tree.map(lambda p, g: p - RATES["disc"] * g, disc_of(state)["params"], g_disc)
+        disc = {"params": params, "spectral": spectral}
+        noisy = fake + plain.column(teacher_sigma) * draws["teacher_noise"]
+        target = denoiser({"params": frozen["unet"]}, noisy, teacher_sigma, cond)
+
+        def student_loss(student):
+            output = prediction(student)
+            adversarial = -jnp.mean(judged(disc, features_of(output), False)[0])
+            distillation = jnp.mean(weight * ((output - target) ** 2).mean(axis=(1, 2, 3, 4)))
+            return adversarial + distillation, (adversarial, distillation)
+
+        (_, terms), g_student = jax.value_and_grad(student_loss, has_aux=True)(student_of(state))
+        student = jax.tree.map(lambda p, g: p - RATES["student"] * g, student_of(state), g_student)
+        ema = jax.tree.map(lambda old, new: 0.95 * old + 0.05 * new, ema_of(state), student)
+        return value, r1, terms, g_disc, g_student, disc, student, ema
+
+    value, r1, (adversarial, distillation), g_disc, g_student, disc, student, ema = plainly(state, frozen)
+    # What is near zero is measured by the hinge's 1.
+    assert float(metrics["loss_disc"]) == pytest.approx(float(value), rel=GRADIENT)
+    # The square of a gradient.
+    assert float(metrics["r1"]) == pytest.approx(float(r1), rel=2 * GRADIENT) and 1e-4 * float(r1) > 1e-2
+    assert float(metrics["loss_adversarial"]) == pytest.approx(float(adversarial), abs=GRADIENT)
+    assert float(metrics["loss_distillation"]) == pytest.approx(float(distillation), rel=1e-4)
+    assert float(metrics["grad_norm/disc"]) == pytest.approx(np.linalg.norm(flat(g_disc)), rel=GRADIENT)
+    assert float(metrics["grad_norm/student"]) == pytest.approx(np.linalg.norm(flat(g_student)), rel=GRADIENT)
+    for actual, expected, before in (
+        (disc_of(new)["params"], disc["params"], disc_of(state)["params"]),
+        (student_of(new), student, student_of(state)),
+        (ema_of(new), ema, ema_of(state)),
+    ):
+        error, change = differences(actual, expected, before)
+        assert error < 1e-5 and change < GRADIENT
+    assert differences(disc_of(new)["spectral"], disc["spectral"])[0] < 1e-5
+
+
+class ApartADD(ADD):
+    """The teacher's parameters, which are the student's base too, as something of their own."""
+
+    def backbone(self, frozen, student, cond):
+        return super().backbone({"unet": frozen["teacher"]} if student is None else frozen, student, cond)
+
+
+def test_no_gradient_reaches_what_is_frozen(toy):
+    objective, frozen, batch, state = toy
+    apart = ApartADD(objective.networks, OPTIONS, SGD)
+
+    def loss(inputs):
+        others = frozen | {name: inputs[name] for name in ("teacher", "vae", "dinov2")}
+        _, metrics = apart.step(with_student(state, inputs["student"]), others, batch, KEY)
+        return metrics["loss_student"] + metrics["loss_disc"]
+
+    inputs = {"teacher": frozen["unet"], "vae": frozen["vae"], "dinov2": frozen["dinov2"], "student": student_of(state)}
+    gradients = jax.jit(jax.grad(loss))(inputs)
+    assert len(nonzero_leaves(gradients.pop("student"))) == len(jax.tree.leaves(student_of(state)))
+    assert nonzero_leaves(gradients) == []
