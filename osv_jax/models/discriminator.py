@@ -92,13 +92,15 @@ class Discriminator(nn.Module):
 
         Raises:
             UserError: on features whose width is not a multiple of 32 (the norms' groups).
-            ValueError: on another number of levels than `blocks` has.
+            ValueError: on another number of levels than `blocks` has, or a condition too many or too few.
         """
         spatial, temporal = [], []
         for x, spatial_head, temporal_head in zip(features, self.spatial, self.temporal, strict=True):
             spatial.append(over_frames(spatial_head, x, update_stats))
             temporal.append(over_tracks(temporal_head, x, update_stats))
-        if self.condition_width:
+        if (condition is None) == bool(self.condition_width):
+            raise ValueError("A condition is needed where condition_width is not 0, and only there.")
+        if condition is not None:
             projection = self.condition(condition)[:, None, None, None]
             spatial, temporal = ([project(x, projection) for x in values] for values in (spatial, temporal))
         else:

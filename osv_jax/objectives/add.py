@@ -6,7 +6,7 @@ OSV Fig. 3 compares with it. Frames are judged by temporal heads, too, which ima
 from __future__ import annotations
 
 import dataclasses
-from typing import ClassVar
+from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
@@ -104,7 +104,7 @@ def penalty(
     objective: ADD, params: Params, stats: Params, frozen: Params, example: Example, draws: Draws
 ) -> tuple[Float[Array, ""] | float, Metrics]:
     """gamma R1 of the features of real clips: no second derivative of the backbone is needed (ADD section 3.1)."""
-    judge = objective.judge
+    judge: Any = objective.judge
 
     def computed() -> Float[Array, ""]:
         features = jax.lax.stop_gradient(judge.features(frozen, example.target))
