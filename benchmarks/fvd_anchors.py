@@ -2,7 +2,8 @@
 `python benchmarks/fvd_anchors.py WEIGHTS OUTPUT [FILM ...]`.
 
 WEIGHTS is a folder with i3d, see docs/weights.md; the FILMs are cut into clips of 16 frames. Prints zeros against ones,
-each film's classes, and the distance of the clips to damaged versions of themselves, which OUTPUT, a .png, shows.
+each film's classes, the distance of the clips to damaged versions of themselves, which OUTPUT, a .png, shows, and how
+the distance of different clips depends on their number.
 """
 
 from __future__ import annotations
@@ -25,6 +26,9 @@ SIDE = 128
 CLIPS_OF_A_FILM = 8
 # What the network was trained on.
 CLASSIFIED_FRAMES = 64
+# Clips that are compared with as many others, and how often they are drawn.
+SAMPLE_SIZES, DRAWS = (4, 8, 16), 10
+COMPARED = ("shuffled", 16)
 # By how much each damage is done: standard deviation [px]; standard deviation [of 255]; frames at the end that repeat
 # the last before them; length of the stretches inside which frames are shuffled.
 DAMAGES = {"blur": (1, 2, 4), "noise": (8, 16, 32), "frozen": (4, 8, 15), "shuffled": (4, 8, 16)}
@@ -45,18 +49,23 @@ def main() -> None:
     classify(load_network(args.weights, "i3d", CLASSIFIED_FRAMES, batch_size=1), args.films, args.labels)
     network = load_network(args.weights, "i3d", PROTOCOL.num_frames)
     clips = np.concatenate([cut(film) for film in args.films])
-    started = time.perf_counter()
+    started, used = time.perf_counter(), time.process_time()
     real = features(network, clips)
     rate = len(clips) / (time.perf_counter() - started)
-    print(f"{len(clips)} clips, {rate:.2f} a second, decoded before; against themselves {distance(real, real):.1e}")
+    used = (time.process_time() - used) / len(clips)
+    print(f"{len(clips)} clips decoded before: {rate:.2f} a second, {used:.2f} s of CPU each")
+    print(f"against themselves: {distance(real, real):.1e}")
     curves: dict[str, list[float]] = {name: [] for name in DAMAGES}
+    vectors = {}
     for name, amounts in DAMAGES.items():
         for amount in amounts:
             rng = np.random.default_rng(0)
             damaged = np.stack([damage(clip, name, amount, rng) for clip in clips])
-            curves[name].append(distance(real, features(network, damaged)))
+            vectors[name, amount] = features(network, damaged)
+            curves[name].append(distance(real, vectors[name, amount]))
             print(f"{name} {amount}: {curves[name][-1]:.1f}", flush=True)
     draw(curves, args.output)
+    compare_sample_sizes(real, vectors[COMPARED])
 
 
 def classify(network: FeatureNetwork, films: list[pathlib.Path], labels: pathlib.Path | None) -> None:
@@ -92,6 +101,18 @@ def features(network: FeatureNetwork, clips: np.ndarray) -> np.ndarray:
 def distance(real: np.ndarray, fake: np.ndarray) -> float:
     weights = np.ones(len(real))
     return score(Sample(real, weights), Sample(fake, weights), PROTOCOL.unbiased).value
+
+
+def compare_sample_sizes(real: np.ndarray, shuffled: np.ndarray) -> None:
+    """Prints distances of disjoint random parts, both of them real or one shuffled: means and standard deviations."""
+    rng = np.random.default_rng(0)
+    for size in SAMPLE_SIZES:
+        distances = []
+        for _ in range(DRAWS):
+            ours, theirs = rng.permutation(len(real))[: 2 * size].reshape(2, size)
+            distances.append([distance(real[ours], other[theirs]) for other in (real, shuffled)])
+        (same, other), (same_std, other_std) = np.mean(distances, axis=0), np.std(distances, axis=0)
+        print(f"{size} against {size} clips: {same:.0f} +- {same_std:.0f}, shuffled {other:.0f} +- {other_std:.0f}")
 
 
 def damage(clip: np.ndarray, name: str, amount: int, rng: np.random.Generator) -> np.ndarray:
