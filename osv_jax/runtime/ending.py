@@ -8,6 +8,7 @@ import logging
 import multiprocessing
 import os
 import pathlib
+import re
 import signal
 import sys
 import threading
@@ -21,6 +22,10 @@ from osv_jax.errors import Stopped, UserError
 # What the machine may refuse to any program that writes files: room, and all else.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
 _REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG, errno.ENAMETOOLONG)
+# What a bucket refuses is told by exceptions of gcsfs and of what it speaks through, by an OSError of gcsfs' that has
+# no number, and by those of Google's clients in C++, with which TensorStore writes.
+_BUCKET_MODULES = ("gcsfs", "aiohttp", "requests", "google.auth", "google.api_core")
+_BUCKET_WORDS = re.compile(r"Forbidden: |PERMISSION_DENIED: |UNAUTHENTICATED: ")
 
 
 def run(main: Callable[[], object]) -> None:
@@ -43,8 +48,8 @@ def exit_status(main: Callable[[], object]) -> int:
     once, whatever it is doing.
 
     Returns:
-        0, or after a line on stderr: 2 for what the user can fix, which is `UserError` or that the machine refuses a
-        file, a full disk for example; or what `Stopped` says. Any other exception is raised.
+        0, or after a line on stderr: 2 for what the user can fix, which is `UserError` or that the machine or a bucket
+        refuses a file, a full disk for example; or what `Stopped` says. Any other exception is raised.
     """
     # Orbax warns of files that it does not need, and logs hundreds of lines about an error, which it raises, too.
     absl.logging.set_verbosity(absl.logging.FATAL)
@@ -136,7 +141,7 @@ def _quiet_threads() -> Iterator[None]:
 
 
 def _refusal(error: BaseException) -> str | None:
-    """A sentence about what the machine refused, if that is what an exception comes from."""
+    """A sentence about what the machine or a bucket refused, if that is what an exception comes from."""
     for cause in _causes(error):
         is_full = isinstance(cause, OSError) and cause.errno in _FULL
         # Libraries in C++ and Rust raise their own, with the operating system's words in it.
@@ -147,9 +152,22 @@ def _refusal(error: BaseException) -> str | None:
                 f"There is no room left{where}: make some, and give the same command again; what had been saved is"
                 " intact."
             )
+        if _is_of_bucket(cause):
+            reason = (str(cause).splitlines() or [type(cause).__name__])[0]
+            return (
+                f"A bucket cannot be read or written ({reason[:300]}): check the network, that you are logged in"
+                " (`gcloud auth application-default login`) and what you may do there, and give the same command"
+                " again; what had been saved is intact."
+            )
     if isinstance(error, OSError) and error.errno in _REFUSED:
         return f"{error.filename or 'A file'} cannot be read or written ({error.strerror})."
     return None
+
+
+def _is_of_bucket(error: BaseException) -> bool:
+    module = type(error).__module__
+    is_clients = any(f"{module}.".startswith(f"{name}.") for name in _BUCKET_MODULES)
+    return is_clients or (isinstance(error, OSError | ValueError) and _BUCKET_WORDS.match(str(error)) is not None)
 
 
 def _causes(error: BaseException) -> Iterator[BaseException]:

@@ -7,9 +7,10 @@ import subprocess
 import sys
 
 import pytest
+from bucket import BucketFileSystem, stand_in
 
 from osv_jax.errors import Stopped, UserError
-from osv_jax.runtime import ending
+from osv_jax.runtime import ending, paths
 
 
 def raising(error):
@@ -24,6 +25,8 @@ def raised_from(error, cause):
     return error
 
 
+FORBIDDEN = OSError("Forbidden: https://storage.googleapis.com/upload/b/o\nmay not storage.objects.create (403)")
+HttpError = type("HttpError", (Exception,), {"__module__": "gcsfs.retry"})
 FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
 
 
@@ -39,6 +42,16 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         (raised_from(RuntimeError("The checkpoint failed"), FULL), 2, "no room"),
         (ExceptionGroup("threads", [ValueError("x"), FULL]), 2, "no room"),
         (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 2, "/a/b cannot be read or written (Permission"),
+        (
+            FORBIDDEN,
+            2,
+            "A bucket cannot be read or written (Forbidden: https://storage.googleapis.com/upload/b/o): check",
+        ),
+        (raised_from(RuntimeError("The checkpoint failed"), FORBIDDEN), 2, "A bucket cannot be read or written (Forb"),
+        (HttpError("Invalid Credentials, 401"), 2, "A bucket cannot be read or written (Invalid Credentials, 401): "),
+        (HttpError(), 2, "A bucket cannot be read or written (HttpError): "),
+        # TensorStore's.
+        (ValueError('PERMISSION_DENIED: Error writing "x" [http_response_code=403]'), 2, "(PERMISSION_DENIED: Error"),
     ],
 )
 def test_programs_end_with_a_line_and_a_status(error, status, line, capsys):
@@ -48,11 +61,36 @@ def test_programs_end_with_a_line_and_a_status(error, status, line, capsys):
 
 
 @pytest.mark.parametrize(
-    "error", [ValueError("x"), FileNotFoundError("x"), raised_from(ValueError("x"), PermissionError(13, "x"))]
+    "error",
+    [
+        ValueError("x"),
+        ValueError("what is Forbidden: in the middle"),
+        FileNotFoundError("x"),
+        raised_from(ValueError("x"), PermissionError(13, "x")),
+    ],
 )
 def test_bugs_keep_their_traceback(error):
     with pytest.raises(type(error)):
         ending.exit_status(raising(error))
+
+
+def test_a_bucket_that_refuses_in_the_middle_is_one_line(monkeypatch, capsys):
+    class Forbidding(BucketFileSystem):
+        def _open(self, path, mode="rb", **options):
+            if mode == "wb" and path.endswith("second.txt"):
+                raise FORBIDDEN
+            return super()._open(path, mode, **options)
+
+    stand_in(monkeypatch, Forbidding)
+
+    def main():
+        for name in ("first.txt", "second.txt"):
+            paths.write_text(paths.as_path("gs://bucket") / name, "text")
+
+    assert ending.exit_status(main) == 2
+    written = capsys.readouterr().err
+    assert written.startswith("error: A bucket cannot be read or written (Forbidden: ") and written.count("\n") == 1
+    assert (paths.as_path("gs://bucket") / "first.txt").read_text() == "text"
 
 
 def test_success_is_no_exit(capsys):
