@@ -23,8 +23,9 @@ test: $(VENV)/.test lint
 	$(VENV)/bin/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/objectives tests/test_*.py tests/models \
 	    tests/convert tests/diffusion tests/data tests/training tests/evaluation tests/runtime
 
-# The full-size UNet against diffusers, which takes 16 GiB of memory, and a real UNet on every mesh. XLA has one thread
-# for each fake device by default; where all of them wait for one another, none is left for what they wait for.
+# The full-size UNet against diffusers, which takes 16 GiB of memory, a real UNet on every mesh, and damaged files. XLA
+# has one thread for each fake device by default; where all of them wait for one another, none is left for what they
+# wait for.
 test-slow: $(VENV)/.test
 	NPROC=16 $(VENV)/bin/pytest -m slow
 

@@ -18,7 +18,7 @@ from workdirs import assert_same, metrics_of, state_of
 from osv_jax import prepare, sample, train
 from osv_jax.convert import weights
 from osv_jax.data import latents
-from osv_jax.preparation import pipeline, shards
+from osv_jax.preparation import pipeline, shards, stored
 from osv_jax.preparation.decoding import Decoder
 from osv_jax.runtime import checkpoint, paths
 
@@ -63,7 +63,7 @@ def prepared(source, output, *arguments):
 
 
 def records_of(dataset):
-    return [shards._read_records(file) for file in sorted(dataset.glob("*.array_record-*"))]
+    return [stored.read_records(file) for file in sorted(dataset.glob("*.array_record-*"))]
 
 
 def test_a_dataset_is_prepared_stopped_resumed_and_merged(bucket, openvid, fake_networks, tmp_path, monkeypatch):

@@ -19,7 +19,7 @@ from osv_jax.convert import weights
 from osv_jax.data import latents
 from osv_jax.errors import UserError
 from osv_jax.models.svd_unet import UNetConfig
-from osv_jax.preparation import pipeline, shards
+from osv_jax.preparation import pipeline, shards, stored
 
 TESTS = pathlib.Path(__file__).parent
 # As kill_harness.py has them; eight clips a batch, for the eight devices of the tests.
@@ -59,7 +59,7 @@ def whole(openvid, tmp_path_factory):
 def records_of(folder: pathlib.Path) -> dict[str, list[bytes]]:
     """The stored bytes of every record by file, which must all be there."""
     latents.open_dataset(folder)
-    return {file.name: shards._read_records(file) for file in sorted(folder.glob("*.array_record-*"))}
+    return {file.name: stored.read_records(file) for file in sorted(folder.glob("*.array_record-*"))}
 
 
 def read_all(folder: pathlib.Path, split: str = "train") -> list[dict]:

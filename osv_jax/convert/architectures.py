@@ -124,7 +124,7 @@ def make_config(component: str, fields: Mapping[str, Any], where: Any) -> Any:
         _check_field(f"{where}: {name}", name, value, hints[name])
     try:
         return config_class(**fields)
-    except ValueError as error:
+    except (ValueError, UserError) as error:
         raise UserError(f"{where}: {error}") from error
 
 

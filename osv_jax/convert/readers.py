@@ -202,6 +202,8 @@ def _read_header(file: Path) -> dict[str, _Entry]:
             if name == _METADATA:
                 continue
             dtype, shape, (begin, stop) = value["dtype"], value["shape"], value["data_offsets"]
+            if not f"{name}{dtype}".isprintable():  # Messages name them.
+                raise ValueError(name)
             if not isinstance(dtype, str) or any(type(n) is not int or n < 0 for n in (*shape, begin, stop)):
                 raise ValueError(name)
             known = _SAFETENSORS_DTYPES.get(dtype)
@@ -290,6 +292,11 @@ def _unpickle(file: Path) -> dict:
         isinstance(name, str) and isinstance(value, torch.Tensor) for name, value in tensors.items()
     ):
         raise UserError(f"{file} does not map names to tensors: expected a state dict, such as a released checkpoint.")
+    for name, tensor in tensors.items():
+        # Steps of 0 from element to element make a tensor of any size out of few bytes.
+        size = tensor.numel() * tensor.element_size()
+        if tensor.layout == torch.strided and size > tensor.untyped_storage().nbytes():
+            raise UserError(f"{file} has {size} bytes of {name!r} in less than that: it is damaged; download it again.")
     return tensors
 
 
@@ -327,7 +334,9 @@ def _shards(index: Path) -> list[Path]:
     weight_map = read_json(index).get("weight_map")
     names = weight_map.values() if isinstance(weight_map, dict) else ()
     # A name from a file must not lead out of the folder.
-    if not names or not all(isinstance(name, str) and pathlib.PurePath(name).name == name for name in names):
+    if not names or not all(
+        isinstance(name, str) and name.isprintable() and pathlib.PurePath(name).name == name for name in names
+    ):
         raise UserError(f"{index} is not a readable index of weight shards: download it again.")
     shards = [as_path(index.parent / name) for name in sorted(set(names))]
     missing = [shard.name for shard in shards if not shard.is_file()]

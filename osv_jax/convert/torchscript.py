@@ -7,10 +7,10 @@ reference to a file of raw numbers beside it.
 from __future__ import annotations
 
 import dataclasses
+import io
+import math
 import pickle
-import struct
 import zipfile
-import zlib
 from collections.abc import Iterator
 from typing import Any
 
@@ -18,6 +18,7 @@ import ml_dtypes
 import numpy as np
 
 from osv_jax.errors import UserError
+from osv_jax.runtime.array_pickles import check_memo
 from osv_jax.runtime.paths import Path
 
 _DTYPES = {
@@ -29,17 +30,16 @@ _DTYPES = {
     "IntStorage": np.int32,
     "BoolStorage": np.bool_,
 }
-# What unpacking and unpickling raise.
-_DAMAGE = (zipfile.BadZipFile, zlib.error, ValueError, TypeError, KeyError, EOFError)
 
 
 def is_torchscript(file: Path) -> bool:
     """Whether a file is one, and not a checkpoint."""
     with file.open("rb") as stream:
-        if not zipfile.is_zipfile(stream):
+        try:
+            with zipfile.ZipFile(stream) as archive:
+                return any(name.endswith("/constants.pkl") for name in archive.namelist())
+        except Exception:  # zipfile meets damage with exceptions of all kinds; who reads checkpoints tells of it.
             return False
-        with zipfile.ZipFile(stream) as archive:
-            return any(name.endswith("/constants.pkl") for name in archive.namelist())
 
 
 class TorchScriptReader:
@@ -51,14 +51,14 @@ class TorchScriptReader:
             with source.open("rb") as stream, zipfile.ZipFile(stream) as archive:
                 (table,) = (name for name in archive.namelist() if name.endswith("/data.pkl"))
                 self._folder = table.removesuffix("data.pkl")
-                with archive.open(table) as pickled:
-                    module = _ModuleUnpickler(pickled).load()
-            self._tensors = dict(_tensors(module, ""))
+                pickled = archive.read(table)
+            check_memo(pickled)
+            self._tensors = dict(_tensors(_ModuleUnpickler(io.BytesIO(pickled)).load(), ""))
         except pickle.UnpicklingError as error:
             raise UserError(
                 f"{source} was refused: it is no TorchScript module ({error}); use another copy."
             ) from error
-        except (*_DAMAGE, AttributeError, struct.error) as error:
+        except Exception as error:  # What is damaged makes the unpackers raise anything.
             raise _damaged(source) from error
 
     def names(self) -> list[str]:
@@ -75,10 +75,12 @@ class TorchScriptReader:
         try:
             with self.source.open("rb") as stream, zipfile.ZipFile(stream) as archive:
                 data = archive.read(f"{self._folder}data/{tensor.storage.key}")
-            # NumPy checks that all elements lie inside the data.
+            # NumPy checks that all elements lie inside the data, but not that they are different ones.
+            if math.prod(tensor.shape) * dtype.itemsize > len(data):
+                raise ValueError(name)
             strides = [stride * dtype.itemsize for stride in tensor.strides]
             array = np.ndarray(tensor.shape, dtype, data, tensor.offset * dtype.itemsize, strides)
-        except _DAMAGE as error:
+        except Exception as error:
             raise _damaged(self.source) from error
         return np.ascontiguousarray(array)
 
@@ -116,11 +118,11 @@ class _ModuleUnpickler(pickle.Unpickler):
             return _DTYPES[name]
         if module.split(".")[0] == "__torch__" or module == "torch.jit._pickle" or name == "OrderedDict":
             return _Inert
-        raise pickle.UnpicklingError(f"it holds {module}.{name}")
+        raise pickle.UnpicklingError(f"it holds {f'{module}.{name}'!r}")
 
     def persistent_load(self, identifier: Any) -> _Storage:
         _, dtype, key, *_ = identifier
-        return _Storage(dtype, str(key))
+        return _Storage(np.dtype(dtype), str(key))
 
 
 def _tensors(module: Any, prefix: str) -> Iterator[tuple[str, _Tensor]]:

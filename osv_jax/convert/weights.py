@@ -27,6 +27,7 @@ from osv_jax.convert.json_files import read_json
 from osv_jax.convert.readers import open_weights, read_floats
 from osv_jax.errors import UserError
 from osv_jax.runtime import paths
+from osv_jax.runtime.checkpoint import DAMAGE
 from osv_jax.runtime.finite import check_finite
 from osv_jax.runtime.paths import Path, as_path
 from osv_jax.runtime.ranges import FPS, NUM_FRAMES, PIXELS
@@ -118,7 +119,7 @@ def _reading(directory: Path) -> Iterator[None]:
     """What Orbax and TensorStore raise about damaged files becomes a `UserError`."""
     try:
         yield
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+    except DAMAGE as error:
         raise UserError(f"{directory} is damaged: convert the weights again with --overwrite.") from error
 
 

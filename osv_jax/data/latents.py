@@ -10,7 +10,6 @@ from __future__ import annotations
 
 import dataclasses
 import functools
-import json
 import os
 import pathlib
 import tempfile
@@ -22,10 +21,12 @@ import ml_dtypes
 import numpy as np
 from absl import flags
 
+from osv_jax.convert.json_files import read_json
 from osv_jax.data import order
 from osv_jax.errors import UserError
 from osv_jax.runtime import paths
 from osv_jax.runtime.paths import Path, as_path
+from osv_jax.runtime.ranges import COUNT, FPS
 
 NAME = "osv_latents"
 FORMAT = 1
@@ -154,9 +155,30 @@ class LatentDataset:
         """Of what decides which record a position means."""
         return self.metadata["content_hash"]
 
+    def stored(self, *indices: int) -> list[dict[str, Any]]:
+        """Records as they are stored.
+
+        Raises:
+            UserError: if one cannot be read.
+        """
+        try:
+            source, features = _source(self.files), _features(self.schema)
+            # One after the other: handing them to threads of their own takes longer than reading.
+            return [features.deserialize_example_np(source[index]) for index in indices]
+        except Exception as error:  # ArrayRecord, protobuf and TFDS meet damage with exceptions of all kinds.
+            reason = " ".join(str(error).split()) or type(error).__name__
+            raise UserError(
+                f"{self.folder} is damaged: a record cannot be read, one of the numbers {', '.join(map(str, indices))}"
+                f" ({reason[:200]}); copy the dataset again."
+            ) from error
+
     def read(self, index: int) -> dict[str, Any]:
-        """One record, its texts as strings and bfloat16 arrays as such."""
-        record = _features(self.schema).deserialize_example_np(_source(self.files)[index])
+        """One record, its texts as strings and bfloat16 arrays as such.
+
+        Raises:
+            UserError: if it cannot be read.
+        """
+        (record,) = self.stored(index)
         record |= {name: record[name].view(ml_dtypes.bfloat16) for name in _BFLOAT16}
         return record | {name: record[name].decode() for name in ("caption", "source")}
 
@@ -170,17 +192,32 @@ def open_dataset(folder: str | os.PathLike, split: str = "train") -> LatentDatas
     """
     folder = as_path(folder)
     metadata = read_metadata(folder)
+    check_files(folder, metadata)
     import tensorflow_datasets as tfds
 
+    schema = Schema(**metadata["schema"])
+    try:
+        info = tfds.builder_from_directory(folder).info
+        files = {name: [(str(i.filename), i.take) for i in x.file_instructions] for name, x in info.splits.items()}
+        shapes = info.features.shape
+    except Exception as error:  # TFDS meets damage with exceptions of all kinds.
+        raise UserError(f"{folder} is damaged: TFDS cannot read its dataset_info.json; copy it again.") from error
+    if split not in files:
+        raise UserError(f"{folder} has no split {split!r}, only {', '.join(files)}.")
+    known = {str(folder / name) for name in metadata["files"]}
+    if not files[split] or not all(file in known and count in COUNT for file, count in files[split]):
+        raise UserError(f"{folder} is damaged: its dataset_info.json is of other files; copy it again.")
+    if shapes != schema.features().shape:
+        raise UserError(f"{folder} is damaged: metadata.json and features.json are of other records; copy it again.")
+    return LatentDataset(folder, schema, metadata, tuple(files[split]))
+
+
+def check_files(folder: Path, metadata: Mapping[str, Any]) -> None:
+    """Raises UserError unless all files of records are there, as long as `metadata.json` says."""
     for name, size in metadata["files"].items():
         file = folder / name
         if not file.is_file() or paths.size_of(file) != size:
             raise UserError(f"{folder} is incomplete: {name} is missing or cut short; copy it again.")
-    splits = tfds.builder_from_directory(folder).info.splits
-    if split not in splits:
-        raise UserError(f"{folder} has no split {split!r}, only {', '.join(splits)}.")
-    files = tuple((str(i.filename), i.take) for i in splits[split].file_instructions)
-    return LatentDataset(folder, Schema(**metadata["schema"]), metadata, files)
 
 
 def read_metadata(folder: Path) -> dict[str, Any]:
@@ -194,13 +231,35 @@ def read_metadata(folder: Path) -> dict[str, Any]:
             raise UserError(f"{folder} is not finished; run the same `python -m osv_jax.prepare` command again.")
         raise UserError(f"{folder} is not a dataset; make one with `python -m osv_jax.prepare`, see docs/data.md.")
     try:
-        metadata = json.loads((folder / "metadata.json").read_text())
+        metadata = read_json(folder / "metadata.json")
         version = metadata["format"]
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{folder} was not made by osv_jax.prepare: its metadata.json cannot be read.") from error
+    except (UserError, KeyError) as error:
+        raise _not_ours(folder) from error
     if version != FORMAT:
-        raise UserError(f"{folder} was made by another version of osv_jax (format {version}); prepare it again.")
+        raise UserError(f"{folder} was made by another version of osv_jax (format {version!r}); prepare it again.")
+    schema, files = metadata.get("schema"), metadata.get("files")
+    sizes = [metadata.get(name) for name in ("num_frames", "height", "width")]
+    is_whole = (
+        isinstance(schema, dict)
+        and schema.keys() == {field.name for field in dataclasses.fields(Schema)}
+        and all(size in COUNT for size in (*schema.values(), *sizes))
+        and metadata.get("fps") in FPS
+        and isinstance(metadata.get("content_hash"), str)
+        and isinstance(files, dict)
+        and all(is_plain(name) and size in COUNT for name, size in files.items())
+    )
+    if not is_whole:
+        raise _not_ours(folder)
     return metadata
+
+
+def is_plain(name: Any) -> bool:
+    """Whether something is the name of a file, which does not lead out of its folder."""
+    return isinstance(name, str) and name.isprintable() and pathlib.PurePath(name).name == name
+
+
+def _not_ours(folder: Path) -> UserError:
+    return UserError(f"{folder} was not made by osv_jax.prepare, or is damaged: its metadata.json cannot be read.")
 
 
 # Opened once in every process that reads: neither readers nor features travel to worker processes.
@@ -272,13 +331,12 @@ class _ReadStep:
         TFDS imports its parts when they are first used, under locks of its own: two threads that both read their first
         record can wait for each other for ever.
         """
-        _features(self.dataset.schema).deserialize_example_np(_source(self.dataset.files)[0])
+        self.dataset.stored(0)
 
     def __call__(self, step: int) -> dict[str, np.ndarray]:
-        source, features, part = _source(self.dataset.files), _features(self.dataset.schema), self.order.part
+        part = self.order.part
         ids = [self.order.record(step * part + offset) for offset in range(part)]
-        # One after the other: handing them to threads of their own takes longer than reading.
-        parsed = [features.deserialize_example_np(source[index]) for index in ids]
+        parsed = self.dataset.stored(*ids)
         batch = {name: np.stack([record[name] for record in parsed]) for name in FOR_TRAINING}
         return batch | {"fps": batch["fps"].astype(np.float32), "clip_id": np.array(ids, np.int32)}
 

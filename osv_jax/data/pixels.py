@@ -22,6 +22,7 @@ from osv_jax.data.motion import motion
 from osv_jax.data.video import EXTENSIONS
 from osv_jax.errors import UserError
 from osv_jax.runtime.paths import Path, absolute, as_path, files_below, in_bucket, write_text
+from osv_jax.runtime.ranges import COUNT, FINITE, WHOLE
 
 _NAMED_REASONS = 10
 
@@ -184,8 +185,18 @@ def _probe_all(
 
 def _size_and_result(entry: dict) -> tuple[int, video.VideoInfo | str]:
     """What an entry of the cache says: the size [bytes] of a file, and its timeline or the reason why it has none."""
-    size, _ = entry["stat"]
-    return size, str(entry["reason"]) if "reason" in entry else video.VideoInfo(**entry["info"])
+    size, time = entry["stat"]
+    if not (size in WHOLE and time in WHOLE):
+        raise ValueError("stat")
+    if "reason" in entry:
+        return size, str(entry["reason"])
+    info = video.VideoInfo(**entry["info"])
+    # (A frame takes a byte or more.)
+    if not (info.start in FINITE and info.end in FINITE and info.start < info.end and info.num_frames in COUNT):
+        raise ValueError("times")
+    if not (info.num_frames <= size and info.height in COUNT and info.width in COUNT):
+        raise ValueError("sizes")
+    return size, info
 
 
 def _size_and_time(path: Path) -> list[int]:
@@ -209,7 +220,7 @@ def _read_cache(cache_file: str | os.PathLike | None) -> dict[str, dict]:
         for entry in cache.values():
             _size_and_result(entry)
         return cache
-    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError):
+    except (FileNotFoundError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return {}
 
 

@@ -33,6 +33,8 @@ EXTENSIONS = (
 _FORMATS = "mov,matroska,webm,avi,mpegts,mpeg,mpegvideo,flv,ogg,asf,h264,hevc,m4v,mjpeg,gif,ivf,nut,swf,rm,dv,mxf"
 # Of a frame. 8K has half as many; beyond, a small damaged file could ask for gigabytes.
 _MAX_PIXELS = 2**26
+# Of a frame as it is shown: twice what H.264 and H.265 have.
+_MAX_SIDE = 2**15
 # Of a pixel. Broadcast formats have up to 2.
 _MAX_ASPECT = 16
 
@@ -335,7 +337,15 @@ def _frames(file: VideoFile, container: av.container.InputContainer, stream: av.
                 raise VideoError(file, f"has pixels that are {pixel_aspect:.3g} times as wide as high")
             # The rotation is in degrees; cameras write multiples of 90.
             turns = round(picture.rotation / 90)
-        yield _Frame(picture, time, time + seconds, turns, pixel_aspect)
+        frame = _Frame(picture, time, time + seconds, turns, pixel_aspect)
+        height, width = frame.size
+        if not (0 < min(height, width) <= max(height, width) <= _MAX_SIDE and height * width <= _MAX_PIXELS):
+            raise VideoError(
+                file,
+                f"has frames that are shown as {height} x {width}, and at most {_MAX_SIDE:,} on a side and"
+                f" {_MAX_PIXELS:,} pixels are read",
+            )
+        yield frame
 
 
 def _on_screen(frames: Iterable[_Frame], times: Float[np.ndarray, " n"]) -> Iterator[_Frame]:

@@ -7,8 +7,6 @@ import concurrent.futures
 import dataclasses
 import hashlib
 import json
-import zipfile
-import zlib
 from collections.abc import Callable, Iterable, Iterator
 from typing import Any
 
@@ -23,6 +21,7 @@ from osv_jax.evaluation.protocols import Protocol
 from osv_jax.evaluation.stamps import modified
 from osv_jax.runtime.finite import is_finite
 from osv_jax.runtime.paths import Path, new_file
+from osv_jax.runtime.ranges import COUNT
 
 # Changes whenever the same videos would give other features.
 _FORMAT = 1
@@ -168,19 +167,27 @@ def load_features(file: Path) -> Features:
     """
     try:
         with file.open("rb") as stream, np.load(stream, allow_pickle=False) as arrays:
-            vectors, about = arrays["vectors"], json.loads(str(arrays["about"]))
-        sizes = {(height, width): count for height, width, count in about["sizes"]}
-        skipped = [(name, reason) for name, reason in about["skipped"]]
-        features = Features(vectors, sizes, skipped, dict(about["made_with"]))
-        if vectors.dtype != np.float32 or vectors.ndim != 2 or sum(sizes.values()) != len(vectors) or not len(vectors):
-            raise ValueError("wrong shape")
+            features = _parse(arrays["vectors"], json.loads(str(arrays["about"])))
     except FileNotFoundError as error:
         raise UserError(f"{file} does not exist; give a folder of videos, or a file of their features.") from error
-    except (OSError, ValueError, LookupError, TypeError, EOFError, zipfile.BadZipFile, zlib.error) as error:
+    except Exception as error:  # NumPy's reader and zipfile meet damage with exceptions of all kinds.
         raise UserError(f"{file} holds no features of videos, or is damaged; give the folder of videos.") from error
-    if not is_finite(vectors):
+    if not is_finite(features.vectors):
         raise UserError(f"{file} has features that are NaN or infinite; give the folder of videos.")
     return features
+
+
+def _parse(vectors: Any, about: Any) -> Features:
+    """The content of a file; what is none raises exceptions of many kinds."""
+    sizes = {(height, width): count for height, width, count in about["sizes"]}
+    skipped = [(name, reason) for name, reason in about["skipped"]]
+    if vectors.dtype != np.float32 or vectors.ndim != 2 or not vectors.size:
+        raise ValueError("vectors")
+    if any(number not in COUNT for size, count in sizes.items() for number in (*size, count)):
+        raise ValueError("sizes")
+    if sum(sizes.values()) != len(vectors) or not all(isinstance(text, str) for entry in skipped for text in entry):
+        raise ValueError("other videos")
+    return Features(vectors, sizes, skipped, dict(about["made_with"]))
 
 
 def cached_features(cache: Path | None, key: str, make: Callable[[], Features]) -> tuple[Features, Path | None]:

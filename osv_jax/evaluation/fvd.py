@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterable
 
+from osv_jax.errors import UserError
 from osv_jax.evaluation.features import Features, check_made_with
 from osv_jax.evaluation.frechet import Sample, Score, score
 from osv_jax.evaluation.protocols import Protocol
@@ -25,9 +26,15 @@ def fvd(
         replicates, seed, progress: of the bootstrap, see `frechet.score`.
 
     Raises:
-        UserError: they were made in different ways.
+        UserError: they were made in different ways, or are not of one length.
     """
     check_made_with("The features of the generated videos", fake, real.made_with)
+    length, other = real.vectors.shape[1], fake.vectors.shape[1]
+    if length != other:
+        raise UserError(
+            f"The features of the real videos are of {length} numbers each, and those of the generated videos of"
+            f" {other}: a file of one of them is damaged; give the folder of videos."
+        )
     real_sample, fake_sample = (
         Sample(features.vectors, protocol.weights(len(features.vectors), generated))
         for features, generated in ((real, False), (fake, True))

@@ -45,16 +45,14 @@ class Protocol:
         self, height: int, width: int, side: int
     ) -> tuple[Float[np.ndarray, "side height"], Float[np.ndarray, "side width"]]:
         """The matrices that resize and crop frames of `height` x `width` [px] to a network's `side` x `side`."""
-        rows, columns = np.eye(height), np.eye(width)
-        if self.first_size is not None:
-            rows, columns = (
-                bilinear_matrix(*lengths, antialias=True)
-                for lengths in zip((height, width), self.first_size, strict=True)
-            )
-        return (
-            _fit(len(rows), len(columns), side, self.crop) @ rows,
-            _fit(len(columns), len(rows), side, self.crop) @ columns,
-        )
+        lengths = (height, width)
+        first_height, first_width = self.first_size or lengths
+        rows = _fit(first_height, first_width, side, self.crop)
+        columns = _fit(first_width, first_height, side, self.crop)
+        if self.first_size is None:
+            return rows, columns
+        first = (bilinear_matrix(*pair, antialias=True) for pair in zip(lengths, self.first_size, strict=True))
+        return rows @ next(first), columns @ next(first)
 
     def describe_resize(self, side: int) -> str:
         """What `resampling` does, for people."""
@@ -87,4 +85,4 @@ def _fit(length: int, other: int, side: int, crop: bool) -> Float[np.ndarray, "s
     # Rounded up as the source does, also where rounding of the product alone makes it one more.
     resized = side if length <= other else math.ceil(length * (side / other))
     start = (resized - side) // 2
-    return bilinear_matrix(length, resized)[start : start + side]
+    return bilinear_matrix(length, resized, rows=slice(start, start + side))

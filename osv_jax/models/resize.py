@@ -76,8 +76,13 @@ def bicubic_matrix(
     return matrix
 
 
-def bilinear_matrix(length: int, new_length: int, antialias: bool = False) -> Float[np.ndarray, "new_length length"]:
+def bilinear_matrix(
+    length: int, new_length: int, antialias: bool = False, rows: slice = slice(None)
+) -> Float[np.ndarray, "rows length"]:
     """The float64 matrix of `torch.nn.functional.interpolate(mode="bilinear", align_corners=False)` along an axis.
+
+    Args:
+        rows: which of its `new_length` rows are wanted; by default all.
 
     Raises:
         ValueError: if `new_length` is not positive.
@@ -85,7 +90,7 @@ def bilinear_matrix(length: int, new_length: int, antialias: bool = False) -> Fl
     if new_length < 1:
         raise ValueError(f"cannot resize {length} points to {new_length}: the new size must be positive.")
     scale = length / new_length
-    centre = scale * (np.arange(new_length)[:, None] + 0.5) - 0.5
+    centre = scale * (np.arange(new_length)[rows, None] + 0.5) - 0.5
     if not antialias:
         # Beyond the border is the border pixel.
         centre, scale = centre.clip(0, length - 1), 1.0

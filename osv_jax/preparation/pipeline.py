@@ -24,6 +24,7 @@ from osv_jax.errors import UserError
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.models.svd_vae import SVDVAE
+from osv_jax.objectives.options import DTYPES
 from osv_jax.objectives.random_networks import random_components, random_frozen
 from osv_jax.preparation import batches, report, shards
 from osv_jax.preparation.decoding import Decoder
@@ -33,6 +34,7 @@ from osv_jax.preparation.sources import Source, read_folder, split_videos
 from osv_jax.runtime import paths
 from osv_jax.runtime.media import write_picture
 from osv_jax.runtime.paths import Path, as_path
+from osv_jax.runtime.ranges import COUNT
 from osv_jax.training import setup
 from osv_jax.training.config import check_config, read_config
 
@@ -144,10 +146,24 @@ def inspect(args: argparse.Namespace) -> None:
     paths.check_file(folder / _SHEET, "--inspect, or leave --weights out")
     config = _read_config(args.config)
     weights_folder, networks = _networks(args, config)
-    settings = latents.read_metadata(folder)["settings"]
+    settings = _settings_of(folder)
     if _fingerprint(weights_folder, config) != settings["networks"]:
         print("These are not the weights that the dataset was made with: the samples may look wrong.")
     _draw_sheet(folder, _encoder(weights_folder, config, networks, settings))
+
+
+def _settings_of(folder: Path) -> dict[str, Any]:
+    """What a dataset was prepared with, as far as drawing needs it."""
+    settings = latents.read_metadata(folder).get("settings")
+    sizes = ("num_frames", "height", "width", "num_augmented", "batch_size")
+    if (
+        not isinstance(settings, dict)
+        or settings.get("dtype") not in DTYPES
+        or not all(settings.get(name) in COUNT for name in sizes)
+        or "networks" not in settings
+    ):
+        raise UserError(f"{folder} is damaged: its metadata.json does not say how it was prepared; copy it again.")
+    return settings
 
 
 def _draw_sheet(folder: Path, encoder: Encoder) -> None:

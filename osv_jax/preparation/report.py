@@ -11,7 +11,7 @@ import numpy as np
 from jaxtyping import Float, UInt8
 
 from osv_jax.data import latents
-from osv_jax.preparation import shards
+from osv_jax.preparation import stored
 from osv_jax.preparation.batches import Tally
 from osv_jax.runtime.media import sample_grid
 from osv_jax.runtime.paths import Path
@@ -29,7 +29,7 @@ def describe(folder: Path) -> str:
         UserError: if the folder is no finished dataset, or files of it are missing or cut short.
     """
     metadata = latents.read_metadata(folder)
-    chunks = shards.read_chunks(folder)
+    chunks = stored.read_chunks(folder)
     lines = [
         f"{folder}: clips of {metadata['num_frames']} frames at {metadata['fps']:g} fps,"
         f" {metadata['height']} x {metadata['width']}, {metadata['schema']['num_augmented']} augmentations each"
@@ -49,7 +49,7 @@ def describe(folder: Path) -> str:
 
 def splits(folder: Path) -> list[str]:
     """The splits that have records."""
-    return list(dict.fromkeys(chunk["split"] for chunk in shards.read_chunks(folder) if chunk["records"]))
+    return list(dict.fromkeys(chunk["split"] for chunk in stored.read_chunks(folder) if chunk["records"]))
 
 
 def _skipped_lines(folder: Path, skipped: Iterable[Sequence[str]]) -> list[str]:

@@ -20,12 +20,13 @@ import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
-from array_record.python.array_record_module import ArrayRecordReader, ArrayRecordWriter
+from array_record.python.array_record_module import ArrayRecordWriter
 
 from osv_jax.data import latents
 from osv_jax.data.folder import Skipped
 from osv_jax.data.latents import Schema
 from osv_jax.errors import UserError
+from osv_jax.preparation import stored
 from osv_jax.preparation.sources import Source, SourceVideo
 from osv_jax.runtime import paths
 from osv_jax.runtime.paths import Path, in_bucket, write_text
@@ -106,7 +107,7 @@ def check_plan(output: Path, plan: Mapping[str, Any]) -> None:
             raise UserError(f"{output} holds other files; give an empty folder, or one that does not exist yet.")
         write_text(file, json.dumps(plan, indent=2) + "\n")
         return
-    before = read_plan(output)
+    before = stored.read_plan(output)
     differing = [
         f"{key} (was {before.get(key)!r}, is {plan.get(key)!r})"
         for key in sorted(before.keys() | plan.keys())
@@ -119,25 +120,13 @@ def check_plan(output: Path, plan: Mapping[str, Any]) -> None:
         )
 
 
-def read_plan(folder: Path) -> dict[str, Any]:
-    """The plan of a dataset, finished or not.
-
-    Raises:
-        UserError: if there is none, or it is damaged.
-    """
-    try:
-        return json.loads((folder / "plan.json").read_text())
-    except (OSError, ValueError) as error:
-        raise UserError(f"{folder} has no intact plan.json; it was not made by osv_jax.prepare.") from error
-
-
 def progress_of(output: Path, chunk: int) -> Progress:
     """What the last committed batch of a chunk says."""
     folder = _chunk_folder(output, chunk)
     numbers = sorted(int(path.stem) for path in folder.glob("*.array_record")) if folder.is_dir() else []
     if not numbers:
         return Progress()
-    header = _read_header(folder / f"{numbers[-1]:06d}.array_record")
+    header = stored.read_header(folder / f"{numbers[-1]:06d}.array_record")
     video, clip = header["next"]
     return Progress(len(numbers), video, clip, header["complete"])
 
@@ -186,13 +175,13 @@ def finish_chunk(output: Path, chunk: Chunk) -> None:
     """Joins the batches of a complete chunk. Started again after a kill, it begins anew."""
     folder = _chunk_folder(output, chunk.index)
     files = sorted(folder.glob("*.array_record"))
-    headers = [_read_header(file) for file in files]
+    headers = [stored.read_header(file) for file in files]
     digest, count = hashlib.sha256(), 0
 
     def records() -> Iterator[bytes]:
         nonlocal count
         for file in files:
-            for record in _read_records(file)[1:]:
+            for record in stored.read_batch(file)[1]:
                 digest.update(record)
                 count += 1
                 yield record
@@ -223,7 +212,7 @@ def write_source_chunk(output: Path, skipped: Skipped) -> None:
 
 def publish(output: Path, indices: Iterable[int], schema: Schema, metadata: Mapping[str, Any]) -> None:
     """Turns finished chunks into a dataset. Started again after a kill, it goes on."""
-    infos = [json.loads(_chunk_info(output, index).read_text()) for index in indices]
+    infos = [stored.read_chunk(_chunk_info(output, index), index) for index in indices]
     named = _named(infos)
     for name, info in named.items():
         file = _chunk_folder(output, info["index"]).with_suffix(".array_record")
@@ -240,7 +229,9 @@ def merge(parts: Sequence[Path], output: Path) -> None:
         UserError: if a part is unfinished or of another preparation, or one is missing or there twice.
     """
     metadata = [latents.read_metadata(part) for part in parts]
-    plans = [read_plan(part) for part in parts]
+    for part, found in zip(parts, metadata, strict=True):
+        latents.check_files(part, found)
+    plans = [stored.read_plan(part) for part in parts]
     for part, plan in zip(parts[1:], plans[1:], strict=True):
         if plan | {"shard": ""} != plans[0] | {"shard": ""}:
             raise UserError(f"{part} and {parts[0]} were not prepared from the same videos with the same settings.")
@@ -258,7 +249,7 @@ def merge(parts: Sequence[Path], output: Path) -> None:
         origins: dict[int, Path] = {}
         infos: dict[int, dict[str, Any]] = {}
         for part in parts:
-            for info in read_chunks(part):
+            for info in stored.read_chunks(part):
                 infos[info["index"]] = info
                 if info["records"]:
                     origins[info["index"]] = part / info["file"]
@@ -268,11 +259,6 @@ def merge(parts: Sequence[Path], output: Path) -> None:
             _link_or_copy(origins[info["index"]], output / name)
         own = {key: metadata[0][key] for key in metadata[0] if key not in ("files", "content_hash")}
         _finish_dataset(output, ordered, named, Schema(**metadata[0]["schema"]), own)
-
-
-def read_chunks(folder: Path) -> list[dict[str, Any]]:
-    """The chunks of a finished dataset, with the names of their files."""
-    return [json.loads(line) for line in (folder / "chunks.jsonl").read_text().splitlines()]
 
 
 def _named(infos: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -352,20 +338,6 @@ def _write_records(file: Path, records: Iterable[bytes]) -> None:
         # On the disk before the name says so: a machine may lose power too.
         with temporary.open("rb") as written:
             os.fsync(written.fileno())
-
-
-def _read_records(file: Path) -> list[bytes]:
-    reader = ArrayRecordReader(str(file))
-    records = reader.read_all()
-    reader.close()
-    return records
-
-
-def _read_header(file: Path) -> dict[str, Any]:
-    reader = ArrayRecordReader(str(file), "readahead_buffer_size:0,max_parallelism:0")
-    (header,) = reader.read([0])
-    reader.close()
-    return json.loads(header)
 
 
 def _link_or_copy(source: Path, target: Path) -> None:

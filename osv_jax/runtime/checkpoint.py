@@ -20,6 +20,9 @@ _MIN_SLICE_BYTES = 4 * 2**20
 # The last file that Orbax writes of a checkpoint in a bucket.
 _COMMITTED = "commit_success.txt"
 
+# What Orbax and TensorStore raise about files that are damaged.
+DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, AssertionError)
+
 # What may differ from the run that wrote a workdir: it changes how long and where, not what is computed.
 _INTERVALS = ("log_every", "checkpoint_every", "picture_every", "eval_every")
 _FREE_TO_CHANGE = ("num_steps", *_INTERVALS, "evaluation", "keep_checkpoints", "mesh", "data.num_workers")
@@ -43,7 +46,7 @@ def check_workdir(workdir: Path, config: dict[str, Any]) -> None:
         raise UserError(f"{workdir} has checkpoints but no config.json; give another --workdir.")
     try:
         before = flatten_dict(json.loads(file.read_text()), sep=".", keep_empty_nodes=True)
-    except json.JSONDecodeError as error:
+    except (ValueError, AssertionError) as error:  # The second where it is no object.
         raise UserError(f"{file} is damaged; restore it, or give another --workdir.") from error
     now = flatten_dict(json.loads(json.dumps(config)), sep=".", keep_empty_nodes=True)
     differing = [
@@ -87,7 +90,11 @@ def restore_data(checkpoints: ocp.CheckpointManager, step: int) -> dict[str, Any
     Raises:
         UserError: see `restore_state`.
     """
-    return _restore(checkpoints, step, data=ocp.args.JsonRestore())["data"]
+    data = _restore(checkpoints, step, data=ocp.args.JsonRestore())["data"]
+    kinds = {"position": int, "seed": int, "index_hash": str}
+    if not (isinstance(data, dict) and all(type(data.get(name)) is kind for name, kind in kinds.items())):
+        raise _damaged(checkpoints, step)
+    return data
 
 
 def restore_state(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> Any:
@@ -105,11 +112,14 @@ def restore_state(checkpoints: ocp.CheckpointManager, step: int, like: Any) -> A
 def _restore(checkpoints: ocp.CheckpointManager, step: int, **items: Any) -> Any:
     try:
         return checkpoints.restore(step, args=ocp.args.Composite(**items))
-    except (OSError, ValueError, KeyError, json.JSONDecodeError) as error:
-        folder = checkpoints.directory / str(step)
-        earlier = [s for s in checkpoints.all_steps() if s < step]
-        fallback = f"to continue from step {max(earlier)}" if earlier else "and start again"
-        raise UserError(f"The checkpoint {folder} is damaged; delete that folder {fallback}.") from error
+    except DAMAGE as error:
+        raise _damaged(checkpoints, step) from error
+
+
+def _damaged(checkpoints: ocp.CheckpointManager, step: int) -> UserError:
+    earlier = [s for s in checkpoints.all_steps() if s < step]
+    fallback = f"to continue from step {max(earlier)}" if earlier else "and start again"
+    return UserError(f"The checkpoint {checkpoints.directory / str(step)} is damaged; delete that folder {fallback}.")
 
 
 def latest_step(workdir: Path) -> int | None:
@@ -134,7 +144,7 @@ def stored_shapes(workdir: Path, step: int) -> dict[str, Any]:
     with ocp.Checkpointer(ocp.PyTreeCheckpointHandler()) as checkpointer:
         try:
             return dict(checkpointer.metadata(folder).item_metadata.tree)
-        except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        except DAMAGE as error:
             raise UserError(f"The checkpoint {folder.parent} is damaged; restore it from a copy.") from error
 
 
@@ -164,7 +174,7 @@ def restore_parts(workdir: Path, step: int, like: Any) -> Any:
         try:
             arguments = ocp.args.PyTreeRestore(item=like, restore_args=restore, partial_restore=True)
             return checkpointer.restore(folder, args=arguments)
-        except (OSError, ValueError) as error:
+        except DAMAGE as error:
             raise UserError(f"The checkpoint {folder.parent} is damaged; restore it from a copy.") from error
 
 

@@ -21,6 +21,7 @@ from osv_jax.runtime import paths
 from osv_jax.runtime.finite import strict_json
 from osv_jax.runtime.media import write_picture
 from osv_jax.runtime.paths import as_path, in_bucket
+from osv_jax.runtime.ranges import FINITE, WHOLE
 
 _LINES = "metrics.jsonl"
 _BOARD = "tensorboard"
@@ -145,20 +146,30 @@ def read_metrics(jsonl: str | os.PathLike) -> list[dict[str, Any]]:
     """The rows of a `metrics.jsonl`, without an incomplete last one.
 
     Raises:
-        UserError: if the file is missing, or a line before the last is no JSON.
+        UserError: if the file is missing, or a line before the last is no row.
     """
     path = as_path(jsonl)
     if not path.is_file():
         raise UserError(f"{path} does not exist; give the metrics.jsonl in the folder of a run.")
-    lines = path.read_text().splitlines()
+    lines = path.read_bytes().splitlines()
     rows = []
     for number, line in enumerate(lines, start=1):
-        try:
-            rows.append(json.loads(line))
-        except json.JSONDecodeError as error:
-            if number < len(lines):
-                raise UserError(f"Line {number} of {path} is no JSON; delete that line.") from error
+        row = _row(line)
+        if row is not None:
+            rows.append(row)
+        elif number < len(lines):
+            raise UserError(f"Line {number} of {path} is no JSON of a step's metrics; delete that line.")
     return rows
+
+
+def _row(line: bytes) -> dict[str, float | None] | None:
+    """What a line says, or None if it is damaged."""
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return None
+    is_row = isinstance(row, dict) and row.get("step") in WHOLE
+    return row if is_row and all(value is None or value in FINITE for value in row.values()) else None
 
 
 def loss_curves(jsonl: str | os.PathLike, png: str | os.PathLike, names: Sequence[str]) -> None:

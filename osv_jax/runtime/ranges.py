@@ -10,6 +10,9 @@ from typing import Any
 
 from osv_jax.errors import UserError
 
+# Of integers: no float can be made of larger ones, and no number here is so large.
+_LARGEST = 2**63 - 1
+
 
 @dataclasses.dataclass(frozen=True)
 class Range:
@@ -35,7 +38,7 @@ class Range:
             return False
         number: Any = value  # `numbers` does not say that they compare to floats.
         # Compared, because `math.isfinite` fails for the largest integers.
-        if not -math.inf < number < math.inf:
+        if not -math.inf < number < math.inf or (isinstance(number, int) and abs(number) > _LARGEST):
             return False
         if number == self.also:
             return True

@@ -13,6 +13,7 @@ from ml_collections import ConfigDict
 
 from osv_jax.convert import lora_files
 from osv_jax.convert.architectures import expected_params
+from osv_jax.convert.json_files import read_json
 from osv_jax.errors import UserError
 from osv_jax.models import groups, lora
 from osv_jax.objectives.networks import Networks, Params
@@ -134,8 +135,8 @@ def check_origin(workdir: Path, config: ConfigDict) -> None:
         UserError: not a workdir, nothing trained there yet, or values that must agree and do not.
     """
     try:
-        before = json.loads((workdir / "config.json").read_text())
-    except (OSError, json.JSONDecodeError) as error:
+        before = read_json(workdir / "config.json")
+    except UserError as error:
         raise UserError(
             f"config.init_from={workdir} is not the workdir of a run; train that first (stage 2's is stage 1,"
             " configs/stage1.py)."

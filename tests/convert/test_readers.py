@@ -314,6 +314,12 @@ def test_an_exotic_dtype_fails_only_when_read(tmp_path, save):
         reader.read("x")
 
 
+def test_a_tensor_of_more_elements_than_the_file_has_is_refused(tmp_path):
+    torch.save({"x": torch.zeros(1).expand(2**40)}, tmp_path / "a.pth")
+    with pytest.raises(UserError, match=r"a\.pth has 4398046511104 bytes of 'x' in less than that: it is damaged"):
+        open_weights(tmp_path / "a.pth")
+
+
 @pytest.mark.parametrize("tensor", [torch.eye(2).to_sparse(), torch.empty(2, device="meta")], ids=["sparse", "meta"])
 def test_tensors_that_are_no_arrays_fail_only_when_read(tmp_path, tensor):
     torch.save({"x": tensor}, tmp_path / "model.bin")

@@ -19,7 +19,7 @@ if __name__ == "__main__":
 
     from osv_jax import prepare
     from osv_jax.data.latents import _features
-    from osv_jax.preparation import pipeline, shards
+    from osv_jax.preparation import pipeline, shards, stored
     from osv_jax.preparation.encoder import noise_key
 
 ARGUMENTS = ["--num_frames=4", "--fps=10", "--height=24", "--width=32", "--batch_size=2", "--videos_per_file=3"]
@@ -61,7 +61,7 @@ def committed(output: pathlib.Path) -> set[str]:
 def _committed(output: pathlib.Path) -> set[str]:
     keys = set()
     for file in [*output.glob("unfinished/*/*.array_record"), *output.glob("unfinished/*.array_record")]:
-        records = shards._read_records(file)
+        records = stored.read_records(file)
         records = records[1:] if file.parent.name != shards.UNFINISHED else records
         for record in records:
             parsed = _features(FakeEncoder().schema).deserialize_example_np(record)

@@ -105,7 +105,8 @@ def test_no_tensorflow_and_a_quick_start(folder):
 
 
 def ids(dataset, steps=None, **options):
-    return [batch["clip_id"].tolist() for batch in itertools.islice(latent_batches(dataset, **options), steps)]
+    with contextlib.closing(iter(latent_batches(dataset, **options))) as batches:
+        return [batch["clip_id"].tolist() for batch in itertools.islice(batches, steps)]
 
 
 def test_batches_hold_what_they_say(dataset):

@@ -280,6 +280,15 @@ def test_pixels_of_an_impossible_shape(tmp_path):
     assert reasons_of(path) == {"has pixels that are 20 times as wide as high"}
 
 
+@pytest.mark.parametrize(("limit", "value"), [("_MAX_SIDE", 127), ("_MAX_PIXELS", 128 * 24 - 1)])
+def test_frames_that_are_shown_too_large(tmp_path, monkeypatch, limit, value):
+    path = synthetic_video.write_constant(tmp_path / "a.mkv", 12, 10, pixel_aspect=4)
+    assert video.probe(path).width == 128
+    monkeypatch.setattr(video, limit, value)
+    (reason,) = reasons_of(path)
+    assert reason.startswith("has frames that are shown as 24 x 128, and at most ")
+
+
 def test_absurd_times_are_told_or_refused(tmp_path):
     """Sixty thousand years between two frames: more seconds than clips could be cut from, and no number overflows."""
     whole = synthetic_video.write_constant(tmp_path / "a.mkv", 12, 10, codec="mpeg4")

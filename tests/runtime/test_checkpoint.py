@@ -1,5 +1,6 @@
 """A checkpoint that is cut off while it is written in the background is not one; that before it is whole."""
 
+import json
 import pathlib
 import signal
 import subprocess
@@ -11,15 +12,16 @@ import numpy as np
 
 from osv_jax.runtime import checkpoint
 
+POSITION = {"position": 8, "seed": 0, "index_hash": "abc"}
 # Saves step 1 whole, begins to save step 2, and is killed as soon as files of it have appeared.
 _SAVE_AND_DIE = """
-import os, pathlib, signal, sys
+import json, os, pathlib, signal, sys
 import jax.numpy as jnp
 from osv_jax.runtime import checkpoint
 
 workdir = pathlib.Path(sys.argv[1])
 checkpoints = checkpoint.open_checkpoints(workdir, 2)
-checkpoint.save(checkpoints, 1, {"x": jnp.full((48, 2**20), 1.0)}, {"step": 1})
+checkpoint.save(checkpoints, 1, {"x": jnp.full((48, 2**20), 1.0)}, json.loads(sys.argv[2]))
 checkpoints.wait_until_finished()
 checkpoint.save(checkpoints, 2, {"x": jnp.full((48, 2**20), 2.0)}, {"step": 2})
 print("returned", flush=True)
@@ -32,7 +34,11 @@ os.kill(os.getpid(), signal.SIGKILL)
 def test_killed_in_the_middle_of_an_asynchronous_save(tmp_path):
     root = pathlib.Path(checkpoint.__file__).parents[2]
     child = subprocess.run(
-        [sys.executable, "-c", _SAVE_AND_DIE, str(tmp_path)], cwd=root, capture_output=True, text=True, timeout=120
+        [sys.executable, "-c", _SAVE_AND_DIE, str(tmp_path), json.dumps(POSITION)],
+        cwd=root,
+        capture_output=True,
+        text=True,
+        timeout=120,
     )
     assert child.returncode == -signal.SIGKILL, child.stderr
     assert child.stdout == "returned\n"  # so the save was in the background
@@ -43,7 +49,7 @@ def test_killed_in_the_middle_of_an_asynchronous_save(tmp_path):
     device = jax.sharding.SingleDeviceSharding(jax.devices()[0])
     like = {"x": jax.ShapeDtypeStruct((48, 2**20), jnp.float32, sharding=device)}
     with checkpoint.open_checkpoints(tmp_path, 2) as checkpoints:
-        assert checkpoint.restore_data(checkpoints, 1) == {"step": 1}
+        assert checkpoint.restore_data(checkpoints, 1) == POSITION
         assert np.all(np.asarray(checkpoint.restore_state(checkpoints, 1, like)["x"]) == 1)
         # What was cut off is gone, and its place is free.
         assert [path.name for path in (tmp_path / "checkpoints").iterdir()] == ["1"]
