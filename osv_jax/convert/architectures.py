@@ -28,11 +28,12 @@ Config = UNetConfig | VAEConfig | CLIPVisionConfig | Dinov2Config | I3DConfig | 
 
 # Of a field that is not named: a number of channels, heads, tokens or pixels.
 _SIZE = Range(1, 2**16, whole=True)
+_EPS = Range(0, 1, above_low=True)
 # What is counted here is traced one by one: a number that is damaged would take for ever.
 _RANGES = {
-    "fc_norm_eps": POSITIVE,
-    "layer_norm_eps": POSITIVE,
-    "mlp_ratio": POSITIVE,
+    "fc_norm_eps": _EPS,
+    "layer_norm_eps": _EPS,
+    "mlp_ratio": Range(0, 2**8, above_low=True),
     "scaling_factor": POSITIVE,
     "num_register_tokens": Range(0, 2**10, whole=True),
     "num_hidden_layers": Range(1, 128, whole=True),
