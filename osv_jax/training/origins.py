@@ -151,8 +151,9 @@ def check_origin(workdir: Path, config: ConfigDict) -> None:
             " from, with config.weights=OUTPUT."
         )
     keys = ["weights", "random_networks"]
-    # Of a run without a discriminator there is none to go on with.
-    keys += ["discriminator_blocks"] * all("discriminator_blocks" in trained for trained in (before, now))
+    if all("discriminator_blocks" in trained for trained in (before, now)):
+        # Of a run without a discriminator there is none to go on with.
+        keys.insert(0, "discriminator_blocks")
     if any("lora" in trained.get("trainable", ()) for trained in (before, now)):
         keys.append("lora")
     for key in keys:

@@ -75,7 +75,8 @@ class PatchMeans(nn.Module):
     config: Dinov2Config = Dinov2Config(patch_size=2)
 
     @nn.compact
-    def __call__(self, images, blocks):
+    def __call__(self, images, blocks, read):
+        assert read == "patches"
         n, height, width, _ = images.shape
         patches = images.reshape(n, height // 2, 2, width // 2, 2, 3).mean((2, 4))
         return tuple(block * patches for block in blocks)
