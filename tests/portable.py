@@ -45,7 +45,7 @@ _OLD = (("ATEN_CPU_CAPABILITY", "default"), ("ONEDNN_MAX_CPU_ISA", "SSE41"), ("O
 # Each value of each factor, once or more: all combinations would take a day.
 VARIANTS = {
     "avx2-o0": Variant("--xla_cpu_max_isa=AVX2 --xla_backend_optimization_level=0", 2),
-    "sse4-o3": Variant("--xla_cpu_max_isa=SSE4_2 --xla_backend_optimization_level=3", 1, _OLD),
+    "sse4-o0": Variant("--xla_cpu_max_isa=SSE4_2 --xla_backend_optimization_level=0", 1, _OLD),
     "avx512-o3": Variant(
         "--xla_cpu_max_isa=AVX512 --xla_backend_optimization_level=3 --xla_cpu_use_fusion_emitters=true", 8
     ),
