@@ -1,10 +1,12 @@
 """Says whether a run fits: `python -m osv_jax.plan --config=configs/stage2.py --topology=v5e:4x4`.
 
 Compiles the real step of every resolution of a configuration for devices that need not be there, and prints for one
-device: its memory, operations, what it sends to others, and a bound on the time of a step. Compilation is stopped when
-all memory has been assigned; the code that would follow takes most of its time. Topologies: a TPU slice by its chips
-(v5e:4x4, v5p:2x2x2, v6e:2x2; needs the package libtpu), gpu:8x80GB (compiled for as many CPU devices, which compute
-bfloat16 in float32: an upper bound), or cpu. Keys of the configuration are changed as in training.
+device: its memory, operations, what it sends to others, the traffic with its memory and what causes it, and bounds on
+the time of a step. Compilation is stopped when all memory has been assigned; the code that would follow takes most of
+its time. Topologies: a TPU slice by its chips (v5e:4x4, v5p:2x2x2, v6e:2x2; needs the package libtpu), GPUs of one
+machine or of several (h100:8, h100:2x8; needs the extra plan-gpu), the GPU that is nearest to a size (gpu:8x80GB), or
+this machine (cpu, cpu:8: an upper bound, as it computes bfloat16 in float32). Keys of the configuration are changed as
+in training.
 """
 
 from __future__ import annotations
@@ -20,7 +22,9 @@ from osv_jax.runtime import command_line
 def run() -> None:
     """The program: exit status 1 if something does not fit; what the user can fix is one sentence and status 2."""
     config = config_flags.DEFINE_config_file("config", help_string="A file of configs/, e.g. configs/stage2.py.")
-    topology = flags.DEFINE_string("topology", "cpu", "v5e:4x4, v5p:2x2x2, v6e:2x2, gpu:8x80GB, or cpu.")
+    topology = flags.DEFINE_string(
+        "topology", "cpu", "v5e:4x4, v5p:2x2x2, v6e:2x2, h100:8, h100:2x8, gpu:8x80GB, or cpu."
+    )
 
     def main(argv: list[str]) -> int:
         if config.value is None:

@@ -3,6 +3,7 @@
 import importlib.util
 import multiprocessing
 import operator
+import re
 
 import jax
 import jax.numpy as jnp
@@ -15,7 +16,7 @@ from toy_unet import toy_networks
 from osv_jax.errors import UserError
 from osv_jax.models import layers
 from osv_jax.models.svd_unet import UNetConfig
-from osv_jax.planning import compiling, hlo, report, topologies
+from osv_jax.planning import chips, compiling, hlo, report, topologies, traffic
 from osv_jax.runtime import mesh
 from osv_jax.training.config import phases_of
 
@@ -92,7 +93,7 @@ def test_a_step_is_compiled_in_a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(compiling, "compile_for", compile_toy)
     config = small(**{"mesh.fsdp": 2, "mesh.data": -1})
     (phase,) = phases_of(config)
-    made = compiling.plan_without_code(config, phase, "gpu:4x80GB")
+    made = compiling.plan_without_code(config, phase, "cpu:4")
     assert made.temporaries > 0 and made.flops > 0 and "all-reduce" in made.collectives
     with toy_networks():
         devices = mesh.make_mesh(2, 2, devices=jax.devices()[:4])
@@ -132,11 +133,35 @@ def toy(here):
 
 def test_the_memory_of_a_step(toy, capsys, monkeypatch):
     monkeypatch.setattr(mesh, "_MIN_SHARDED_ELEMENTS", 16)
-    monkeypatch.setattr(topologies, "devices_of", lambda topology: (topologies.Chip("chip", 1e9, 1e9), jax.devices()))
+    monkeypatch.setattr(topologies, "devices_of", lambda topology: (chips.Chip("chip", 1e9, 1e9, 1e9), jax.devices()))
     assert report.make_plan(small(**{"mesh.data": 2, "mesh.fsdp": 4}), "v5e:2x4")
     output = capsys.readouterr().out
     assert "finetune on 8 x chip (data 2 x fsdp 4 x context 1), batch 8, float32" in output
     assert "all-gather" in output and "of 1.00 GB" in output and "at the chip's peak" in output and "  fits (" in output
+    assert "\n  roofline " in output and "GB products, convolutions, " in output
+
+
+def test_what_is_said_about_traffic():
+    counted = traffic.Traffic(
+        {traffic.LOOPS: 40e9, traffic.PRODUCTS: 20e9}, [traffic.Cause(traffic.LOOPS, "norm*/mul", "a.py:7", 9e9, 3)], 2
+    )
+    plan = hlo.Plan(1e9, 2e9, 0.0, 3e12, {}, counted)
+    text = report.describe(plan, chips.Chip("chip", 80e9, 1e12, 10e9, unknown="this"), "fits.")
+    assert text.splitlines()[4:] == [
+        "  time              3.00 s a step at the chip's peak: it cannot be faster",
+        "  traffic          60.00 GB a step with the device's memory",
+        "    elementwise loops           40.00 GB",
+        "    products, convolutions      20.00 GB",
+        "    Not known how often they run, and counted once: 2 loops.",
+        "  roofline          7.00 s a step: the larger of 3.00 s (operations) and 2.00 s (their traffic), and 4.00 s"
+        " (other traffic)",
+        "  most traffic comes from",
+        "         9.00 GB elementwise loops, 3 times, norm*/mul a.py:7",
+        "  The compiler cannot know this.",
+        "  fits.",
+    ]
+    # Without a bandwidth there is no time.
+    assert "roofline" not in report.describe(plan, chips.CPU, "fits.")
 
 
 def test_prepared_latents_need_not_be_there(toy, capsys):
@@ -163,7 +188,7 @@ def test_without_the_weights_the_sizes_are_svds(here, capsys, monkeypatch):
 
 
 def test_what_does_not_fit_comes_with_advice(toy, capsys, monkeypatch):
-    chip = topologies.Chip("chip", 1e3, None)
+    chip = chips.Chip("chip", 1e3, None)
     monkeypatch.setattr(topologies, "devices_of", lambda topology: (chip, jax.devices()[:1]))
     assert not report.make_plan(small(remat="full"), "v5e:1")
     assert "does not fit: compute a device's clips one after the other: config.grad_accum=8" in capsys.readouterr().out
@@ -188,7 +213,7 @@ def test_what_xla_refuses_does_not_fit(toy, capsys, monkeypatch, sentence, neede
 
     traced = type("Traced", (), {"lower": lambda self: Refused(), "jaxpr": jax.make_jaxpr(jnp.sin)(1.0)})()
     monkeypatch.setattr(compiling, "trace", lambda *args: traced)
-    chip = topologies.Chip("chip", 1e3, None)
+    chip = chips.Chip("chip", 1e3, None)
     monkeypatch.setattr(topologies, "devices_of", lambda topology: (chip, jax.devices()[:1]))
     assert not report.make_plan(small(remat="full", batch_size=1), "v5e:1")
     assert f"does not fit ({needed}): train less" in capsys.readouterr().out
@@ -211,25 +236,100 @@ def test_advice(changes, sizes, words):
     assert words in report.advice(config, jax.sharding.Mesh(devices, mesh.AXES))
 
 
-def test_a_gpu_host_is_as_many_cpu_devices(monkeypatch):
-    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
-    chip, devices = topologies.devices_of("gpu:8x80GB")
-    assert (chip.memory, len(devices)) == (80e9, 8)
-    chip, devices = topologies.devices_of("cpu")
-    assert chip.memory is None and len(devices) == 1
+def test_this_machine_is_one_device_or_several(monkeypatch):
+    asked = {}
+    monkeypatch.setattr(jax.config, "update", asked.__setitem__)
+    for topology, count in (("cpu", 1), ("cpu:4", 4)):
+        chip, devices = topologies.devices_of(topology)
+        assert chip.memory is None and len(devices) == count
+    assert asked == {"jax_num_cpu_devices": 4}
 
 
-@pytest.mark.parametrize("topology", ["v9:2x2", "gpu:eight", "gpu", "v5e", "v5e:two", "v5e:0x4", "cpu:2"])
+@pytest.mark.parametrize(
+    "topology", ["v9:2x2", "gpu:eight", "gpu", "v5e", "v5e:two", "v5e:0x4", "cpu:x", "h100", "h100:8x"]
+)
 def test_unknown_topologies_are_refused(topology):
-    with pytest.raises(UserError, match=f"--topology={topology} is unknown; give a TPU slice"):
+    with pytest.raises(UserError, match=f"--topology={topology} is unknown; give a TPU slice .* GPUs .*h100:8, "):
         topologies.devices_of(topology)
 
 
-@pytest.mark.parametrize("topology", ["gpu:0x80GB", "gpu:8x0GB", "gpu:100000x80GB", f"gpu:8x{10**400}GB"])
-def test_impossible_numbers_of_gpus_are_refused(topology):
-    words = rf"--topology={topology} must have a whole number from 1 to 1024 for the devices, .* such as gpu:8x80GB"
-    with pytest.raises(UserError, match=words):
+@pytest.mark.parametrize(
+    ("topology", "words"),
+    [
+        ("gpu:8x0GB", "a whole number from 1 to 10000 for the memory of each GPU"),
+        (f"gpu:8x{10**400}GB", "a whole number from 1 to 10000 for the memory of each GPU"),
+        ("gpu:0x80GB", "a whole number from 1 to 1024 for the number of GPUs"),
+        ("h200:100000", "a whole number from 1 to 1024 for the number of GPUs"),
+        ("h100:0x8", "a whole number from 1 to 1024 for the number of machines"),
+        ("h100:64x32", "a whole number from 1 to 1024 for the number of GPUs"),
+        ("cpu:0", "a whole number from 1 to 1024 for the number of devices"),
+    ],
+)
+def test_impossible_numbers_of_devices_are_refused(topology, words):
+    with pytest.raises(UserError, match=rf"--topology={topology} must have {words}"):
         topologies.devices_of(topology)
+
+
+@pytest.mark.parametrize(
+    ("gigabytes", "name"),
+    [(80, "h100"), (40, "a100-40gb"), (48, "l40s"), (24, "rtx4090"), (141, "h200"), (192, "b200"), (1, "rtx4090")],
+)
+def test_a_gpu_of_a_size_is_the_nearest_that_is_described(gigabytes, name):
+    """Of an A100 and an H100 with 80 GB the faster one."""
+    assert chips.nearest_gpu(gigabytes) == name
+
+
+@pytest.mark.parametrize("name", chips.gpu_names())
+def test_descriptions_of_gpus_are_whole(name):
+    described, h100 = chips.gpu(name), chips.gpu("h100")
+    assert described.name.startswith("NVIDIA") and described.unknown
+    assert 20e9 < described.memory < 200e9 and 0.8e12 < described.bandwidth < 9e12 and 1e14 < described.peak < 3e15
+    # What XLA reads: every description says the same things, and nothing that XLA would not know.
+    keys = [set(re.findall(r"\w+(?=:| \{)", text)) - {"feature_extension"} for text in (described.target, h100.target)]
+    assert keys[0] == keys[1] and "bfloat16_operations_per_second" not in keys[0]
+
+
+def test_gpus_of_several_machines(monkeypatch):
+    asked = []
+    described = type("Described", (), {"devices": jax.devices()})()
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: name)
+    monkeypatch.setattr(
+        topologies, "get_topology_desc", lambda name, **options: asked.append((name, options["topology"])) or described
+    )
+    for topology in ("h100:8", "a100-40gb:1", "h100:2x8", "gpu:4x80GB"):
+        chip, _ = topologies.devices_of(topology)
+    assert asked == [("h100", "1x1x8"), ("a100-40gb", "1x1x1"), ("h100", "2x1x8"), ("h100", "1x1x4")]
+    assert chip.memory == pytest.approx(0.92 * 84978434048)
+
+
+@pytest.mark.parametrize("name", chips.gpu_names())
+def test_a_program_for_gpus_that_are_not_there(name):
+    """Compiled by the GPU's own compiler: a product and a sum over two of them, and attention by cuDNN."""
+    if not importlib.util.find_spec("jax_cuda12_plugin"):
+        pytest.skip("needs the extra plan-gpu")
+    chip, devices = topologies.devices_of(f"{name}:2x1")
+    over = mesh.make_mesh(2, 1, devices=devices)
+    rows, whole = (NamedSharding(over, PartitionSpec(*axes)) for axes in (("data",), ()))
+    x = jax.ShapeDtypeStruct((512, 256), jnp.bfloat16, sharding=rows)
+    q = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16, sharding=rows)
+
+    def step(x, q):
+        return (x @ jnp.ones((256, 64), x.dtype)).sum(axis=0), layers.dot_product_attention(q, q, q)
+
+    with jax.set_mesh(over):
+        compiled = jax.jit(step, out_shardings=(whole, rows)).lower(x, q).compile(compiling.GPU_OPTIONS)
+    made = hlo.analyse(compiled, 1.0)
+    assert made.arguments == 256 * 256 * 2 + 256 * 4 * 64 * 2 and made.total < chip.memory
+    assert "all-reduce" in made.collectives
+    # Queries, keys and values are one array, which is read once; the result is as large.
+    assert made.traffic.by_kind[traffic.ATTENTION] == 2 * 256 * 4 * 64 * 2
+    assert made.traffic.by_kind[traffic.PRODUCTS] >= (256 * 256 + 256 * 64 + 256 * 64) * 2
+
+
+def test_gpus_without_their_compiler_are_refused(monkeypatch):
+    monkeypatch.setattr(importlib.util, "find_spec", lambda name: None)
+    with pytest.raises(UserError, match=r"compiler for GPUs is not installed: pip install .*\.\[plan-gpu\]"):
+        topologies.devices_of("h100:8")
 
 
 def test_one_chip_is_a_host_of_its_own(monkeypatch):

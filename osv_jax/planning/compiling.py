@@ -35,6 +35,13 @@ CPU_OPTIONS: dict[str, Any] = {
     "xla_cpu_use_fusion_emitters": False,
     "xla_disable_hlo_passes": "tree_reduction_rewriter",
 }
+# On GPUs there is none to time choices on. XLA's own matrix kernels (Triton's) have parameters that only a timing can
+# choose, so NVIDIA's are taken; the scheduler is that of the scripts in launch/.
+GPU_OPTIONS: dict[str, Any] = {
+    "xla_gpu_autotune_level": 0,
+    "xla_gpu_enable_triton_gemm": False,
+    "xla_gpu_enable_latency_hiding_scheduler": True,
+}
 
 
 class DoesNotFit(Exception):
@@ -75,8 +82,9 @@ def plan_step(
     traced = trace(config, setup.objective_of(config, setup.networks_of(config)), phase, devices)
     flops = operations(traced.jaxpr.jaxpr) / devices.size
     when_traced(flops)
+    options = {"cpu": CPU_OPTIONS, "gpu": GPU_OPTIONS}.get(devices.devices.flat[0].platform)
     try:
-        compiled = traced.lower().compile(CPU_OPTIONS if devices.devices.flat[0].platform == "cpu" else None)
+        compiled = traced.lower().compile(options)
     except jax.errors.JaxRuntimeError as error:
         if "RESOURCE_EXHAUSTED" not in str(error):
             raise

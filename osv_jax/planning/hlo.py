@@ -1,4 +1,4 @@
-"""What a traced and a compiled program need: operations, memory, and what is sent between devices."""
+"""What a traced and a compiled program need: operations, memory and its traffic, what is sent between devices."""
 
 from __future__ import annotations
 
@@ -12,7 +12,9 @@ import jax
 import numpy as np
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
-_DTYPE_BYTES = {"pred": 1, "s8": 1, "u8": 1, "bf16": 2, "f16": 2, "s32": 4, "u32": 4, "f32": 4, "s64": 8, "f64": 8}
+from osv_jax.planning.program import DTYPE_BYTES
+from osv_jax.planning.traffic import Traffic, traffic_of
+
 _COLLECTIVE = re.compile(
     r" = (.+?) (all-gather|all-reduce|reduce-scatter|all-to-all|collective-permute)(-start)?\((?:.*channel_id=(\d+))?"
 )
@@ -25,6 +27,7 @@ class Plan:
     Attributes:
         results: those that take the place of an argument need no memory of their own, and are not counted.
         collectives: kind -> (how many in the program, bytes of their results); those in loops are counted once.
+        traffic: with the device's memory.
     """
 
     arguments: float
@@ -32,6 +35,7 @@ class Plan:
     results: float
     flops: float
     collectives: Mapping[str, tuple[int, float]]
+    traffic: Traffic
 
     @property
     def total(self) -> float:
@@ -78,7 +82,7 @@ def analyse(compiled: jax.stages.Compiled, flops: float) -> Plan:
     assert memory is not None and program is not None, "the compiler tells nothing about its program"
     results = memory.output_size_in_bytes - memory.alias_size_in_bytes
     sizes = memory.argument_size_in_bytes, memory.temp_size_in_bytes, results
-    return Plan(*sizes, flops, collectives_of(program))
+    return Plan(*sizes, flops, collectives_of(program), traffic_of(program))
 
 
 def collectives_of(program: str) -> dict[str, tuple[int, float]]:
@@ -93,7 +97,7 @@ def collectives_of(program: str) -> dict[str, tuple[int, float]]:
             continue
         shapes, kind, start, channel = match.groups()
         sizes = [
-            _DTYPE_BYTES.get(dtype, 4) * np.prod([int(size) for size in dims.split(",") if size], dtype=float)
+            DTYPE_BYTES.get(dtype, 4) * np.prod([int(size) for size in dims.split(",") if size], dtype=float)
             for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
         ]
         # What starts a gathering returns its operand beside its result; several that were combined return them all.
@@ -127,4 +131,5 @@ def read_assignment(folder: pathlib.Path, flops: float) -> Plan | None:
         return None
     (assignment,) = folder.glob("*train_step*-buffer-assignment.txt")
     (program,) = folder.glob("*train_step*after_optimizations.txt")
-    return Plan(*assigned_memory(assignment.read_text()), flops, collectives_of(program.read_text()))
+    text = program.read_text()
+    return Plan(*assigned_memory(assignment.read_text()), flops, collectives_of(text), traffic_of(text))

@@ -10,6 +10,7 @@ from ml_collections import ConfigDict
 from osv_jax.convert import weights
 from osv_jax.models.groups import GROUPS
 from osv_jax.planning import compiling, topologies
+from osv_jax.planning.chips import Chip
 from osv_jax.planning.hlo import Plan
 from osv_jax.training import setup
 from osv_jax.training.config import check_config, phases_of
@@ -70,7 +71,7 @@ def advice(config: ConfigDict, devices: Mesh) -> str:
     return f"share each clip among more devices: config.mesh.context={devices.shape['context'] * 2}"
 
 
-def describe(plan: Plan, chip: topologies.Chip, verdict: str) -> str:
+def describe(plan: Plan, chip: Chip, verdict: str) -> str:
     """What is printed about one program."""
     lines = [
         f"  arguments    {plan.arguments / _GB:9.2f} GB",
@@ -84,4 +85,29 @@ def describe(plan: Plan, chip: topologies.Chip, verdict: str) -> str:
     ]
     if chip.peak and plan.flops:
         lines.append(f"  time         {plan.flops / chip.peak:9.2f} s a step at the chip's peak: it cannot be faster")
+    lines += describe_traffic(plan, chip)
+    if chip.unknown:
+        lines.append(f"  The compiler cannot know {chip.unknown}.")
     return "\n".join([*lines, f"  {verdict}"])
+
+
+def describe_traffic(plan: Plan, chip: Chip) -> list[str]:
+    """What is printed about the traffic with a device's memory; docs/performance.md says how to read it."""
+    traffic = plan.traffic
+    lines = [f"  traffic      {traffic.total / _GB:9.2f} GB a step with the device's memory"]
+    lines += [f"    {kind:<24}{size / _GB:9.2f} GB" for kind, size in traffic.by_kind.items()]
+    if traffic.unknown_loops:
+        lines.append(f"    Not known how often they run, and counted once: {traffic.unknown_loops} loops.")
+    if chip.peak and chip.bandwidth:
+        beside = traffic.beside_operations
+        lines.append(
+            f"  roofline     {traffic.seconds(plan.flops, chip.peak, chip.bandwidth):9.2f} s a step: the larger of"
+            f" {plan.flops / chip.peak:.2f} s (operations) and {beside / chip.bandwidth:.2f} s (their traffic), and"
+            f" {(traffic.total - beside) / chip.bandwidth:.2f} s (other traffic)"
+        )
+    lines.append("  most traffic comes from")
+    lines += [
+        f"    {cause.bytes / _GB:9.2f} GB {cause.kind}, {cause.runs} times, {cause.operation} {cause.source}".rstrip()
+        for cause in traffic.causes
+    ]
+    return lines

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import dataclasses
+import importlib.util
 import os
 import re
 from typing import Any
@@ -14,57 +14,34 @@ from jax.sharding import AxisType, Mesh
 from ml_collections import ConfigDict
 
 from osv_jax.errors import UserError
+from osv_jax.planning.chips import CPU, TPUS, Chip, gpu, gpu_names, nearest_gpu
 from osv_jax.runtime import mesh
 from osv_jax.runtime.ranges import Range
 
-# Each is a CPU device with threads of its own.
-_GPUS, _GIGABYTES = Range(1, 1024, whole=True), Range(1, 10_000, whole=True)
-
-
-@dataclasses.dataclass(frozen=True)
-class Chip:
-    """A kind of device.
-
-    Attributes:
-        memory: that programs can use [bytes]; None if unknown.
-        peak: bfloat16 operations a second; None if unknown.
-    """
-
-    name: str
-    memory: float | None
-    peak: float | None
-
-
-# The memory is what libtpu gives to programs, a little less than the chip has; the peak is Google's figure.
-_TPUS = {
-    "v5e": Chip("TPU v5e", 15.75 * 2**30, 197e12),
-    "v5p": Chip("TPU v5p", 95.74 * 2**30, 459e12),
-    "v6e": Chip("TPU v6e", 31.25 * 2**30, 918e12),
-}
+_DEVICES, _GIGABYTES = Range(1, 1024, whole=True), Range(1, 10_000, whole=True)
+_FORMS = (
+    f"a TPU slice ({', '.join(TPUS)}; v5e:4x4), GPUs of one machine or of several ({', '.join(gpu_names())}; h100:8,"
+    " h100:2x8), or of a size (gpu:8x80GB), or cpu"
+)
 
 
 def devices_of(topology: str) -> tuple[Chip, list[Any]]:
     """The kind and the devices of a topology.
 
     Raises:
-        UserError: an unknown name, a shape without devices, or a TPU's without libtpu.
+        UserError: an unknown name, a shape without devices, or no compiler for them.
     """
     kind, _, shape = topology.partition(":")
-    if kind == "cpu" and not shape:
-        return Chip("CPU", None, None), jax.local_devices(backend="cpu")[:1]
     if kind == "gpu" and (match := re.fullmatch(r"(\d+)x(\d+)GB", shape)):
-        count, gigabytes = int(match[1]), int(match[2])
-        if count not in _GPUS or gigabytes not in _GIGABYTES:
-            raise UserError(
-                f"--topology={topology} must have {_GPUS} for the devices, and for the memory of each [GB]"
-                f" {_GIGABYTES}, such as gpu:8x80GB."
-            )
-        try:
-            jax.config.update("jax_num_cpu_devices", count)
-        except RuntimeError as error:
-            raise UserError(f"--topology={topology} must be chosen before devices are used.") from error
-        return Chip(f"GPU of {gigabytes} GB", gigabytes * 1e9, None), jax.local_devices(backend="cpu")
-    if kind in _TPUS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
+        kind, shape = nearest_gpu(_within(topology, match[2], _GIGABYTES, "memory of each GPU [GB]")), match[1]
+    if kind == "cpu" and re.fullmatch(r"\d*", shape):
+        return CPU, _cpus(topology, shape or "1")
+    if kind in gpu_names() and (match := re.fullmatch(r"(?:(\d+)x)?(\d+)", shape)):
+        machines = _within(topology, match[1] or "1", _DEVICES, "number of machines")
+        count = _within(topology, match[2], _DEVICES, "number of GPUs")
+        _within(topology, str(machines * count), _DEVICES, "number of GPUs")
+        return gpu(kind), _gpus(kind, machines, count)
+    if kind in TPUS and re.fullmatch(r"[1-9]\d*(x[1-9]\d*)*", shape):
         os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
         # Or libtpu would be one process's alone, as chips are.
         os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
@@ -79,10 +56,39 @@ def devices_of(topology: str) -> tuple[Chip, list[Any]]:
                 f"--topology={topology} cannot be compiled for: {str(error).splitlines()[0]}; give a shape that exists,"
                 " such as v5e:4x4, and install libtpu (pip install 'jax[tpu]')."
             ) from error
-        return _TPUS[kind], list(described.devices)
-    raise UserError(
-        f"--topology={topology} is unknown; give a TPU slice ({', '.join(_TPUS)}; v5e:4x4), gpu:8x80GB, or cpu."
-    )
+        return TPUS[kind], list(described.devices)
+    raise UserError(f"--topology={topology} is unknown; give {_FORMS}.")
+
+
+def _within(topology: str, number: str, allowed: Range, what: str) -> int:
+    if int(number) not in allowed:
+        raise UserError(f"--topology={topology} must have {allowed} for the {what}.")
+    return int(number)
+
+
+def _gpus(kind: str, machines: int, count: int) -> list[Any]:
+    if not all(importlib.util.find_spec(package) for package in ("jax_cuda12_plugin", "nvidia", "nvidia.cudnn")):
+        raise UserError(
+            "The compiler for GPUs is not installed: pip install -c constraints.txt -e '.[plan-gpu]', or plan with"
+            " --topology=cpu:8 for as many parts of this machine."
+        )
+    # It would look for libraries that a GPU's programs need and its compiler does not.
+    os.environ.setdefault("JAX_SKIP_CUDA_CONSTRAINTS_CHECK", "1")
+    # Machines without fast links to one another: partitions of one host.
+    shape = f"{machines}x1x{count}"
+    described = get_topology_desc(kind, platform="cuda", target_config=gpu(kind).target, topology=shape)
+    return list(described.devices)
+
+
+def _cpus(topology: str, number: str) -> list[Any]:
+    """This machine, several times: each device is some threads of it."""
+    count = _within(topology, number, _DEVICES, "number of devices")
+    if count > 1:
+        try:
+            jax.config.update("jax_num_cpu_devices", count)
+        except RuntimeError as error:
+            raise UserError(f"--topology={topology} must be chosen before devices are used.") from error
+    return jax.local_devices(backend="cpu")[:count]
 
 
 def layout(config: ConfigDict, available: list[Any]) -> Mesh:
