@@ -7,9 +7,9 @@ import jax.numpy as jnp
 
 from osv_jax.diffusion.edm import EDMBackbone
 from osv_jax.objectives import losses
-from osv_jax.objectives.objective import Objective, register
+from osv_jax.objectives.objective import StudentObjective, register
 from osv_jax.objectives.options import StudentOptions, setting
-from osv_jax.objectives.players import TrainState, init_student, make_optimizer, norms, start
+from osv_jax.objectives.players import TrainState, norms
 from osv_jax.runtime.ranges import POSITIVE
 
 
@@ -19,18 +19,10 @@ class RegressionOptions(StudentOptions):
 
 
 @register
-class Regression(Objective):
+class Regression(StudentObjective):
     """Denoising at one level."""
 
     name, Options, curves = "regression", RegressionOptions, ("loss",)
-
-    def make_optimizers(self):
-        return {"student": make_optimizer(self.options.optimizer)}
-
-    def init(self, key, frozen):
-        chosen = self.options
-        student = init_student(key, frozen["unet"], chosen.lora.rank, chosen.lora.targets, chosen.trainable)
-        return {"student": start(student, self.optimizers["student"], ema=True)}
 
     def step(self, state, frozen, batch, key):
         student = state.players["student"]

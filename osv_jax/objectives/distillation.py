@@ -4,15 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 
-import jax
-import optax
-
 from osv_jax.diffusion.conditioning import Conditioning
 from osv_jax.diffusion.edm import BOUNDARIES, EDMBackbone
 from osv_jax.objectives.networks import Params
-from osv_jax.objectives.objective import Objective
+from osv_jax.objectives.objective import StudentObjective
 from osv_jax.objectives.options import StudentOptions, setting
-from osv_jax.objectives.players import Player, Student, init_student, make_optimizer, start
+from osv_jax.objectives.players import Student
 from osv_jax.runtime.ranges import Range
 
 
@@ -32,18 +29,8 @@ class DistillationOptions(StudentOptions):
     boundary: str = setting("svd", BOUNDARIES)
 
 
-class Distillation(Objective):
-    """An objective with a player `student` that starts as the teacher and has an EMA."""
-
-    def make_optimizers(self) -> dict[str, optax.GradientTransformation]:
-        return {"student": make_optimizer(self.options.optimizer)}
-
-    def init(self, key: jax.Array, frozen: Params) -> dict[str, Player]:
-        """A student equal to the teacher."""
-        student_key, _ = jax.random.split(key)
-        chosen = self.options
-        student = init_student(student_key, frozen["unet"], chosen.lora.rank, chosen.lora.targets, chosen.trainable)
-        return {"student": start(student, self.optimizers["student"], ema=True)}
+class Distillation(StudentObjective):
+    """An objective whose student starts as its teacher, and becomes a consistency function."""
 
     def backbone(self, frozen: Params, student: Student | None, cond: Conditioning) -> EDMBackbone:
         """The consistency function f of a student, or the teacher's denoiser (None), on a condition."""

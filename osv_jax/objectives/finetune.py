@@ -6,7 +6,6 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Float
 
 from osv_jax.diffusion.conditioning import Conditioning
@@ -18,9 +17,9 @@ from osv_jax.objectives import losses
 from osv_jax.objectives.accumulation import mean_over_batch
 from osv_jax.objectives.batches import Batch
 from osv_jax.objectives.networks import Params
-from osv_jax.objectives.objective import Draws, Metrics, Objective, register
+from osv_jax.objectives.objective import Draws, Metrics, StudentObjective, register
 from osv_jax.objectives.options import StudentOptions, setting
-from osv_jax.objectives.players import Player, Student, TrainState, init_student, make_optimizer, norms, start
+from osv_jax.objectives.players import Student, TrainState, norms
 from osv_jax.runtime.ranges import DECAY, NOT_NEGATIVE, PROBABILITY, Range
 
 # Bands of noise levels whose losses are reported separately: about thirds of SVD's distribution.
@@ -77,7 +76,7 @@ class FinetuneOptions(StudentOptions):
 
 
 @register
-class Finetune(Objective):
+class Finetune(StudentObjective):
     """Denoising of real clips, which makes a teacher."""
 
     name = "finetune"
@@ -92,16 +91,6 @@ class Finetune(Objective):
         dropout = dataclasses.asdict(options.dropout)
         if sum(dropout.values()) > 1:
             raise UserError(f"config.dropout={dropout} must be probabilities with a sum of at most 1.")
-
-    def make_optimizers(self) -> dict[str, optax.GradientTransformation]:
-        return {"student": make_optimizer(self.options.optimizer)}
-
-    def init(self, key: jax.Array, frozen: Params) -> dict[str, Player]:
-        """A student equal to the pretrained weights."""
-        student_key, _ = jax.random.split(key)
-        chosen = self.options
-        student = init_student(student_key, frozen["unet"], chosen.lora.rank, chosen.lora.targets, chosen.trainable)
-        return {"student": start(student, self.optimizers["student"], ema=True)}
 
     def step(self, state: TrainState, frozen: Params, batch: Batch, key: jax.Array) -> tuple[TrainState, Metrics]:
         return step(self, state, frozen, batch, key)

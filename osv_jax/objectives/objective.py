@@ -24,7 +24,7 @@ from osv_jax.diffusion.ode import Denoiser
 from osv_jax.errors import UserError
 from osv_jax.objectives.batches import to_batch
 from osv_jax.objectives.networks import Params
-from osv_jax.objectives.players import Player, TrainState
+from osv_jax.objectives.players import Player, TrainState, init_student, make_optimizer, start
 
 Metrics = dict[str, Array]
 # All random numbers of a step, each with the batch as its first axis: drawn at once, so that neither the number of
@@ -115,6 +115,20 @@ class Objective(abc.ABC):
     def preview(self, denoiser: Denoiser, noise: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
         """Latents sampled from standard normal noise; by default in one step."""
         return denoiser(SIGMA_MAX * noise, jnp.full(noise.shape[0], SIGMA_MAX, jnp.float32))
+
+
+class StudentObjective(Objective):
+    """An objective with a player `student` that starts as the UNet and has an EMA; its options are `StudentOptions`."""
+
+    def make_optimizers(self) -> dict[str, optax.GradientTransformation]:
+        return {"student": make_optimizer(self.options.optimizer)}
+
+    def init(self, key: jax.Array, frozen: Params) -> dict[str, Player]:
+        """A student equal to the pretrained weights."""
+        student_key, _ = jax.random.split(key)
+        chosen = self.options
+        student = init_student(student_key, frozen["unet"], chosen.lora.rank, chosen.lora.targets, chosen.trainable)
+        return {"student": start(student, self.optimizers["student"], ema=True)}
 
 
 def register(cls: type[Objective]) -> type[Objective]:
