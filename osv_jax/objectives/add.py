@@ -10,7 +10,7 @@ from typing import Any, ClassVar
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from osv_jax.diffusion.edm import per_clip, sigma_grid
 from osv_jax.objectives import losses
@@ -23,7 +23,7 @@ from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Draws, Metrics, register
 from osv_jax.objectives.options import setting
 from osv_jax.objectives.osv import BLOCK, PATCH_READS, check_blocks
-from osv_jax.objectives.players import TrainState
+from osv_jax.objectives.players import Player, TrainState
 from osv_jax.runtime.ranges import COUNT, NOT_NEGATIVE, Range
 
 # The teacher's noise levels, one of which is drawn for each clip.
@@ -84,12 +84,20 @@ class ADD(Adversarial):
         return of_student | {f"teacher_{name}": values for name, values in of_teacher.items()}
 
     def example(self, state: TrainState, frozen: Params, batch: Batch, draws: Draws) -> Example:
-        return noisy_example(batch, draws, self.options.num_levels, self.options.distillation_weight)
+        example = noisy_example(batch, draws, self.options.num_levels, self.options.distillation_weight)
+        judge: Any = self.judge
+        return dataclasses.replace(example, judge_cond=judge.condition(frozen, batch.cond))
 
     def penalty(
-        self, params: Params, stats: Params, frozen: Params, example: Example, draws: Draws
+        self, disc: Player, frozen: Params, example: Example, draws: Draws, real: Any, step: Int[Array, ""]
     ) -> tuple[Float[Array, ""] | float, Metrics]:
-        return penalty(self, params, stats, frozen, example, draws)
+        """gamma R1 of the features of real clips: no second derivative of the backbone is needed (ADD section 3.1)."""
+        features, condition = real
+
+        def logits_of(features: tuple[Array, ...]) -> losses.Logits:
+            return self.judge.score(disc.params, disc.stats, frozen, (features, condition))[0]
+
+        return weighted(self.options.r1, step, lambda: losses.r1(logits_of, features).mean())
 
     def generator_loss(self, logits: losses.Logits) -> Float[Array, " b"]:
         return losses.linear_generator(logits)
@@ -98,20 +106,6 @@ class ADD(Adversarial):
         self, frozen: Params, example: Example, fake: Float[Array, "b f h w c"], draws: Draws
     ) -> Float[Array, " b"]:
         return distillation_loss(self, frozen, example, fake, draws)
-
-
-def penalty(
-    objective: ADD, params: Params, stats: Params, frozen: Params, example: Example, draws: Draws
-) -> tuple[Float[Array, ""] | float, Metrics]:
-    """gamma R1 of the features of real clips: no second derivative of the backbone is needed (ADD section 3.1)."""
-    judge: Any = objective.judge
-
-    def computed() -> Float[Array, ""]:
-        features = jax.lax.stop_gradient(judge.features(frozen, example.target))
-        condition = judge.condition(frozen, example.cond)
-        return losses.r1(lambda seen: judge.score(params, stats, seen, condition), features).mean()
-
-    return weighted(objective.options.r1, draws["step"], computed)
 
 
 def distillation_loss(

@@ -12,9 +12,8 @@ from collections.abc import Callable
 from typing import Any, ClassVar
 
 import jax
-import jax.numpy as jnp
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from osv_jax.objectives import losses
 from osv_jax.objectives.accumulation import mean_over_parts, split_batch
@@ -83,9 +82,15 @@ class Adversarial(Distillation):
         """The student input and the training target."""
 
     def penalty(
-        self, params: Params, stats: Params, frozen: Params, example: Example, draws: Draws
+        self, disc: Player, frozen: Params, example: Example, draws: Draws, real: Any, step: Int[Array, ""]
     ) -> tuple[Float[Array, ""] | float, Metrics]:
-        """What is added to the discriminator's loss, and its metrics; `draws["step"]` is the step's number."""
+        """What is added to the discriminator's loss, and its metrics.
+
+        Args:
+            disc: with the singular vectors of this step.
+            real: what the judge sees of the target.
+            step: the number of the step.
+        """
         return 0.0, {}
 
     def generator_loss(self, logits: losses.Logits) -> Float[Array, " b"]:
@@ -106,8 +111,7 @@ def step(
     objective: Adversarial, state: TrainState, frozen: Params, batch: Batch, key: jax.Array
 ) -> tuple[TrainState, Metrics]:
     """One update of the discriminator (Eq. 6, 9), then one of the student through it (Eq. 7, 10)."""
-    draws = objective.draw(key, batch)
-    whole = (batch, draws | {"step": jnp.broadcast_to(state.step, batch.latents.shape[:1])})
+    whole = (batch, objective.draw(key, batch))
     take_turns = {
         1: whole_batch,
         "together": parts_together,
@@ -131,7 +135,7 @@ def whole_batch(objective: Adversarial, state: TrainState, frozen: Params, whole
     """
     example = make_example(objective, state, frozen, whole)
     fake, pull_back = student_forward(objective, state.players["student"].params, frozen, example)
-    g_disc, stats, metrics = discriminator_gradient(objective, state.players["disc"], frozen, example, whole[1], fake)
+    g_disc, stats, metrics = discriminator_gradient(objective, state, frozen, example, whole[1], fake)
     disc = update_discriminator(objective, state.players["disc"], g_disc, stats)
     g_fake, more = student_gradient(objective, disc, frozen, example, whole[1], fake)
     return {"student": pull_back(g_fake)[0], "disc": g_disc}, disc, metrics | more
@@ -144,7 +148,7 @@ def parts_together(objective: Adversarial, state: TrainState, frozen: Params, wh
     def gradients(part: tuple[Batch, Draws]) -> tuple[Any, None]:
         example = make_example(objective, state, frozen, part)
         fake, pull_back = student_forward(objective, state.players["student"].params, frozen, example)
-        g_disc, stats, metrics = discriminator_gradient(objective, disc, frozen, example, part[1], fake)
+        g_disc, stats, metrics = discriminator_gradient(objective, state, frozen, example, part[1], fake)
         g_fake, more = student_gradient(objective, disc, frozen, example, part[1], fake)
         # The statistics depend on the weights alone, so that they are equal in all parts.
         return (g_disc, stats, pull_back(g_fake)[0], metrics | more), None
@@ -162,7 +166,7 @@ def parts_in_turn(objective: Adversarial, state: TrainState, frozen: Params, who
     def of_discriminator(part: tuple[Batch, Draws]) -> tuple[Any, Example]:
         example = make_example(objective, state, frozen, part)
         fake = objective.backbone(frozen, student, example.cond)(example.x, example.sigma)
-        return discriminator_gradient(objective, state.players["disc"], frozen, example, part[1], fake), example
+        return discriminator_gradient(objective, state, frozen, example, part[1], fake), example
 
     (g_disc, stats, metrics), examples = mean_over_parts(of_discriminator, parts, count)
     disc = update_discriminator(objective, state.players["disc"], g_disc, stats)
@@ -189,34 +193,29 @@ def student_forward(
 
 
 def discriminator_gradient(
-    objective: Adversarial, disc: Player, frozen: Params, example: Example, draws: Draws, fake: Array
-) -> tuple[Params, Params, Metrics]:
-    """Gradient of `discriminator_loss`, the statistics after it, metrics."""
-
-    def loss_fn(params: Params) -> tuple[Array, tuple[Params, Metrics]]:
-        return discriminator_loss(objective, params, disc.stats, frozen, example, draws, fake)
-
-    gradient, (stats, metrics) = jax.grad(loss_fn, has_aux=True)(disc.params)
-    return gradient, stats, metrics
-
-
-def discriminator_loss(
     objective: Adversarial,
-    params: Params,
-    stats: Params,
+    state: TrainState,
     frozen: Params,
     example: Example,
     draws: Draws,
     fake: Float[Array, "b f h w c"],
-) -> tuple[Float[Array, ""], tuple[Params, Metrics]]:
-    """Eq. 6 and 9: the target is real, the student's output fake."""
-    clips = (example.target, jax.lax.stop_gradient(fake), example.sigma, example.cond)
-    real, fake_logits, stats = real_and_fake(objective.judge, params, stats, frozen, *clips, draws)
-    penalty, of_penalty = objective.penalty(params, stats, frozen, example, draws)
-    loss = losses.hinge_discriminator(real, fake_logits).mean() + penalty
-    metrics = {f"logits_real/{kind}": values.mean() for kind, values in real.items()}
-    metrics |= {f"logits_fake/{kind}": values.mean() for kind, values in fake_logits.items()}
-    return loss, (stats, {"loss_disc": loss, **metrics, **of_penalty})
+) -> tuple[Params, Params, Metrics]:
+    """Gradient of Eq. 6 and 9, where the target is real and the student's output fake; new statistics, metrics."""
+    disc = state.players["disc"]
+    real = objective.judge.see(frozen, example.target, example.judge_cond, draws)
+    seen = objective.judge.see(frozen, jax.lax.stop_gradient(fake), example.judge_cond, draws)
+
+    def loss_fn(params: Params) -> tuple[Array, tuple[Params, Metrics]]:
+        real_logits, fake_logits, stats = real_and_fake(objective.judge, params, disc.stats, frozen, real, seen)
+        now = dataclasses.replace(disc, params=params, stats=stats)
+        penalty, of_penalty = objective.penalty(now, frozen, example, draws, real, state.step)
+        loss = losses.hinge_discriminator(real_logits, fake_logits).mean() + penalty
+        metrics = {f"logits_real/{kind}": values.mean() for kind, values in real_logits.items()}
+        metrics |= {f"logits_fake/{kind}": values.mean() for kind, values in fake_logits.items()}
+        return loss, (stats, {"loss_disc": loss, **metrics, **of_penalty})
+
+    gradient, (stats, metrics) = jax.grad(loss_fn, has_aux=True)(disc.params)
+    return gradient, stats, metrics
 
 
 def update_discriminator(objective: Adversarial, disc: Player, gradient: Params, stats: Params) -> Player:
@@ -243,8 +242,8 @@ def student_loss(
     fake: Float[Array, "b f h w c"],
 ) -> tuple[Float[Array, ""], Metrics]:
     """Eq. 7 and 10: lambda relu(1 - D(fake)) + weight d(target, fake)."""
-    arguments = (disc.params, disc.stats, frozen, fake, example.sigma, example.cond, draws)
-    logits, _ = objective.judge(*arguments)
+    seen = objective.judge.see(frozen, fake, example.judge_cond, draws)
+    logits, _ = objective.judge.score(disc.params, disc.stats, frozen, seen)
     adversarial = objective.generator_loss(logits).mean()
     distance = objective.distance(frozen, example, fake, draws).mean()
     loss = objective.options.adversarial_weight * adversarial + distance

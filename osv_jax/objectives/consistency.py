@@ -70,8 +70,8 @@ def example(objective: Distillation, state: TrainState, frozen: Params, batch: B
     teacher = objective.backbone(frozen, None, batch.cond)
     x_low = euler_solve(guided_denoiser(teacher, guidance), x_high, levels)
     ema = objective.backbone(frozen, state.players["student"].ema, batch.cond)
-    weight = distance_weight(high, low, options.weight_exponent)
-    return Example(x=x_high, sigma=high, cond=batch.cond, target=ema(x_low, low), weight=weight)
+    weight, cond = distance_weight(high, low, options.weight_exponent), batch.cond
+    return Example(x=x_high, sigma=high, cond=cond, target=ema(x_low, low), weight=weight, judge_cond=cond)
 
 
 def guidance_scale(guidance: GuidanceOptions, num_frames: int, uniform: Float[Array, " b"]) -> Float[Array, "_ f"]:

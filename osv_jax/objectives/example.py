@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Any
+
 import jax
 import jax.numpy as jnp
 from flax import struct
@@ -21,6 +23,7 @@ class Example:
         x, sigma, cond: the student input: noisy latents, their noise level, the condition.
         target: the training target, which the output is regressed to and a discriminator takes for real.
         weight: of the distance to the target, per clip.
+        judge_cond: what a judge is given for their condition: `cond`, or what has been made of it for the judge.
     """
 
     x: Float[Array, "b f h w c"]
@@ -28,6 +31,7 @@ class Example:
     cond: Conditioning
     target: Float[Array, "b f h w c"]
     weight: Float[Array, " b"]
+    judge_cond: Any
 
 
 def draw_noise(key: jax.Array, batch: Batch, num_levels: int, first: int = 0) -> Draws:
@@ -48,4 +52,5 @@ def noisy_example(batch: Batch, draws: Draws, num_levels: int, weight: float = 1
     """
     sigma = jnp.asarray(sigma_grid(num_levels))[draws["index"]]
     x = batch.latents + per_clip(sigma) * draws["noise"]
-    return Example(x=x, sigma=sigma, cond=batch.cond, target=batch.latents, weight=jnp.full_like(sigma, weight))
+    weights, cond = jnp.full_like(sigma, weight), batch.cond
+    return Example(x=x, sigma=sigma, cond=cond, target=batch.latents, weight=weights, judge_cond=cond)

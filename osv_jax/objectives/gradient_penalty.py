@@ -31,12 +31,12 @@ class PenaltyOptions:
 
 
 def weighted(
-    options: PenaltyOptions, step: Int[Array, " b"], penalty: Callable[[], Float[Array, ""]]
+    options: PenaltyOptions, step: Int[Array, ""], penalty: Callable[[], Float[Array, ""]]
 ) -> tuple[Float[Array, ""] | float, Metrics]:
     """What is added to the loss, and the penalty itself as a metric.
 
     Args:
-        step: the number of the step, for every clip.
+        step: the number of the step.
         penalty: is only computed in the steps that have one.
     """
     if not options.weight:
@@ -44,6 +44,6 @@ def weighted(
     if options.every == 1:
         value = penalty()
         return options.weight * value, {METRIC: value}
-    now = step[0] % options.every == 0
+    now = step % options.every == 0
     value = jax.lax.cond(now, penalty, lambda: jnp.zeros(()))
     return options.every * options.weight * value, {METRIC: jnp.where(now, value, jnp.nan)}

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import abc
 import dataclasses
 import functools
 from collections.abc import Sequence
-from typing import Any, Protocol, runtime_checkable
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -21,7 +22,6 @@ from osv_jax.models.discriminator import (
     backbone_features,
     discriminate,
     discriminate_features,
-    discriminate_pixels,
     init_discriminator,
 )
 from osv_jax.models.layers import apply
@@ -33,10 +33,10 @@ from osv_jax.objectives.losses import Logits
 _NOISE_LEVELS = 1000
 
 
-@runtime_checkable
-class Judge(Protocol):
-    """D_psi: clips to logits, with frozen features and a part that learns."""
+class Judge(abc.ABC):
+    """D_psi: clips to logits. What is frozen in it sees, what learns scores what has been seen."""
 
+    @abc.abstractmethod
     def init(self, key: jax.Array) -> tuple[Params, Params]:
         """Fresh parameters and statistics of the part that learns."""
 
@@ -46,33 +46,34 @@ class Judge(Protocol):
         Args:
             shape: of the latents, b f h w c.
         """
+        return key, {}
 
-    def __call__(
-        self,
-        params: Params,
-        stats: Params,
-        frozen: Params,
-        x: Float[Array, "b f h w c"],
-        sigma: Float[Array, " b"],
-        cond: Any,
-        draws: dict[str, Array],
-        update_stats: bool = False,
+    @abc.abstractmethod
+    def see(self, frozen: Params, x: Float[Array, "b f h w c"], cond: Any, draws: dict[str, Array]) -> Any:
+        """What the part that learns is given of clips: a tree with the clips as first axis.
+
+        Args:
+            frozen: parameters of the frozen networks, which no gradient reaches.
+            x: scaled latents without noise: real ones, a training target, or a student's output.
+            cond: `Example.judge_cond` of the clips.
+            draws: what `draw` returned, for these clips.
+        """
+
+    @abc.abstractmethod
+    def score(
+        self, params: Params, stats: Params, frozen: Params, seen: Any, update_stats: bool = False
     ) -> tuple[Logits, Params]:
         """Logits by kind of head, positive for real, and the statistics after it.
 
         Args:
             params, stats: of the part that learns.
-            frozen: parameters of the frozen networks.
-            x: scaled latents without noise: real ones, a training target, or a student's output.
-            sigma: the noise level that a student's output was made from.
-            cond: what the clips are conditioned on.
-            draws: what `draw` returned, for these clips.
+            seen: what `see` returned.
             update_stats: whether this call updates the statistics.
         """
 
 
 @dataclasses.dataclass(frozen=True)
-class LatentJudge:
+class LatentJudge(Judge):
     """Latents through a learned upsampling and DINOv2 (OSV Fig. 3, 4, 9)."""
 
     discriminator: Discriminator
@@ -82,51 +83,44 @@ class LatentJudge:
         variables = init_discriminator(self.discriminator, key, self.dinov2.config.hidden_size)
         return variables["params"], variables["spectral"]
 
-    def draw(self, key: jax.Array, shape: Sequence[int]) -> tuple[jax.Array, dict[str, Array]]:
-        return key, {}
+    def see(self, frozen: Params, x: Float[Array, "b f h w c"], cond: Any, draws: dict[str, Array]) -> Any:
+        return x
 
-    def __call__(
-        self,
-        params: Params,
-        stats: Params,
-        frozen: Params,
-        x: Array,
-        sigma: Array,
-        cond: Any,
-        draws: dict[str, Array],
-        update_stats: bool = False,
+    def score(
+        self, params: Params, stats: Params, frozen: Params, seen: Any, update_stats: bool = False
     ) -> tuple[Logits, Params]:
         variables = {"params": params, "spectral": stats}
-        return discriminate(self.discriminator, self.dinov2, variables, frozen["dinov2"], x, update_stats)
+        return discriminate(self.discriminator, self.dinov2, variables, frozen["dinov2"], seen, update_stats)
 
 
 @dataclasses.dataclass(frozen=True)
 class PixelJudge(LatentJudge):
-    """Pixels decoded by the VAE through DINOv2 (OSV Table 2e; the discriminator of ADD). No learned upsampling."""
+    """Pixels decoded by the VAE through DINOv2 (OSV Table 2e). No learned upsampling."""
 
     codec: Codec
 
-    def __call__(
-        self,
-        params: Params,
-        stats: Params,
-        frozen: Params,
-        x: Array,
-        sigma: Array,
-        cond: Any,
-        draws: dict[str, Array],
-        update_stats: bool = False,
+    def features(
+        self, frozen: Params, x: Float[Array, "b f h w c"], blocks: tuple[int, ...], read: str
+    ) -> tuple[Array, ...]:
+        """DINOv2's of the decoded frames, see `backbone_features`."""
+        frozen = jax.lax.stop_gradient({name: frozen[name] for name in ("vae", "dinov2")})
+        pixels = (self.codec.decode_video(frozen["vae"], x) + 1) / 2
+        return backbone_features(self.dinov2, frozen["dinov2"], pixels, blocks, read)
+
+    def see(self, frozen: Params, x: Float[Array, "b f h w c"], cond: Any, draws: dict[str, Array]) -> Any:
+        return self.features(frozen, x, self.discriminator.blocks, self.discriminator.read)
+
+    def score(
+        self, params: Params, stats: Params, frozen: Params, seen: Any, update_stats: bool = False
     ) -> tuple[Logits, Params]:
-        variables = {"params": params, "spectral": stats}
-        pixels = (self.codec.decode_video(jax.lax.stop_gradient(frozen["vae"]), x) + 1) / 2
-        return discriminate_pixels(self.discriminator, self.dinov2, variables, frozen["dinov2"], pixels, update_stats)
+        return discriminate_features(self.discriminator, {"params": params, "spectral": stats}, seen, update_stats)
 
 
 @dataclasses.dataclass(frozen=True)
 class ConditionedPixelJudge(PixelJudge):
     """As `PixelJudge`, with logits that depend on the image too, by projection (ADD, section 3.1).
 
-    The condition is DINOv2's class token of the decoded image, and the image's CLIP embedding.
+    It has to be given `condition` for its condition.
     """
 
     clip_width: int
@@ -136,45 +130,25 @@ class ConditionedPixelJudge(PixelJudge):
         variables = init_discriminator(self.discriminator, key, width, width + self.clip_width)
         return variables["params"], variables["spectral"]
 
-    def features(self, frozen: Params, x: Float[Array, "b f h w c"]) -> tuple[Array, ...]:
-        """DINOv2's of the decoded frames."""
-        return self._features(frozen, x, self.discriminator.blocks, self.discriminator.read)
-
-    def _features(self, frozen: Params, x: Array, blocks: tuple[int, ...], read: str) -> tuple[Array, ...]:
-        frozen = jax.lax.stop_gradient({name: frozen[name] for name in ("vae", "dinov2")})
-        pixels = (self.codec.decode_video(frozen["vae"], x) + 1) / 2
-        return backbone_features(self.dinov2, frozen["dinov2"], pixels, blocks, read)
-
     def condition(self, frozen: Params, cond: Conditioning) -> Float[Array, "b k"]:
-        """What the logits are conditioned on."""
+        """DINOv2's class token of the decoded image, and the image's CLIP embedding."""
         image = cond.image_latents[:, None] * self.codec.vae.config.scaling_factor
-        last = (self.dinov2.config.num_hidden_layers - 1,)
-        (token,) = self._features(frozen, image, last, "class")
+        (token,) = self.features(frozen, image, (self.dinov2.config.num_hidden_layers - 1,), "class")
         return jnp.concatenate([token[:, 0].astype(jnp.float32), cond.image_embedding], axis=-1)
 
-    def score(self, params: Params, stats: Params, features: tuple[Array, ...], condition: Array) -> Logits:
-        """Logits of `features` under a `condition`."""
-        variables = {"params": params, "spectral": stats}
-        return discriminate_features(self.discriminator, variables, features, False, condition)[0]
+    def see(self, frozen: Params, x: Float[Array, "b f h w c"], cond: Any, draws: dict[str, Array]) -> Any:
+        return super().see(frozen, x, cond, draws), cond
 
-    def __call__(
-        self,
-        params: Params,
-        stats: Params,
-        frozen: Params,
-        x: Array,
-        sigma: Array,
-        cond: Any,
-        draws: dict[str, Array],
-        update_stats: bool = False,
+    def score(
+        self, params: Params, stats: Params, frozen: Params, seen: Any, update_stats: bool = False
     ) -> tuple[Logits, Params]:
-        variables, features = {"params": params, "spectral": stats}, self.features(frozen, x)
-        condition = self.condition(frozen, cond)
+        features, condition = seen
+        variables = {"params": params, "spectral": stats}
         return discriminate_features(self.discriminator, variables, features, update_stats, condition)
 
 
 @dataclasses.dataclass(frozen=True)
-class UNetJudge:
+class UNetJudge(Judge):
     """Noised latents through the frozen teacher's UNet, and heads after its blocks (SF-V section 3.2; LADD).
 
     Attributes:
@@ -211,22 +185,17 @@ class UNetJudge:
         index = jax.random.choice(level_key, len(levels), (shape[0],), p=probabilities)
         return key, {"judge_index": index, "judge_noise": jax.random.normal(noise_key, shape)}
 
-    def __call__(
-        self,
-        params: Params,
-        stats: Params,
-        frozen: Params,
-        x: Array,
-        sigma: Array,
-        cond: Any,
-        draws: dict[str, Array],
-        update_stats: bool = False,
-    ) -> tuple[Logits, Params]:
+    def see(self, frozen: Params, x: Float[Array, "b f h w c"], cond: Any, draws: dict[str, Array]) -> Any:
         level = jnp.asarray(self.levels)[draws["judge_index"]]
         noisy = x + per_clip(level) * draws["judge_noise"]
         network = functools.partial(apply, self.unet, {"params": jax.lax.stop_gradient(frozen["unet"])})
         features = network(*network_inputs(noisy, level, cond), features=self.blocks)
-        inputs = ({"params": params, "spectral": stats}, features, cond.image_embedding, scalings(level).c_noise)
+        return features, cond.image_embedding, scalings(level).c_noise
+
+    def score(
+        self, params: Params, stats: Params, frozen: Params, seen: Any, update_stats: bool = False
+    ) -> tuple[Logits, Params]:
+        inputs = ({"params": params, "spectral": stats}, *seen)
         if not update_stats:
             return apply(self.heads, *inputs, False), stats
         logits, updated = apply(self.heads, *inputs, True, mutable=["spectral"])
@@ -234,7 +203,7 @@ class UNetJudge:
 
 
 @dataclasses.dataclass(frozen=True)
-class FramesJudge:
+class FramesJudge(Judge):
     """A judge that sees `count` consecutive frames of each clip, starting at a random one in every step."""
 
     judge: Judge
@@ -249,19 +218,13 @@ class FramesJudge:
         key, draws = self.judge.draw(key, (clips, self.count, *rest))
         return key, draws | {"first_frame": draw_first_frame(frame_key, clips, frames, self.count)}
 
-    def __call__(
-        self,
-        params: Params,
-        stats: Params,
-        frozen: Params,
-        x: Array,
-        sigma: Array,
-        cond: Any,
-        draws: dict[str, Array],
-        update_stats: bool = False,
+    def see(self, frozen: Params, x: Float[Array, "b f h w c"], cond: Any, draws: dict[str, Array]) -> Any:
+        return self.judge.see(frozen, frames_from(x, draws["first_frame"], self.count), cond, draws)
+
+    def score(
+        self, params: Params, stats: Params, frozen: Params, seen: Any, update_stats: bool = False
     ) -> tuple[Logits, Params]:
-        seen = frames_from(x, draws["first_frame"], self.count)
-        return self.judge(params, stats, frozen, seen, sigma, cond, draws, update_stats)
+        return self.judge.score(params, stats, frozen, seen, update_stats)
 
 
 def draw_first_frame(key: jax.Array, clips: int, num_frames: int, seen: int) -> Int[Array, " b"]:
@@ -275,25 +238,16 @@ def frames_from(clips: Float[Array, "b f h w c"], first: Int[Array, " b"], count
 
 
 def real_and_fake(
-    judge: Judge,
-    params: Params,
-    stats: Params,
-    frozen: Params,
-    real: Float[Array, "b f h w c"],
-    fake: Float[Array, "b f h w c"],
-    sigma: Float[Array, " b"],
-    cond: Any,
-    draws: dict[str, Array],
+    judge: Judge, params: Params, stats: Params, frozen: Params, real: Any, fake: Any
 ) -> tuple[Logits, Logits, Params]:
-    """Logits of real and of fake clips in one batch, and the statistics after it."""
+    """Logits of real and of fake clips in one batch, and the statistics after it.
 
-    def twice(tree: Any) -> Any:
-        return jax.tree.map(lambda leaf: jnp.repeat(leaf, 2, axis=0), tree)
-
-    # Real and fake side by side for each clip, so that a sharded batch stays where it is.
-    pairs = jnp.stack([real, fake], axis=1).reshape(-1, *real.shape[1:])
-    sigma, cond, draws = twice((sigma, cond, draws))
-    logits, stats = judge(params, stats, frozen, pairs, sigma, cond, draws, update_stats=True)
+    Args:
+        real, fake: what `Judge.see` returned of them.
+    """
+    # Side by side for each clip, so that a sharded batch stays where it is.
+    pairs = jax.tree.map(lambda one, other: jnp.stack([one, other], axis=1).reshape(-1, *one.shape[1:]), real, fake)
+    logits, stats = judge.score(params, stats, frozen, pairs, update_stats=True)
     logits = {kind: values.reshape(-1, 2, values.shape[-1]) for kind, values in logits.items()}
     real_logits, fake_logits = ({kind: values[:, i] for kind, values in logits.items()} for i in (0, 1))
     return real_logits, fake_logits, stats

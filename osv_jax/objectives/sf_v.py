@@ -11,7 +11,7 @@ from typing import Any, ClassVar
 
 import jax
 import optax
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from osv_jax.errors import UserError
 from osv_jax.models import groups
@@ -27,7 +27,7 @@ from osv_jax.objectives.judges import Judge, UNetJudge
 from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Draws, Metrics, register
 from osv_jax.objectives.options import setting
-from osv_jax.objectives.players import TrainState
+from osv_jax.objectives.players import Player, TrainState
 from osv_jax.runtime.ranges import DECAY, NOT_NEGATIVE, POSITIVE, Range
 
 
@@ -125,9 +125,25 @@ class SFV(Adversarial):
         return noisy_example(batch, draws, self.options.num_levels, self.options.reconstruction_weight)
 
     def penalty(
-        self, params: Params, stats: Params, frozen: Params, example: Example, draws: Draws
+        self, disc: Player, frozen: Params, example: Example, draws: Draws, real: Any, step: Int[Array, ""]
     ) -> tuple[Float[Array, ""] | float, Metrics]:
-        return penalty(self, params, stats, frozen, example, draws)
+        """gamma R1 on the real clips, noised as the discriminator sees them (Eq. 11)."""
+        options = self.options.r1
+        judge: Any = self.judge
+        if options.kind == "exact":
+            # The fused kernels have no second derivative.
+            judge = dataclasses.replace(judge, unet=judge.unet.clone(attention="xla"))
+
+        def logits_of(clips: Array) -> losses.Logits:
+            seen = judge.see(frozen, clips, example.judge_cond, draws)
+            return judge.score(disc.params, disc.stats, frozen, seen)[0]
+
+        def computed() -> Float[Array, ""]:
+            if options.kind == "exact":
+                return losses.r1(logits_of, example.target).mean()
+            return losses.r1_by_difference(logits_of, example.target, draws["r1_noise"], options.step).mean()
+
+        return weighted(options, step, computed)
 
     def generator_loss(self, logits: losses.Logits) -> Float[Array, " b"]:
         return losses.linear_generator(logits)
@@ -146,24 +162,3 @@ def draw(key: jax.Array, batch: Batch, options: SFVOptions) -> Draws:
     if options.r1.weight and options.r1.kind == "difference":
         draws["r1_noise"] = jax.random.normal(r1_key, batch.latents.shape)
     return draws
-
-
-def penalty(
-    objective: SFV, params: Params, stats: Params, frozen: Params, example: Example, draws: Draws
-) -> tuple[Float[Array, ""] | float, Metrics]:
-    """gamma R1 on the real clips, noised as the discriminator sees them (Eq. 11)."""
-    options = objective.options.r1
-    judge: Any = objective.judge
-    if options.kind == "exact":
-        # The fused kernels have no second derivative.
-        judge = dataclasses.replace(judge, unet=judge.unet.clone(attention="xla"))
-
-    def logits_of(clips: Array) -> losses.Logits:
-        return judge(params, stats, frozen, clips, example.sigma, example.cond, draws)[0]
-
-    def computed() -> Float[Array, ""]:
-        if options.kind == "exact":
-            return losses.r1(logits_of, example.target).mean()
-        return losses.r1_by_difference(logits_of, example.target, draws["r1_noise"], options.step).mean()
-
-    return weighted(options, draws["step"], computed)

@@ -183,9 +183,9 @@ def test_a_penalty_every_so_many_steps_counts_as_many_times(toy):
 
     def penalty(step, **options):
         objective = SFV(networks, SFVOptions(r1=R1Options(0.01, kind="difference", **options)), SGD)
-        draws = objective.draw(KEY, batch) | {"step": jnp.full(2, step)}
+        draws = objective.draw(KEY, batch)
         example = objective.example(state, frozen, batch, draws)
-        return jax.jit(objective.penalty)(disc.params, disc.stats, frozen, example, draws)
+        return jax.jit(objective.penalty)(disc, frozen, example, draws, None, step)
 
     value, metrics = penalty(4)
     assert value == pytest.approx(0.01 * float(metrics["r1"]), rel=1e-5) and value > 1e-3
@@ -211,8 +211,8 @@ def test_r1_by_difference_estimates_r1():
 class ApartJudge(UNetJudge):
     """The backbone's parameters, which are the student's base too, as something of their own."""
 
-    def __call__(self, params, stats, frozen, *others, **named):
-        return super().__call__(params, stats, {"unet": frozen["teacher"]}, *others, **named)
+    def see(self, frozen, *others):
+        return super().see({"unet": frozen["teacher"]}, *others)
 
 
 class ApartSFV(SFV):
@@ -300,7 +300,7 @@ def test_r1_is_pytorch_s_double_backward_through_the_real_encoder(rng):
 
     @jax.jit
     def ours(params, stats, frozen, x):
-        logits_of = lambda x: judge(params, stats, frozen, x, jnp.ones(2), batch.cond, draws)[0]  # noqa: E731
+        logits_of = lambda x: judge.score(params, stats, frozen, judge.see(frozen, x, batch.cond, draws))[0]  # noqa: E731
         return losses.r1(logits_of, x).sum()
 
     value, gradient = jax.jit(jax.value_and_grad(ours))(params, stats, frozen, batch.latents)
