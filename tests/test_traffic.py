@@ -126,6 +126,14 @@ def test_loops_count_as_often_as_they_run(attribute, rounds, unknown):
     assert counted.unknown_loops == unknown
 
 
+def test_a_fusion_without_a_name_has_that_of_what_is_in_it():
+    text = LOOP.replace(', metadata={op_name="jit(f)/attn_2/mul"}', "").replace(
+        "convert(%param_0.1)", 'convert(%param_0.1), metadata={op_name="jit(f)/norm_4/convert" stack_frame_id=1}'
+    )
+    names = {(cause.operation, cause.source) for cause in traffic.traffic_of(text).causes}
+    assert ("norm_*/convert", "osv_jax/models/layers.py:16") in names and ("attn_*/mul", "") in names
+
+
 def entry(*lines, before=""):
     return "\n".join(["HloModule jit_f", before, "ENTRY %main (p: f32[8,4]) -> f32[8,4] {", *lines, "}"])
 

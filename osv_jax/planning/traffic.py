@@ -95,7 +95,8 @@ def traffic_of(text: str, largest: int = 10) -> Traffic:
         elif size:
             kind = _kind(program, instruction)
             by_kind[kind] = by_kind.get(kind, 0.0) + size * times
-            key = kind, _operation(instruction), program.source(instruction)
+            named = _named(program, instruction)
+            key = kind, _operation(named), program.source(named)
             total, runs = causes.get(key, (0.0, 0))
             causes[key] = total + size * times, runs + times
     ordered = sorted(causes.items(), key=lambda item: -item[1][0])[:largest]
@@ -217,6 +218,14 @@ def _kind(program: Program, instruction: Instruction) -> str:
     if opcodes & {"reduce", "reduce-window", "sort"}:
         return REDUCTIONS
     return MOVES if opcodes <= _MOVES else LOOPS
+
+
+def _named(program: Program, instruction: Instruction) -> Instruction:
+    """The instruction itself, or where a fusion has no name, the last one in it that has one."""
+    body = program.computations[instruction.called[0]] if instruction.opcode == "fusion" else []
+    # Equal constants are one, with the name of any of them.
+    parts = [part for part in body if part.opcode not in (*_NOTHING, "broadcast")]
+    return next((part for part in (instruction, *reversed(parts)) if "op_name=" in part.attributes), instruction)
 
 
 def _operation(instruction: Instruction) -> str:
