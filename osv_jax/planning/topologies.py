@@ -67,7 +67,8 @@ def _within(topology: str, number: str, allowed: Range, what: str) -> int:
 
 
 def _gpus(kind: str, machines: int, count: int) -> list[Any]:
-    if not all(importlib.util.find_spec(package) for package in ("jax_cuda12_plugin", "nvidia", "nvidia.cudnn")):
+    # The extra's, or that of a machine with GPUs.
+    if not any(map(importlib.util.find_spec, ("jax_cuda12_plugin", "jax_cuda13_plugin"))):
         raise UserError(
             "The compiler for GPUs is not installed: pip install -c constraints.txt -e '.[plan-gpu]', or plan with"
             " --topology=cpu:8 for as many parts of this machine."
