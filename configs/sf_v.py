@@ -28,14 +28,15 @@ def get_config(variant: str = "") -> ConfigDict:
 
     if variant == "tiny":
         stage1["make_tiny"](config)
-        config.optimizer.learning_rate = 1e-2
-        config.optimizer.disc_learning_rate = 1e-2
+        # SM3 has no bias correction: its first steps are 16 times as large as these.
+        config.optimizer.learning_rate = 1e-3
+        config.optimizer.disc_learning_rate = 1e-3
     elif variant == "miniature":
         stage1["make_miniature"](config)
         config.data.dataset = "runs/demo/latents"
         config.num_levels = 4
-        config.optimizer.learning_rate = 1e-3
-        config.optimizer.disc_learning_rate = 1e-3
+        config.optimizer.learning_rate = 3e-5
+        config.optimizer.disc_learning_rate = 3e-4
         config.num_steps = 300
     elif variant:
         raise ValueError(f"configs/sf_v.py has the variants '', 'tiny' and 'miniature', not {variant!r}.")
