@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from osv_jax.models.layers import Conv, Dense, Dtype, SelfAttention, layer_norm, parameter
+from osv_jax.models.layers import Conv, Dense, Dtype, SelfAttention, parameter
+from osv_jax.models.norms import layer_norm
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
     "gelu": functools.partial(nn.gelu, approximate=False),

@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from osv_jax.models.layers import Conv, Dense, Dtype, dot_product_attention, layer_norm, parameter
+from osv_jax.models.layers import Conv, Dense, Dtype, dot_product_attention, parameter
+from osv_jax.models.norms import layer_norm
 from osv_jax.models.resize import resize_bicubic
 
 # In the place of a block's number: the embedded patches, before all blocks.

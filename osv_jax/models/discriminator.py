@@ -17,7 +17,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from osv_jax.models.heads import Head, Projection, over_frames, over_tracks, project
-from osv_jax.models.layers import Conv, Dtype, apply, parameter
+from osv_jax.models.layers import Conv, Dtype, apply, parameter, shares_images
 
 # What each latent channel (rows) of Stable Diffusion contributes to red, green and blue in [-1, 1].
 _LATENT_TO_RGB = np.array(
@@ -228,8 +228,7 @@ def _share_out(pixels: Float[Array, "b f h w 3"]) -> Float[Array, "b f h w 3"]:
 
     It attends within an image, whose tokens cannot be split, and computes nothing across images.
     """
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.shape.get("context", 1) == 1:
+    if not shares_images():
         return pixels
     # By height up to here: or the frames would be shared out, by propagation, in parts of the UNet as well.
     pixels = lax.with_sharding_constraint(pixels, PartitionSpec(("data", "fsdp"), None, "context"))

@@ -9,7 +9,8 @@ from jax import lax
 from jaxtyping import Array, Float
 
 from osv_jax.errors import UserError
-from osv_jax.models.layers import Conv, Dense, Dtype, GroupNorm, apply, parameter
+from osv_jax.models.layers import Conv, Dense, Dtype, apply, parameter
+from osv_jax.models.norms import GroupNorm
 
 _INITIAL_POWER_ITERATIONS = 15
 

@@ -6,7 +6,6 @@ holds `a` and `b` for them, so the same module is the teacher (without the colle
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -68,6 +67,17 @@ def rematerialise(module: type[_Module], policy: str) -> type[_Module]:
     return nn.remat(module, policy=saved)
 
 
+def compiled_for() -> str:
+    """The platform of the devices that are compiled for, which need not be there (`osv_jax.plan`)."""
+    device = jax.sharding.get_abstract_mesh().abstract_device
+    return device.platform if device else jax.default_backend()
+
+
+def shares_images() -> bool:
+    """Whether each image's rows are shared out to several devices."""
+    return jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1
+
+
 class Dense(nn.Module):
     """A linear layer over the last axis, with an optional LoRA path `x @ a @ b`.
 
@@ -85,11 +95,11 @@ class Dense(nn.Module):
             self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype
         )
         x = x.astype(self.dtype)
-        y = x @ kernel.astype(self.dtype)
+        y = _multiply(x, kernel.astype(self.dtype))
         if self.has_variable("lora", "a"):
             a: Array = self.get_variable("lora", "a")
             b: Array = self.get_variable("lora", "b")
-            y = _add_lora(y, jnp.matmul(x, a.astype(self.dtype), preferred_element_type=jnp.float32), b)
+            y = _add_lora(y, _multiply(x, a.astype(self.dtype), jnp.float32), b)
         if self.use_bias:
             y += parameter(self, "bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
         return y
@@ -138,8 +148,17 @@ class Conv(nn.Module):
 
 def _add_lora(y: Array, low_rank: Float[Array, "*batch rank"], b: Float[Array, "rank features"]) -> Array:
     """`y + low_rank @ b`, summed in float32 and rounded once: what a LoRA adds is small beside `y`."""
-    update = jnp.matmul(low_rank.astype(y.dtype), b.astype(y.dtype), preferred_element_type=jnp.float32)
+    update = _multiply(low_rank.astype(y.dtype), b.astype(y.dtype), jnp.float32)
     return (y.astype(jnp.float32) + update).astype(y.dtype)
+
+
+def _multiply(x: Array, kernel: Float[Array, "c features"], dtype: Dtype | None = None) -> Array:
+    """`x @ kernel`; `dtype` is that of the sums and the result, by default x's."""
+    if compiled_for() != "cpu" or shares_images():
+        return jnp.matmul(x, kernel, preferred_element_type=dtype)
+    # Of more axes than two, XLA copies whole activations in the backward pass, to transpose them.
+    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
+    return y.reshape(*x.shape[:-1], kernel.shape[-1])
 
 
 def _convolve(
@@ -148,7 +167,7 @@ def _convolve(
     """The convolution; `dtype` is that of the sums and the result, by default x's."""
     window = kernel.shape[:-2]
     if stride == 1 and all(size == 1 for size in window) and not any(map(any, padding)):
-        return jnp.matmul(x, kernel.reshape(kernel.shape[-2:]), preferred_element_type=dtype)
+        return _multiply(x, kernel.reshape(kernel.shape[-2:]), dtype)
     if len(window) == 3:
         # Only (k, 1, 1) occurs in SVD: fold the two pointwise axes into one and stay with a 2-D convolution, which
         # every backend has a fast kernel for.
@@ -170,42 +189,6 @@ def _convolve(
         preferred_element_type=dtype,
     )
     return y.reshape(*leading, *y.shape[1:])
-
-
-class GroupNorm(nn.Module):
-    """Group normalisation in float32 over every axis but the first and the groups of the last."""
-
-    epsilon: float
-    num_groups: int = 32
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b *space c"]) -> Float[Array, "b *space c"]:
-        norm = nn.GroupNorm(
-            num_groups=self.num_groups,
-            epsilon=self.epsilon,
-            dtype=self.dtype,
-            param_dtype=self.param_dtype,
-            # E[x^2] - E[x]^2 cancels on SVD's activations, whose means are far from zero.
-            use_fast_variance=False,
-            parent=None,
-        )
-        shape = (x.shape[-1],)
-        scale = parameter(self, "scale", nn.initializers.ones, shape, self.param_dtype)
-        bias = parameter(self, "bias", nn.initializers.zeros, shape, self.param_dtype)
-        return _normalize(norm, {"scale": scale, "bias": bias}, x)
-
-
-@functools.partial(jax.jit, static_argnums=0)
-def _normalize(norm: nn.GroupNorm, params: dict[str, Array], x: Array) -> Array:
-    """Traced once for all norms of the same shape, of which a UNet has many."""
-    return apply(norm, {"params": params}, x)
-
-
-def layer_norm(name: str, epsilon: float, dtype: Dtype, param_dtype: Dtype) -> nn.LayerNorm:
-    """A layer norm with float32 statistics and PyTorch's two-pass variance."""
-    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, name=name)
 
 
 def timestep_embedding(timesteps: Float[Array, " n"], dim: int) -> Float[Array, "n dim"]:
@@ -339,7 +322,7 @@ def dot_product_attention(
         raise ValueError(f"attention must be one of {ATTENTION_IMPLEMENTATIONS}, got {implementation!r}.")
     length, keys = q.shape[1], k.shape[1]
     half = q.dtype in (jnp.bfloat16, jnp.float16)
-    platform = _platform()
+    platform = compiled_for()
     if q.dtype == jnp.float16 and platform != "gpu":
         # Of halves, CPUs and TPUs multiply only bfloat16 with sums in float32.
         q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
@@ -354,12 +337,6 @@ def dot_product_attention(
     if length <= _QUERY_CHUNK:
         return jax.nn.dot_product_attention(q, k, v, implementation="xla")
     return _chunked_attention(q, k, v)
-
-
-def _platform() -> str:
-    """Of the devices that are compiled for, which need not be there (`osv_jax.plan`)."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
 
 
 def _chunked_attention(q: Array, k: Array, v: Array) -> Array:

@@ -8,7 +8,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from osv_jax.models.layers import Conv, Dense, Dtype, GroupNorm
+from osv_jax.models.layers import Conv, Dense, Dtype
+from osv_jax.models.norms import GroupNorm
 
 
 class SpatialResBlock(nn.Module):

@@ -14,15 +14,14 @@ from osv_jax.models.layers import (
     Dense,
     Dtype,
     FeedForward,
-    GroupNorm,
     SelfAttention,
     SingleKeyAttention,
     TimestepEmbedding,
     Unused,
-    layer_norm,
     rematerialise,
     timestep_embedding,
 )
+from osv_jax.models.norms import GroupNorm, layer_norm
 from osv_jax.models.resnet import Downsample, SpatioTemporalResBlock, TimeMixer, Upsample
 
 # What a discriminator may take from the UNet: SF-V the encoder's blocks, LADD all of them.

@@ -15,7 +15,8 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from osv_jax.errors import UserError
-from osv_jax.models.layers import Conv, Dense, Dtype, GroupNorm, dot_product_attention, rematerialise
+from osv_jax.models.layers import Conv, Dense, Dtype, dot_product_attention, rematerialise
+from osv_jax.models.norms import GroupNorm
 from osv_jax.models.resnet import Downsample, SpatialResBlock, SpatioTemporalResBlock, Upsample
 from osv_jax.runtime.precision import matmul_precision
 

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from osv_jax.models.layers import Dense, Dtype, dot_product_attention, layer_norm, parameter
+from osv_jax.models.layers import Dense, Dtype, dot_product_attention, parameter
+from osv_jax.models.norms import layer_norm
 
 
 @dataclasses.dataclass(frozen=True)
