@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 from collections.abc import Callable
 
 import flax.linen as nn
@@ -11,11 +10,11 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from osv_jax.models.layers import Conv, Dense, Dtype, SelfAttention, parameter
-from osv_jax.models.norms import layer_norm
+from osv_jax.models.layers import Conv, Dense, Dtype, SelfAttention, gelu, parameter
+from osv_jax.models.norms import LayerNorm
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": functools.partial(nn.gelu, approximate=False),
+    "gelu": gelu,
     "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
 }
 
@@ -83,9 +82,9 @@ class _VisionModel(nn.Module):
         config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         x = _Embeddings(config, name="embeddings", **dtypes)(pixels)
         # The misspelt name is the checkpoints'.
-        x = layer_norm("pre_layrnorm", config.layer_norm_eps, **dtypes)(x)
+        x = LayerNorm(config.layer_norm_eps, name="pre_layrnorm", **dtypes)(x)
         x = _Encoder(config, self.attention, name="encoder", **dtypes)(x)
-        return layer_norm("post_layernorm", config.layer_norm_eps, **dtypes)(x[:, 0])
+        return LayerNorm(config.layer_norm_eps, name="post_layernorm", **dtypes)(x[:, 0])
 
 
 class _Embeddings(nn.Module):
@@ -136,8 +135,8 @@ class _Layer(nn.Module):
             name="self_attn",
             **dtypes,
         )
-        x += attention(layer_norm("layer_norm1", config.layer_norm_eps, **dtypes)(x))
-        return x + _MLP(config, name="mlp", **dtypes)(layer_norm("layer_norm2", config.layer_norm_eps, **dtypes)(x))
+        x += attention(LayerNorm(config.layer_norm_eps, name="layer_norm1", **dtypes)(x))
+        return x + _MLP(config, name="mlp", **dtypes)(LayerNorm(config.layer_norm_eps, name="layer_norm2", **dtypes)(x))
 
 
 class _MLP(nn.Module):

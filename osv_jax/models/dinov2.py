@@ -11,8 +11,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from osv_jax.models.layers import Conv, Dense, Dtype, dot_product_attention, parameter
-from osv_jax.models.norms import layer_norm
+from osv_jax.models.layers import Conv, Dense, Dtype, dot_product_attention, gelu, parameter
+from osv_jax.models.norms import LayerNorm
 from osv_jax.models.resize import resize_bicubic
 
 # In the place of a block's number: the embedded patches, before all blocks.
@@ -80,7 +80,7 @@ class Dinov2(nn.Module):
         x = _Embeddings(config, name="embeddings", **dtypes)(pixels)
         hidden = _Encoder(config, self.attention, name="encoder", **dtypes)(x)
         # The checkpoint's final norm: it has parameters, and no feature passes it.
-        layer_norm("layernorm", config.layer_norm_eps, **dtypes)(hidden[-1])
+        LayerNorm(config.layer_norm_eps, name="layernorm", **dtypes)(hidden[-1])
         grid = (height // config.patch_size, width // config.patch_size)
         chosen = [x if block == EMBEDDING else hidden[block] for block in blocks]
         if read == "class":
@@ -159,10 +159,10 @@ class _Block(nn.Module):
     def __call__(self, x: Float[Array, "n t c"]) -> Float[Array, "n t c"]:
         config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
         ffn = _SwiGLU if config.use_swiglu_ffn else _MLP
-        y = layer_norm("norm1", config.layer_norm_eps, **dtypes)(x)
+        y = LayerNorm(config.layer_norm_eps, name="norm1", **dtypes)(x)
         y = _Attention(config.num_attention_heads, self.attention, name="attention", **dtypes)(y)
         x += _LayerScale(name="layer_scale1", **dtypes)(y)
-        y = layer_norm("norm2", config.layer_norm_eps, **dtypes)(x)
+        y = LayerNorm(config.layer_norm_eps, name="norm2", **dtypes)(x)
         y = ffn(int(config.hidden_size * config.mlp_ratio), name="mlp", **dtypes)(y)
         return x + _LayerScale(name="layer_scale2", **dtypes)(y)
 
@@ -224,7 +224,7 @@ class _MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "n t c"]) -> Float[Array, "n t c"]:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = nn.gelu(Dense(self.hidden_features, name="fc1", **dtypes)(x), approximate=False)
+        y = gelu(Dense(self.hidden_features, name="fc1", **dtypes)(x))
         return Dense(x.shape[-1], name="fc2", **dtypes)(y)
 
 

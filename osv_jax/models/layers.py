@@ -6,6 +6,7 @@ holds `a` and `b` for them, so the same module is the teacher (without the colle
 
 from __future__ import annotations
 
+import math
 from collections.abc import Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -191,6 +192,10 @@ def _convolve(
     return y.reshape(*leading, *y.shape[1:])
 
 
+def at_least_float32(x: Array) -> Array:
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+
+
 def timestep_embedding(timesteps: Float[Array, " n"], dim: int) -> Float[Array, "n dim"]:
     """Sinusoidal embedding, cosines first, of (fractional) timesteps; float32, maximum period 10,000."""
     frequencies = jnp.exp(-jnp.log(10_000.0) * jnp.arange(dim // 2, dtype=jnp.float32) / (dim // 2))
@@ -213,6 +218,28 @@ class TimestepEmbedding(nn.Module):
         return Dense(self.out_dim, name="linear_2", **dtypes)(x)
 
 
+@jax.custom_vjp
+def gelu(x: Float[Array, "*shape"]) -> Float[Array, "*shape"]:
+    """x Phi(x), with the normal distribution's Phi by `erf` and in float32, as in PyTorch; what is kept is x alone.
+
+    `jax.nn.gelu` takes `erfc`, for which XLA computes three series and selects from them.
+    """
+    return (at_least_float32(x) * _normal_distribution(at_least_float32(x))).astype(x.dtype)
+
+
+def _gelu_gradient(x: Array, dy: Array) -> tuple[Array]:
+    wide = at_least_float32(x)
+    density = jnp.exp(-0.5 * jnp.square(wide)) / math.sqrt(2 * math.pi)
+    return (((_normal_distribution(wide) + wide * density) * dy).astype(x.dtype),)
+
+
+gelu.defvjp(lambda x: (gelu(x), x), _gelu_gradient)
+
+
+def _normal_distribution(x: Array) -> Array:
+    return 0.5 * (1 + lax.erf(x * math.sqrt(0.5)))
+
+
 class _GEGLU(nn.Module):
     features: int
     dtype: Dtype
@@ -222,7 +249,7 @@ class _GEGLU(nn.Module):
     def __call__(self, x: Array) -> Array:
         x = Dense(2 * self.features, name="proj", dtype=self.dtype, param_dtype=self.param_dtype)(x)
         x, gate = jnp.split(x, 2, axis=-1)
-        return x * nn.gelu(gate, approximate=False)
+        return x * gelu(gate)
 
 
 class FeedForward(nn.Module):

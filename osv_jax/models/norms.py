@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from osv_jax.models.layers import Dtype, parameter
+from osv_jax.models.layers import Dtype, at_least_float32, parameter
 
 
 class GroupNorm(nn.Module):
@@ -32,12 +32,21 @@ class GroupNorm(nn.Module):
             raise ValueError(f"{self.num_groups} groups do not divide {channels} channels.")
         scale = parameter(self, "scale", nn.initializers.ones, (channels,), self.param_dtype)
         bias = parameter(self, "bias", nn.initializers.zeros, (channels,), self.param_dtype)
-        return _traced_once(x, scale, bias, self.num_groups, self.epsilon, self.dtype)
+        return _group_norm_once(x, scale, bias, self.num_groups, self.epsilon, self.dtype)
 
 
-def layer_norm(name: str, epsilon: float, dtype: Dtype, param_dtype: Dtype) -> nn.LayerNorm:
-    """A layer norm with float32 statistics and PyTorch's two-pass variance."""
-    return nn.LayerNorm(epsilon=epsilon, use_fast_variance=False, dtype=dtype, param_dtype=param_dtype, name=name)
+class LayerNorm(nn.Module):
+    """Normalisation in float32 over the last axis."""
+
+    epsilon: float
+    dtype: Dtype = jnp.float32
+    param_dtype: Dtype = jnp.float32
+
+    @nn.compact
+    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*batch c"]:
+        scale = parameter(self, "scale", nn.initializers.ones, x.shape[-1:], self.param_dtype)
+        bias = parameter(self, "bias", nn.initializers.zeros, x.shape[-1:], self.param_dtype)
+        return _layer_norm_once(x, scale, bias, self.epsilon, self.dtype)
 
 
 @functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4, 5))
@@ -55,7 +64,7 @@ def group_norm(x: Array, scale: Array, bias: Array, num_groups: int, epsilon: fl
 
 
 # A UNet has many norms of the same shape.
-_traced_once = jax.jit(group_norm, static_argnums=(3, 4, 5))
+_group_norm_once = jax.jit(group_norm, static_argnums=(3, 4, 5))
 
 _Residuals = tuple[Array, Array, Array, Array]
 
@@ -64,7 +73,7 @@ def _group_norm(
     x: Array, scale: Array, bias: Array, num_groups: int, epsilon: float, dtype: Dtype
 ) -> tuple[Array, _Residuals]:
     mean, inverse = (_beside(statistic, x) for statistic in _statistics(x, num_groups, epsilon))
-    y = (_wide(x) - mean) * (inverse * scale) + bias
+    y = (at_least_float32(x) - mean) * (inverse * scale) + bias
     return y.astype(dtype), (x, scale, mean, inverse)
 
 
@@ -74,7 +83,7 @@ def _group_norm_gradients(
     """Of x, scale and bias; with x^ the normalised x and <> a group's mean:
     dx = (dy scale - <dy scale> - x^ <dy scale x^>) / sqrt(variance + epsilon)."""
     x, scale, mean, inverse = residuals
-    normalised, dy = (_wide(x) - mean) * inverse, _wide(dy)
+    normalised, dy = (at_least_float32(x) - mean) * inverse, at_least_float32(dy)
     d_bias, d_scale = _sum_over_space(dy), _sum_over_space(dy * normalised)
     count = math.prod(x.shape[1:-1])
 
@@ -95,9 +104,9 @@ def _statistics(x: Array, num_groups: int, epsilon: float) -> tuple[Float[Array,
     E[x^2] - E[x]^2 cancels on SVD's activations, whose means are far from zero, but not once a value of the channel's
     own is taken off; and from the channels' variances the group's follows (Chan et al., 1979).
     """
-    shift = _wide(x[(slice(None), *(slice(1),) * (x.ndim - 2))])
+    shift = at_least_float32(x[(slice(None), *(slice(1),) * (x.ndim - 2))])
     count = math.prod(x.shape[1:-1])
-    shifted = _wide(x) - shift
+    shifted = at_least_float32(x) - shift
     first, second = _sum_over_space(shifted) / count, _sum_over_space(jnp.square(shifted)) / count
     variances = (second - jnp.square(first)).reshape(len(x), num_groups, -1)
     means = (first + shift.reshape(first.shape)).reshape(variances.shape)
@@ -115,5 +124,32 @@ def _beside(statistic: Float[Array, "b g n"], x: Array) -> Float[Array, "b *ones
     return statistic.reshape(len(x), *(1,) * (x.ndim - 2), -1)
 
 
-def _wide(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+@functools.partial(jax.custom_vjp, nondiff_argnums=(3, 4))
+def layer_norm(x: Array, scale: Array, bias: Array, epsilon: float, dtype: Dtype) -> Array:
+    """`(x - mean) / sqrt(variance + epsilon) * scale + bias`, of each vector of the last axis; see `group_norm`."""
+    return _layer_norm(x, scale, bias, epsilon, dtype)[0]
+
+
+_layer_norm_once = jax.jit(layer_norm, static_argnums=(3, 4))
+
+
+def _layer_norm(x: Array, scale: Array, bias: Array, epsilon: float, dtype: Dtype) -> tuple[Array, _Residuals]:
+    wide = at_least_float32(x)
+    mean = wide.mean(-1, keepdims=True)
+    inverse = jax.lax.rsqrt(jnp.square(wide - mean).mean(-1, keepdims=True) + epsilon)
+    y = (wide - mean) * inverse * scale + bias
+    return y.astype(dtype), (x, scale, mean, inverse)
+
+
+def _layer_norm_gradients(epsilon: float, dtype: Dtype, residuals: _Residuals, dy: Array) -> tuple[Array, Array, Array]:
+    x, scale, mean, inverse = residuals
+    normalised, dy = (at_least_float32(x) - mean) * inverse, at_least_float32(dy)
+    scaled = dy * scale
+    of_vector = normalised * (scaled * normalised).mean(-1, keepdims=True)
+    dx = inverse * (scaled - scaled.mean(-1, keepdims=True) - of_vector)
+    leading = tuple(range(x.ndim - 1))
+    d_scale, d_bias = (dy * normalised).sum(leading), dy.sum(leading)
+    return dx.astype(x.dtype), d_scale.astype(scale.dtype), d_bias.astype(scale.dtype)
+
+
+layer_norm.defvjp(_layer_norm, _layer_norm_gradients)

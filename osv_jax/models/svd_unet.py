@@ -21,7 +21,7 @@ from osv_jax.models.layers import (
     rematerialise,
     timestep_embedding,
 )
-from osv_jax.models.norms import GroupNorm, layer_norm
+from osv_jax.models.norms import GroupNorm, LayerNorm
 from osv_jax.models.resnet import Downsample, SpatioTemporalResBlock, TimeMixer, Upsample
 
 # What a discriminator may take from the UNet: SF-V the encoder's blocks, LADD all of them.
@@ -63,12 +63,12 @@ class _SpatialTransformerBlock(nn.Module):
     def __call__(self, x: Array, context: Array) -> Array:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         channels = x.shape[-1]
-        y = layer_norm("norm1", 1e-5, **dtypes)(x)
+        y = LayerNorm(1e-5, name="norm1", **dtypes)(x)
         x += SelfAttention(self.num_heads, implementation=self.attention, name="attn1", **dtypes)(y)
         # The norm of the queries, which one key makes irrelevant.
         Unused((("scale", (channels,)), ("bias", (channels,))), self.param_dtype, name="norm2")()
         x += SingleKeyAttention(channels, name="attn2", **dtypes)(context)[:, None, None, :]
-        return x + FeedForward(name="ff", **dtypes)(layer_norm("norm3", 1e-5, **dtypes)(x))
+        return x + FeedForward(name="ff", **dtypes)(LayerNorm(1e-5, name="norm3", **dtypes)(x))
 
 
 class _TemporalTransformerBlock(nn.Module):
@@ -83,12 +83,12 @@ class _TemporalTransformerBlock(nn.Module):
     def __call__(self, x: Array, context: Array) -> Array:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         channels = x.shape[-1]
-        x += FeedForward(name="ff_in", **dtypes)(layer_norm("norm_in", 1e-5, **dtypes)(x))
-        y = layer_norm("norm1", 1e-5, **dtypes)(x)
+        x += FeedForward(name="ff_in", **dtypes)(LayerNorm(1e-5, name="norm_in", **dtypes)(x))
+        y = LayerNorm(1e-5, name="norm1", **dtypes)(x)
         x += SelfAttention(self.num_heads, implementation=self.attention, name="attn1", **dtypes)(y)
         Unused((("scale", (channels,)), ("bias", (channels,))), self.param_dtype, name="norm2")()
         x += SingleKeyAttention(channels, name="attn2", **dtypes)(context)[:, None, None, :]
-        return x + FeedForward(name="ff", **dtypes)(layer_norm("norm3", 1e-5, **dtypes)(x))
+        return x + FeedForward(name="ff", **dtypes)(LayerNorm(1e-5, name="norm3", **dtypes)(x))
 
 
 class TransformerSpatioTemporal(nn.Module):

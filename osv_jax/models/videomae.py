@@ -13,8 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from osv_jax.models.layers import Dense, Dtype, dot_product_attention, parameter
-from osv_jax.models.norms import layer_norm
+from osv_jax.models.layers import Dense, Dtype, dot_product_attention, gelu, parameter
+from osv_jax.models.norms import LayerNorm
 
 
 @dataclasses.dataclass(frozen=True)
@@ -67,7 +67,7 @@ class VideoMAE(nn.Module):
         x += _sinusoids(x.shape[1], config.hidden_size).astype(self.dtype)
         for i in range(config.num_hidden_layers):
             x = _Block(config, self.attention, name=f"blocks_{i}", **dtypes)(x)
-        return layer_norm("fc_norm", config.fc_norm_eps, **dtypes)(x.mean(axis=1))
+        return LayerNorm(config.fc_norm_eps, name="fc_norm", **dtypes)(x.mean(axis=1))
 
 
 class _PatchEmbed(nn.Module):
@@ -111,9 +111,9 @@ class _Block(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = layer_norm("norm1", config.layer_norm_eps, **dtypes)(x)
+        y = LayerNorm(config.layer_norm_eps, name="norm1", **dtypes)(x)
         x += _Attention(config.num_attention_heads, self.attention, name="attn", **dtypes)(y)
-        y = layer_norm("norm2", config.layer_norm_eps, **dtypes)(x)
+        y = LayerNorm(config.layer_norm_eps, name="norm2", **dtypes)(x)
         return x + _MLP(config.intermediate_size, name="mlp", **dtypes)(y)
 
 
@@ -149,7 +149,7 @@ class _MLP(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        y = nn.gelu(Dense(self.hidden_features, name="fc1", **dtypes)(x), approximate=False)
+        y = gelu(Dense(self.hidden_features, name="fc1", **dtypes)(x))
         return Dense(x.shape[-1], name="fc2", **dtypes)(y)
 
 

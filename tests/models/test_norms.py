@@ -1,4 +1,4 @@
-"""Group normalisation and its written-down gradients against those of PyTorch in float64, far from zero, too."""
+"""Norms and their written-down gradients against those of PyTorch in float64, where means are far from zero, too."""
 
 import jax
 import jax.numpy as jnp
@@ -27,12 +27,23 @@ def in_torch(x, scale, bias):
     return torch.nn.functional.group_norm(x.movedim(-1, 1), GROUPS, scale, bias, EPSILON).movedim(1, -1)
 
 
+def ours_of_vectors(x, scale, bias):
+    return norms.layer_norm(x, scale, bias, EPSILON, jnp.float32)
+
+
+def in_torch_of_vectors(x, scale, bias):
+    return torch.nn.functional.layer_norm(x, x.shape[-1:], scale, bias, EPSILON)
+
+
+@pytest.mark.parametrize(
+    ("function", "reference"), [(ours, in_torch), (ours_of_vectors, in_torch_of_vectors)], ids=["groups", "vectors"]
+)
 @pytest.mark.parametrize(("shape", "mean"), [((2, 3, 5, 7, 12), 0.0), ((2, 9, 8), 30.0), ((3, 5, 7, 4), -300.0)])
-def test_output_and_gradients_match_pytorch(rng, shape, mean):
+def test_output_and_gradients_match_pytorch(rng, function, reference, shape, mean):
     x, scale, bias, dy = inputs(rng, shape, mean)
-    y, pull_back = jax.vjp(ours, x, scale, bias)
+    y, pull_back = jax.vjp(function, x, scale, bias)
     wanted = [torch.tensor(value, dtype=torch.float64, requires_grad=True) for value in (x, scale, bias)]
-    expected = in_torch(*wanted)
+    expected = reference(*wanted)
     expected.backward(torch.tensor(dy, dtype=torch.float64))
     # x itself is rounded to 2^-24 of its mean, which is what is left of the precision of (x - mean).
     bound = 2e-6 + 2e-7 * abs(mean)
@@ -57,11 +68,12 @@ def test_gradient_of_a_gradient_matches_pytorch(rng):
         assert relative_error(ours_, theirs) < 1e-5
 
 
-def test_half_precision_rounds_the_result_alone(rng):
+@pytest.mark.parametrize(("function", "fixed"), [(norms.group_norm, (GROUPS, EPSILON)), (norms.layer_norm, (EPSILON,))])
+def test_half_precision_rounds_the_result_alone(rng, function, fixed):
     x, scale, bias, dy = (value.astype(jnp.bfloat16) for value in inputs(rng, (2, 5, 3, 8), 30.0))
 
     def of(dtype, *values):
-        return jax.vjp(lambda *values: norms.group_norm(*values, GROUPS, EPSILON, dtype), *values)
+        return jax.vjp(lambda *values: function(*values, *fixed, dtype), *values)
 
     y, pull_back = of(jnp.bfloat16, x, scale, bias)
     wide, pull_back_wide = of(jnp.float32, *(value.astype(jnp.float32) for value in (x, scale, bias)))
