@@ -18,9 +18,10 @@ demo: $(VENV)/.demo
 	@echo "runs/demo/stage2 was trained just now, from the stored LoRA of stage 1 (miniature/stage1);"
 	@echo "miniature/stage2 is stored, too: a longer run of stage 2, see docs/miniature.md."
 
-# Two processes; a file stays in one, for its fixtures, and the shortest files come last, so that both end together.
+# A process waits for the disk and for its children now and then: three keep two cores busy. A file stays in one, for its
+# fixtures, and the shortest files come last, so that all end together.
 test: $(VENV)/.test lint
-	$(VENV)/bin/pytest --numprocesses=2 --dist=loadfile --no-loadscope-reorder tests/objectives tests/test_*.py tests/models \
+	$(VENV)/bin/pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder tests/objectives tests/test_*.py tests/models \
 	    tests/convert tests/diffusion tests/data tests/training tests/evaluation tests/runtime
 
 # The full-size UNet against diffusers, which takes 16 GiB of memory, a real UNet on every mesh, and damaged files. XLA
