@@ -103,7 +103,7 @@ def sentence(config, key, value) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["stage2.py:tiny", "finetune.py:tiny", "vae.py:tiny", "animatelcm.py:tiny", "sf_v.py:tiny"]
+    "name", ["stage2.py:tiny", "finetune.py:tiny", "vae.py:tiny", "animatelcm.py:tiny", "sf_v.py:tiny", "add.py:tiny"]
 )
 def test_no_number_may_be_something_else(configs, name):
     """Not a number, infinite, too small, a truth value, a text, nothing, or a fraction where things are counted."""
