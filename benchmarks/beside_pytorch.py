@@ -1,0 +1,391 @@
+"""Times this package's networks beside their PyTorch references, in one process and on one device.
+
+    python benchmarks/beside_pytorch.py --size=tiny                     # a minute on a CPU
+    python benchmarks/beside_pytorch.py --size=full --dtype=bfloat16    # one GPU of 80 GB
+
+Both sides have the same random weights and inputs, and their results are compared before anything is timed. Runs
+alternate, so that whatever else the machine does meets both. The references are diffusers' UNet and VAE with PyTorch's
+fused attention, PEFT's LoRA on that UNet, and transformers' DINOv2; on a GPU they are also compiled by
+`torch.compile`. Prints a table in Markdown and writes the same as JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import os
+import pathlib
+import statistics
+import sys
+import tempfile
+import time
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+# Both have to fit into one GPU.
+os.environ.setdefault("XLA_PYTHON_CLIENT_PREALLOCATE", "false")
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import peft
+import torch
+import transformers
+from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
+from flax.traverse_util import flatten_dict, unflatten_dict
+from safetensors.torch import save_file
+
+from osv_jax.convert import naming
+from osv_jax.convert.architectures import expected_params
+from osv_jax.models.dinov2 import Dinov2, Dinov2Config
+from osv_jax.models.layers import apply
+from osv_jax.models.lora import init_lora, target_modules
+from osv_jax.models.svd_unet import SVDUNet, UNetConfig
+from osv_jax.models.svd_vae import SVDVAE, VAEConfig
+from osv_jax.objectives.random_networks import random_params
+from osv_jax.planning.hlo import operations
+from osv_jax.runtime.ranges import COUNT, PIXELS
+
+RANK = 16
+# LoRA of attention: what PEFT and we call the same layers.
+TORCH_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """Networks and a clip.
+
+    Attributes:
+        height, width: of frames [pixels]; latents are smaller by the VAE's factor.
+    """
+
+    unet: UNetConfig
+    vae: VAEConfig
+    dinov2: Dinov2Config
+    num_frames: int
+    height: int
+    width: int
+
+
+SIZES = {
+    "tiny": Size(
+        UNetConfig(
+            block_out_channels=(32, 64),
+            layers_per_block=1,
+            num_attention_heads=(2, 4),
+            has_attention=(True, False),
+            cross_attention_dim=32,
+            addition_time_embed_dim=16,
+        ),
+        VAEConfig(block_out_channels=(32, 32)),
+        Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28),
+        num_frames=4,
+        height=32,
+        width=48,
+    ),
+    # 137 M parameters: what a CPU can be measured with.
+    "small": Size(
+        UNetConfig(
+            block_out_channels=(96, 192, 384, 384),
+            num_attention_heads=(3, 6, 6, 6),
+            cross_attention_dim=256,
+            addition_time_embed_dim=64,
+        ),
+        VAEConfig(block_out_channels=(32, 64, 64)),
+        Dinov2Config(hidden_size=192, num_hidden_layers=6, num_attention_heads=3),
+        num_frames=14,
+        height=128,
+        width=192,
+    ),
+    "full": Size(UNetConfig(), VAEConfig(), Dinov2Config(), num_frames=14, height=576, width=1024),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Pair:
+    """One thing that both sides compute.
+
+    Attributes:
+        ours: a jitted function; its result is compared with the reference's.
+        arguments: of `ours`.
+        theirs: the reference, without arguments.
+        compare: the reference's result in our layout, as NumPy.
+    """
+
+    ours: Any
+    arguments: tuple[Any, ...]
+    theirs: Callable[[], Any]
+    compare: Callable[[Any], np.ndarray]
+
+
+@dataclasses.dataclass(frozen=True)
+class Row:
+    """A line of the table; times in seconds, medians over the runs, and their quotient run by run."""
+
+    name: str
+    ours: float
+    theirs: float
+    faster: float
+    compile: float
+    memory: float
+    tflops: float
+    of_ceiling: float
+    error: float
+
+
+def state_dict(params: Mapping[str, Any]) -> dict[str, torch.Tensor]:
+    """Our weights by the names that a checkpoint has for them."""
+    named = (naming.to_torch(path, np.asarray(leaf, np.float32)) for path, leaf in flatten_dict(params).items())
+    return {name: torch.from_numpy(np.array(array, order="C")) for name, array in named}
+
+
+def weights(component: str, config: Any) -> dict[str, Any]:
+    return random_params(unflatten_dict(expected_params(component, config)), 0, np.float32)
+
+
+class Bench:
+    """Inputs and networks of one size, on one device, in one dtype."""
+
+    def __init__(self, size: Size, dtype: str, compile_reference: bool) -> None:
+        self.size, self.dtype, self.compile_reference = size, jnp.dtype(dtype), compile_reference
+        self.torch_dtype = getattr(torch, dtype)
+        self.device = "cuda" if jax.default_backend() == "gpu" else "cpu"
+        self.rng = np.random.default_rng(0)
+
+    def normal(self, *shape: int) -> np.ndarray:
+        return self.rng.standard_normal(shape, np.float32)
+
+    def on_torch(self, value: np.ndarray) -> torch.Tensor:
+        return torch.tensor(value, device=self.device, dtype=self.torch_dtype)
+
+    def reference(self, model: Any, values: Mapping[str, torch.Tensor]) -> Any:
+        """A PyTorch network with these weights; none may be missing or left over."""
+        model.load_state_dict(values)
+        # Not diffusers' own `to`, which warns of layers that these networks do not have.
+        model = torch.nn.Module.to(model, self.device, self.torch_dtype).eval().requires_grad_(False)
+        return torch.compile(model) if self.compile_reference else model
+
+    def on_device(self, params: Any) -> Any:
+        return jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
+
+    def dtypes(self) -> dict[str, Any]:
+        return {"dtype": self.dtype, "param_dtype": self.dtype}
+
+    def unet_inputs(self) -> tuple[np.ndarray, ...]:
+        size = self.size
+        factor = 2 ** (len(size.vae.block_out_channels) - 1)
+        sample = self.normal(1, size.num_frames, size.height // factor, size.width // factor, size.unet.in_channels)
+        return sample, np.full(1, 0.3, np.float32), self.normal(1, size.unet.cross_attention_dim), np.ones((1, 3), "f")
+
+    def torch_unet(self, params: Mapping[str, Any]) -> Any:
+        config = self.size.unet
+        kinds = ["CrossAttn" if attention else "" for attention in config.has_attention]
+        model = UNetSpatioTemporalConditionModel(
+            down_block_types=tuple(f"{kind}DownBlockSpatioTemporal" for kind in kinds),
+            up_block_types=tuple(f"{kind}UpBlockSpatioTemporal" for kind in reversed(kinds)),
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            num_attention_heads=config.num_attention_heads,
+            cross_attention_dim=config.cross_attention_dim,
+            addition_time_embed_dim=config.addition_time_embed_dim,
+            projection_class_embeddings_input_dim=config.num_added_time_ids * config.addition_time_embed_dim,
+            num_frames=self.size.num_frames,
+        )
+        return self.reference(model, state_dict(params))
+
+    def unet_arguments(self, inputs: tuple[np.ndarray, ...]) -> tuple[torch.Tensor, ...]:
+        sample, time, embedding, ids = (self.on_torch(value) for value in inputs)
+        return sample.movedim(-1, 2).contiguous(), time, embedding[:, None], ids
+
+    def unet(self) -> Pair:
+        """The denoiser's network, without gradients."""
+        params, inputs = weights("unet", self.size.unet), self.unet_inputs()
+        network = SVDUNet(self.size.unet, **self.dtypes())
+        ours = jax.jit(lambda params, *inputs: network.apply({"params": params}, *inputs))
+        model, arguments = self.torch_unet(params), self.unet_arguments(inputs)
+        arguments_of_ours = (self.on_device(params), *map(jnp.asarray, inputs))
+        return Pair(ours, arguments_of_ours, lambda: model(*arguments).sample, lambda y: numpy(y.movedim(2, -1)))
+
+    def student(self) -> Pair:
+        """The network with LoRA on attention, and the LoRA's gradient."""
+        params, inputs = weights("unet", self.size.unet), self.unet_inputs()
+        network = SVDUNet(self.size.unet, **self.dtypes())
+        lora = init_lora(jax.random.key(0), params, RANK, target_modules(params, "attention"))
+        lora = jax.tree.map(lambda leaf: jnp.asarray(self.normal(*leaf.shape) * leaf.shape[0] ** -0.5), lora)
+
+        def loss(lora: Any, params: Any, *inputs: Any) -> Any:
+            y = apply(network, {"params": params, "lora": lora}, *inputs)
+            return jnp.mean(jnp.square(y.astype(jnp.float32)))
+
+        gradient = jax.grad(loss)
+        ours = jax.jit(lambda *arguments: flatten_dict(gradient(*arguments)))
+        model = self.torch_unet(params)
+        # Of a compiled module PEFT would wrap what is compiled: first PEFT, then the compiler.
+        bare = getattr(model, "_orig_mod", model)
+        options = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TORCH_TARGETS)
+        student = peft.get_peft_model(bare, options)
+        adapters = {name: value for name, value in student.named_parameters() if value.requires_grad}
+        for path, leaf in flatten_dict(lora).items():
+            module = naming.torch_module(path[:-1])
+            weight = np.asarray(leaf).T.copy()
+            name = f"base_model.model.{module}.lora_{path[-1].upper()}.default.weight"
+            adapters[name].data = torch.tensor(weight, device=self.device)
+        run = torch.compile(student) if self.compile_reference else student
+        arguments = self.unet_arguments(inputs)
+
+        def theirs() -> dict[str, torch.Tensor]:
+            student.zero_grad(set_to_none=True)
+            with torch.enable_grad(), torch.autocast(self.device, self.torch_dtype, self.torch_dtype != torch.float32):
+                run(*arguments).sample.float().square().mean().backward()
+            return adapters
+
+        def compare(adapters: Mapping[str, torch.Tensor]) -> np.ndarray:
+            ordered = []
+            for path in sorted(flatten_dict(lora)):
+                name = f"base_model.model.{naming.torch_module(path[:-1])}.lora_{path[-1].upper()}.default.weight"
+                ordered.append(numpy(adapters[name].grad).T.ravel())
+            return np.concatenate(ordered)
+
+        return Pair(ours, (lora, self.on_device(params), *map(jnp.asarray, inputs)), theirs, compare)
+
+    def torch_vae(self, params: Mapping[str, Any]) -> Any:
+        config = self.size.vae
+        depth = len(config.block_out_channels)
+        model = AutoencoderKLTemporalDecoder(
+            down_block_types=("DownEncoderBlock2D",) * depth,
+            block_out_channels=config.block_out_channels,
+            layers_per_block=config.layers_per_block,
+            latent_channels=config.latent_channels,
+        )
+        return self.reference(model, state_dict(params))
+
+    def vae_encode(self) -> Pair:
+        """The mean of the latents of every frame."""
+        params, network = weights("vae", self.size.vae), SVDVAE(self.size.vae, **self.dtypes())
+        images = self.normal(self.size.num_frames, self.size.height, self.size.width, 3)
+        ours = jax.jit(lambda params, x: network.apply({"params": params}, x, method="encode")[0])
+        model, x = self.torch_vae(params), self.on_torch(images).movedim(-1, 1).contiguous()
+        theirs = lambda: model.encode(x).latent_dist.mean  # noqa: E731
+        return Pair(ours, (self.on_device(params), jnp.asarray(images)), theirs, lambda y: numpy(y.movedim(1, -1)))
+
+    def vae_decode(self) -> Pair:
+        """All frames of a clip at once."""
+        params, network = weights("vae", self.size.vae), SVDVAE(self.size.vae, **self.dtypes())
+        factor = 2 ** (len(self.size.vae.block_out_channels) - 1)
+        latents = self.normal(1, self.size.num_frames, self.size.height // factor, self.size.width // factor, 4)
+        ours = jax.jit(lambda params, x: network.apply({"params": params}, x, method="decode")[0])
+        model, x = self.torch_vae(params), self.on_torch(latents)[0].movedim(-1, 1).contiguous()
+        theirs = lambda: model.decode(x, num_frames=self.size.num_frames).sample  # noqa: E731
+        return Pair(ours, (self.on_device(params), jnp.asarray(latents)), theirs, lambda y: numpy(y.movedim(1, -1)))
+
+    def dinov2(self) -> Pair:
+        """The discriminator's backbone on every frame: patch tokens of the last block."""
+        config = self.size.dinov2
+        params, network = weights("dinov2", config), Dinov2(config, **self.dtypes())
+        side = max(1, round(self.size.height / 14)) * 14, max(1, round(self.size.width / 14)) * 14
+        images, block = self.normal(self.size.num_frames, *side, 3), config.num_hidden_layers - 1
+        ours = jax.jit(lambda params, x: network.apply({"params": params}, x, (block,))[0])
+        with tempfile.TemporaryDirectory() as folder:
+            # Through a checkpoint, whose names are not those of the module.
+            transformers.Dinov2Config(**dataclasses.asdict(config)).save_pretrained(folder)
+            unused = {"embeddings.mask_token": torch.zeros(1, config.hidden_size)}
+            save_file(state_dict(params) | unused, f"{folder}/model.safetensors")
+            loaded = transformers.Dinov2Model.from_pretrained(folder)
+        model = self.reference(loaded, loaded.state_dict())
+        x = self.on_torch(images).movedim(-1, 1).contiguous()
+        theirs = lambda: model(x, output_hidden_states=True).hidden_states[-1]  # noqa: E731
+        return Pair(ours, (self.on_device(params), jnp.asarray(images)), theirs, lambda y: numpy(y[:, 1:]))
+
+
+PARTS = ("unet", "student", "vae_encode", "vae_decode", "dinov2")
+
+
+def numpy(value: torch.Tensor) -> np.ndarray:
+    return value.detach().float().cpu().numpy()
+
+
+def as_array(value: Any) -> np.ndarray:
+    """A result of ours: an array, or gradients by path, in the order of their paths."""
+    if isinstance(value, dict):
+        return np.concatenate([np.asarray(value[path], np.float32).ravel() for path in sorted(value)])
+    return np.asarray(value, np.float32)
+
+
+def seconds_of(run: Callable[[], Any]) -> float:
+    start = time.perf_counter()
+    result = run()
+    if torch.cuda.is_available():
+        torch.cuda.synchronize()
+    jax.block_until_ready(result)
+    return time.perf_counter() - start
+
+
+def ceiling(dtype: jnp.dtype, device: str) -> float:
+    """TFLOP/s of a large product of matrices, the best of ten."""
+    side = 1024 if device == "cpu" else 8192
+    x = jnp.ones((side, side), dtype)
+    multiply = jax.jit(lambda x: x @ x)
+    multiply(x).block_until_ready()
+    return 2 * side**3 / min(seconds_of(lambda: multiply(x)) for _ in range(10)) / 1e12
+
+
+def measure(name: str, pair: Pair, runs: int, top: float, bound: float) -> Row:
+    """Compiles, compares, and times in turn."""
+    start = time.perf_counter()
+    traced = pair.ours.trace(*pair.arguments)
+    program = traced.lower().compile()
+    compiling = time.perf_counter() - start
+    with torch.no_grad():
+        actual, expected = as_array(program(*pair.arguments)), pair.compare(pair.theirs())
+        error = float(np.linalg.norm(actual - expected.reshape(actual.shape)) / np.linalg.norm(expected))
+        if not error < bound:
+            sys.exit(f"{name}: the two sides differ by {error:.1e}, expected less than {bound:.0e}: nothing was timed.")
+        pairs = [(seconds_of(lambda: program(*pair.arguments)), seconds_of(pair.theirs)) for _ in range(runs)]
+    ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
+    memory = program.memory_analysis()
+    held = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
+    tflops = operations(traced.jaxpr.jaxpr) / ours / 1e12
+    faster = statistics.median(theirs / ours for ours, theirs in pairs)
+    return Row(name, ours, theirs, faster, compiling, held / 1e9, tflops, tflops / top, error)
+
+
+def table(rows: list[Row]) -> Iterator[str]:
+    yield "| | ours | PyTorch | PyTorch / ours | compiled in | memory | TFLOP/s | of a product's | difference |"
+    yield "|---|---|---|---|---|---|---|---|---|"
+    for row in rows:
+        yield (
+            f"| {row.name} | {row.ours:.4f} s | {row.theirs:.4f} s | {row.faster:.2f} | {row.compile:.0f} s | "
+            f"{row.memory:.2f} GB | {row.tflops:.3f} | {100 * row.of_ceiling:.0f} % | {row.error:.1e} |"
+        )
+
+
+def main(arguments: list[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--size", default="tiny", choices=SIZES)
+    parser.add_argument("--height", type=PIXELS, help="of frames, in place of the size's")
+    parser.add_argument("--width", type=PIXELS)
+    parser.add_argument("--dtype", default="float32", choices=("float32", "bfloat16"))
+    parser.add_argument("--parts", nargs="+", default=list(PARTS), choices=PARTS)
+    parser.add_argument("--runs", type=COUNT, default=5)
+    parser.add_argument("--output", type=pathlib.Path, default=pathlib.Path("runs/beside_pytorch.json"))
+    chosen = parser.parse_args(arguments)
+    changes = {name: value for name in ("height", "width") if (value := getattr(chosen, name))}
+    size = dataclasses.replace(SIZES[chosen.size], **changes)
+    bench = Bench(size, chosen.dtype, compile_reference=jax.default_backend() == "gpu")
+    top = ceiling(bench.dtype, bench.device)
+    device = jax.devices()[0].device_kind
+    print(f"{device}, {chosen.size}, {size.num_frames} x {size.height} x {size.width}, {chosen.dtype}; ", end="")
+    print(f"a product of matrices reaches {top:.3f} TFLOP/s", flush=True)
+    bound, rows = {"float32": 1e-3, "bfloat16": 1e-1}[chosen.dtype], []
+    for name in chosen.parts:
+        rows.append(measure(name, getattr(bench, name)(), chosen.runs, top, bound))
+        print(f"{name}: {rows[-1].ours:.4f} s, PyTorch {rows[-1].theirs:.4f} s", flush=True)
+    print("\n".join(table(rows)))
+    chosen.output.parent.mkdir(parents=True, exist_ok=True)
+    written = {"device": device, "ceiling": top, **vars(chosen), "rows": [dataclasses.asdict(row) for row in rows]}
+    chosen.output.write_text(json.dumps(written | {"output": str(chosen.output)}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
