@@ -12,6 +12,7 @@ from flax.traverse_util import unflatten_dict
 from toy_unet import ToyUNet
 
 from osv_jax.convert.architectures import expected_params
+from osv_jax.objectives.add import ADD
 from osv_jax.objectives.networks import build_networks
 from osv_jax.objectives.options import LoRAOptions
 from osv_jax.objectives.osv import OSVOptions
@@ -49,6 +50,20 @@ def toy_networks_and_frozen(dtype=jnp.float32):
     cond = (batch.cond.image_embedding, batch.cond.added_time_ids)
     shapes = jax.eval_shape(networks.unet.init, jax.random.key(0), sample, jnp.zeros(2), *cond)["params"]
     return networks, frozen | jax.tree.map(jnp.asarray, random_params({"unet": shapes}, 0, dtype))
+
+
+def toy_add(options, optimizers):
+    """ADD with the toy for the UNet, frozen parameters, and a state in which everything has moved."""
+    networks, frozen = toy_networks_and_frozen()
+    # Random ones see hardly a difference between frames; norms would amplify that, and rounding errors with it.
+    embeddings = frozen["dinov2"]["embeddings"]
+    patches = jax.tree.map(lambda leaf: 100 * leaf, embeddings["patch_embeddings"])
+    frozen |= {"dinov2": frozen["dinov2"] | {"embeddings": embeddings | {"patch_embeddings": patches}}}
+    discriminator = networks.discriminator.clone(blocks=options.discriminator_blocks)
+    objective = ADD(dataclasses.replace(networks, discriminator=discriminator), options, optimizers)
+    state = jax.jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(0), frozen)
+    player = state.players["student"]
+    return objective, frozen, with_student(state, perturbed(player.params, 1), perturbed(player.ema, 2))
 
 
 def perturbed(tree, seed):

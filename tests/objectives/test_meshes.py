@@ -23,10 +23,12 @@ from students import (
     stage1,
     stage2,
     student_of,
+    toy_add,
     toy_networks_and_frozen,
     trained_state,
 )
 
+from osv_jax.objectives.add import ADDOptions
 from osv_jax.objectives.animatelcm import AnimateLCM, AnimateLCMOptions
 from osv_jax.objectives.sf_v import SFV, R1Options, SFVOptions
 from osv_jax.runtime import mesh
@@ -55,6 +57,11 @@ def beginning(unet):
 @functools.cache
 def started(name, unet):
     """Networks, frozen parameters, a batch, a state and the step of an objective."""
+    if name == "add":
+        options = ADDOptions(discriminator_blocks=(-1, 0), condition_width=8, trainable=("lora",))
+        objective, frozen, state = toy_add(options, SGD | {"disc": optax.sgd(0.01)})
+        # Two rows of patches: in one alone, norms have too little to take their variance from.
+        return objective.networks, frozen, tiny.tiny_batch(8, height=12), state, objective.step
     networks, frozen, batch, state = beginning(unet)
     if name in STAGES:
         return networks, frozen, batch, state, STAGES[name](networks).step
@@ -86,7 +93,11 @@ def case(name, unet, sizes):
 
 @pytest.mark.parametrize(
     ("name", "unet", "sizes"),
-    [case(*chosen) for chosen in itertools.product((*STAGES, "animatelcm", "sf_v"), ("real", "toy"), MESHES)],
+    [
+        *(case(*chosen) for chosen in itertools.product((*STAGES, "animatelcm", "sf_v"), ("real", "toy"), MESHES)),
+        # Its judge's parts, and its student's, are those of the others.
+        *(case("add", "toy", sizes) for sizes in MESHES),
+    ],
 )
 def test_devices_change_nothing(name, unet, sizes, monkeypatch):
     # So that the tiny parameters are split at all.
@@ -100,7 +111,7 @@ def test_devices_change_nothing(name, unet, sizes, monkeypatch):
         # The mean of logits may be near zero; what logits are measured by is the hinge's 1.
         scale = 1.0 if metric.startswith("logits") else abs(float(value))
         bound = GRADIENT if metric.startswith(("grad_norm", "r1")) else 1e-5
-        if name == "sf_v" and metric in ("loss_adversarial", "loss_student"):
+        if name in ("sf_v", "add") and metric in ("loss_adversarial", "loss_student"):
             # A mean of logits, too, and through a discriminator that has made a step with its gradient.
             scale, bound = 1.0, GRADIENT
         assert abs(float(metrics[metric]) - float(value)) < bound * scale, metric

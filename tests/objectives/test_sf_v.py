@@ -13,7 +13,6 @@ import tiny
 import torch
 from conftest import flat, relative_error
 from students import (
-    GRADIENT,
     RATES,
     SGD,
     differences,
@@ -37,6 +36,8 @@ from osv_jax.objectives.players import first_state
 from osv_jax.objectives.sf_v import SFV, R1Options, SFVOptions, SM3Options, sm3
 
 KEY = jax.random.key(3)
+# Relative error of gradients.
+GRADIENT = 1e-4
 FRAMES = 8
 # Large enough to count beside the hinge.
 PENALTY = R1Options(weight=0.01)
