@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.extend.core import Jaxpr, jaxprs_in_params
 
-from osv_jax.planning.program import DTYPE_BYTES
+from osv_jax.planning.program import array_bytes
 from osv_jax.planning.traffic import Traffic, traffic_of
 
 _COLLECTIVE = re.compile(
@@ -96,12 +96,10 @@ def collectives_of(program: str) -> dict[str, tuple[int, float]]:
         if not (match := _COLLECTIVE.search(line)):
             continue
         shapes, kind, start, channel = match.groups()
-        sizes = [
-            DTYPE_BYTES.get(dtype, 4) * np.prod([int(size) for size in dims.split(",") if size], dtype=float)
-            for dtype, dims in re.findall(r"(\w+)\[([\d,]*)\]", shapes)
-        ]
+        # Without layouts: what a TPU keeps on the chip itself is sent, too.
+        sizes = array_bytes(re.sub(r"\{[^}]*\}", "", shapes))
         # What starts a gathering returns its operand beside its result; several that were combined return them all.
-        size = max(sizes, default=0.0) if start and kind != "all-reduce" else sum(sizes)
+        size = max(sizes, default=0) if start and kind != "all-reduce" else sum(sizes)
         if in_fusion and channel:
             # A TPU's compiler hides one behind several computations, and writes it into the fusion of each.
             if (kind, channel, size) in seen:

@@ -8,7 +8,7 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 
-DTYPE_BYTES = {
+_DTYPE_BYTES = {
     **dict.fromkeys(("pred", "s8", "u8", "f8e4m3fn", "f8e5m2"), 1),
     **dict.fromkeys(("bf16", "f16", "s16", "u16"), 2),
     **dict.fromkeys(("f32", "s32", "u32"), 4),
@@ -28,7 +28,7 @@ _FRAMES = {
 def array_bytes(shapes: str) -> list[int]:
     """The sizes of all arrays in a type's text; on a TPU, those that are kept on the chip itself take nothing."""
     return [
-        0 if "T(" in layout and "S(1)" in layout else DTYPE_BYTES.get(dtype, 4) * math.prod(map(int, dims.split(",")))
+        0 if "T(" in layout and "S(1)" in layout else _DTYPE_BYTES.get(dtype, 4) * math.prod(map(int, dims.split(",")))
         for dtype, dims, layout in (match.groups("") for match in _ARRAY.finditer(shapes.replace("[]", "[1]")))
         if dtype != "token"
     ]
