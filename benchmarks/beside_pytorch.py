@@ -33,17 +33,17 @@ import peft
 import torch
 import transformers
 from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionModel
-from flax.traverse_util import flatten_dict, unflatten_dict
+from flax.traverse_util import flatten_dict
 from safetensors.torch import save_file
 
 from osv_jax.convert import naming
-from osv_jax.convert.architectures import expected_params
+from osv_jax.convert.exporters import unet_json
 from osv_jax.models.dinov2 import Dinov2, Dinov2Config
 from osv_jax.models.layers import apply
 from osv_jax.models.lora import init_lora, target_modules
 from osv_jax.models.svd_unet import SVDUNet, UNetConfig
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
-from osv_jax.objectives.random_networks import random_params
+from osv_jax.objectives.random_networks import random_frozen
 from osv_jax.planning.hlo import operations
 from osv_jax.runtime.ranges import COUNT, PIXELS
 
@@ -66,6 +66,11 @@ class Size:
     num_frames: int
     height: int
     width: int
+
+    @property
+    def latents(self) -> tuple[int, int, int, int]:
+        """The shape of one clip's latents, without their channels."""
+        return 1, self.num_frames, self.height // self.vae.downscale, self.width // self.vae.downscale
 
 
 SIZES = {
@@ -140,8 +145,8 @@ def state_dict(params: Mapping[str, Any]) -> dict[str, torch.Tensor]:
     return {name: torch.from_numpy(np.array(array, order="C")) for name, array in named}
 
 
-def weights(component: str, config: Any) -> dict[str, Any]:
-    return random_params(unflatten_dict(expected_params(component, config)), 0, np.float32)
+def weights(component: str, config: Any) -> Mapping[str, Any]:
+    return random_frozen({component: config}, np.float32)[component]
 
 
 class Bench:
@@ -174,25 +179,12 @@ class Bench:
 
     def unet_inputs(self) -> tuple[np.ndarray, ...]:
         size = self.size
-        factor = 2 ** (len(size.vae.block_out_channels) - 1)
-        sample = self.normal(1, size.num_frames, size.height // factor, size.width // factor, size.unet.in_channels)
+        sample = self.normal(*size.latents, size.unet.in_channels)
         return sample, np.full(1, 0.3, np.float32), self.normal(1, size.unet.cross_attention_dim), np.ones((1, 3), "f")
 
     def torch_unet(self, params: Mapping[str, Any]) -> Any:
-        config = self.size.unet
-        kinds = ["CrossAttn" if attention else "" for attention in config.has_attention]
-        model = UNetSpatioTemporalConditionModel(
-            down_block_types=tuple(f"{kind}DownBlockSpatioTemporal" for kind in kinds),
-            up_block_types=tuple(f"{kind}UpBlockSpatioTemporal" for kind in reversed(kinds)),
-            block_out_channels=config.block_out_channels,
-            layers_per_block=config.layers_per_block,
-            num_attention_heads=config.num_attention_heads,
-            cross_attention_dim=config.cross_attention_dim,
-            addition_time_embed_dim=config.addition_time_embed_dim,
-            projection_class_embeddings_input_dim=config.num_added_time_ids * config.addition_time_embed_dim,
-            num_frames=self.size.num_frames,
-        )
-        return self.reference(model, state_dict(params))
+        config = dataclasses.replace(self.size.unet, num_frames=self.size.num_frames)
+        return self.reference(UNetSpatioTemporalConditionModel.from_config(unet_json(config)), state_dict(params))
 
     def unet_arguments(self, inputs: tuple[np.ndarray, ...]) -> tuple[torch.Tensor, ...]:
         sample, time, embedding, ids = (self.on_torch(value) for value in inputs)
@@ -225,27 +217,25 @@ class Bench:
         bare = getattr(model, "_orig_mod", model)
         options = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TORCH_TARGETS)
         student = peft.get_peft_model(bare, options)
-        adapters = {name: value for name, value in student.named_parameters() if value.requires_grad}
-        for path, leaf in flatten_dict(lora).items():
-            module = naming.torch_module(path[:-1])
-            weight = np.asarray(leaf).T.copy()
-            name = f"base_model.model.{module}.lora_{path[-1].upper()}.default.weight"
-            adapters[name].data = torch.tensor(weight, device=self.device)
+        named = dict(student.named_parameters())
+        # In the order in which `as_array` has our gradients.
+        adapters = [
+            named[f"base_model.model.{naming.torch_module(path[:-1])}.lora_{path[-1].upper()}.default.weight"]
+            for path in sorted(flatten_dict(lora))
+        ]
+        for adapter, (_, leaf) in zip(adapters, sorted(flatten_dict(lora).items()), strict=True):
+            adapter.data = torch.tensor(np.asarray(leaf).T.copy(), device=self.device)
         run = torch.compile(student) if self.compile_reference else student
         arguments = self.unet_arguments(inputs)
 
-        def theirs() -> dict[str, torch.Tensor]:
+        def theirs() -> list[torch.Tensor]:
             student.zero_grad(set_to_none=True)
             with torch.enable_grad(), torch.autocast(self.device, self.torch_dtype, self.torch_dtype != torch.float32):
                 run(*arguments).sample.float().square().mean().backward()
             return adapters
 
-        def compare(adapters: Mapping[str, torch.Tensor]) -> np.ndarray:
-            ordered = []
-            for path in sorted(flatten_dict(lora)):
-                name = f"base_model.model.{naming.torch_module(path[:-1])}.lora_{path[-1].upper()}.default.weight"
-                ordered.append(numpy(adapters[name].grad).T.ravel())
-            return np.concatenate(ordered)
+        def compare(adapters: list[torch.Tensor]) -> np.ndarray:
+            return np.concatenate([numpy(adapter.grad).T.ravel() for adapter in adapters])
 
         return Pair(ours, (lora, self.on_device(params), *map(jnp.asarray, inputs)), theirs, compare)
 
@@ -272,8 +262,7 @@ class Bench:
     def vae_decode(self) -> Pair:
         """All frames of a clip at once."""
         params, network = weights("vae", self.size.vae), SVDVAE(self.size.vae, **self.dtypes())
-        factor = 2 ** (len(self.size.vae.block_out_channels) - 1)
-        latents = self.normal(1, self.size.num_frames, self.size.height // factor, self.size.width // factor, 4)
+        latents = self.normal(*self.size.latents, self.size.vae.latent_channels)
         ours = jax.jit(lambda params, x: network.apply({"params": params}, x, method="decode")[0])
         model, x = self.torch_vae(params), self.on_torch(latents)[0].movedim(-1, 1).contiguous()
         theirs = lambda: model.decode(x, num_frames=self.size.num_frames).sample  # noqa: E731

@@ -77,7 +77,7 @@ def export_unet(
         name, array = to_torch(path, np.asarray(array))
         tensors[name] = cast(array, DTYPES[dtype], name)
     with new_folder(output, overwrite) as folder:
-        (folder / "config.json").write_text(json.dumps(_unet_json(config), indent=2) + "\n")
+        (folder / "config.json").write_text(json.dumps(unet_json(config), indent=2) + "\n")
         save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
 
 
@@ -118,7 +118,7 @@ def new_folder(output: str | os.PathLike, overwrite: bool) -> Iterator[pathlib.P
         raise UserError(f"{output} cannot be written ({error.strerror}): choose another output.") from error
 
 
-def _unet_json(config: UNetConfig) -> dict[str, Any]:
+def unet_json(config: UNetConfig) -> dict[str, Any]:
     """diffusers' config.json for the architecture: the inverse of `architectures`' reading of it."""
     fields = dataclasses.asdict(config)
     has_attention, ids = fields.pop("has_attention"), fields.pop("num_added_time_ids")
