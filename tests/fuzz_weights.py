@@ -165,7 +165,7 @@ def use_lora(source: pathlib.Path, damaged: str) -> Iterator[str]:
 
 def make_configs(target: pathlib.Path) -> None:
     """The configs of the released networks, and what of ours is beside weights."""
-    unet = exporters._unet_json(tiny.CONFIGS["unet"])
+    unet = exporters.unet_json(tiny.CONFIGS["unet"])
     clip, dinov2, vae, mae = (dataclasses.asdict(x) for x in (tiny.CONFIGS["image_encoder"], DINOV2, VAE, VIDEOMAE))
     vae |= {"_class_name": "AutoencoderKLTemporalDecoder"}
     vae |= {"down_block_types": ["DownEncoderBlock2D"] * len(VAE.block_out_channels)}
