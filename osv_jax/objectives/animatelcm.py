@@ -48,6 +48,7 @@ class AnimateLCMOptions(ConsistencyOptions):
     )
 
     def __post_init__(self) -> None:
+        super().__post_init__()
         if not self.phases:
             return
         if all(_is_phase(phase) for phase in self.phases):

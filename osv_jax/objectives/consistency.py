@@ -6,7 +6,7 @@ import dataclasses
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Int
 
 from osv_jax.diffusion.edm import per_clip, sigma_grid
 from osv_jax.diffusion.ode import euler_solve, guided_denoiser
@@ -18,7 +18,7 @@ from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Draws
 from osv_jax.objectives.options import GuidanceOptions, setting
 from osv_jax.objectives.players import TrainState
-from osv_jax.runtime.ranges import COUNT, NOT_NEGATIVE
+from osv_jax.runtime.ranges import COUNT, NOT_NEGATIVE, POSITIVE
 
 
 @dataclasses.dataclass(frozen=True)
@@ -29,17 +29,38 @@ class ConsistencyOptions(DistillationOptions):
         solver_steps: m, the teacher's Euler steps between t_{n+m} and t_n.
         guidance: of the teacher.
         weight_exponent: p of lambda(t_n) = (1 / (t_{n+m} - t_n))^p.
+        level_weights: (level, weight) pairs: the student starts from t_level with a probability proportional to the
+            weight, and from no other level; levels are n + m, from m + 1 to N. Empty: from all of them alike (Eq. 8 to
+            10, where n is uniform in 1 .. N - m).
     """
 
     solver_steps: int = setting(5, COUNT)
     guidance: GuidanceOptions = dataclasses.field(default_factory=GuidanceOptions)
     weight_exponent: float = setting(0.1, NOT_NEGATIVE)
+    level_weights: tuple[tuple[int, float], ...] = ()
+
+    def __post_init__(self) -> None:
+        if not all(
+            isinstance(pair, tuple | list) and len(pair) == 2 and pair[0] in COUNT and pair[1] in POSITIVE
+            for pair in self.level_weights
+        ) or len(dict(self.level_weights)) < len(self.level_weights):
+            raise UserError(
+                f"config.level_weights={self.level_weights} must be (level, weight) pairs, each level a whole number"
+                f" that is there once, each weight {POSITIVE}."
+            )
 
 
 def check(options: ConsistencyOptions) -> None:
-    """Raises UserError if the grid has no room for the teacher's steps."""
-    if options.solver_steps >= options.num_levels:
-        raise UserError(f"config.solver_steps={options.solver_steps} must lie in 1 .. {options.num_levels - 1}.")
+    """Raises UserError if the grid has no room for the teacher's steps, or the student starts where there are none."""
+    first, last = options.solver_steps + 1, options.num_levels
+    if first > last:
+        raise UserError(f"config.solver_steps={options.solver_steps} must lie in 1 .. {last - 1}.")
+    for level, _ in options.level_weights:
+        if not first <= level <= last:
+            raise UserError(
+                f"config.level_weights={options.level_weights}: the levels that the teacher makes its"
+                f" {options.solver_steps} steps from (config.solver_steps) are {first} to {last}, and {level} is none."
+            )
 
 
 def draw(key: jax.Array, batch: Batch, options: ConsistencyOptions) -> Draws:
@@ -47,11 +68,18 @@ def draw(key: jax.Array, batch: Batch, options: ConsistencyOptions) -> Draws:
     index_key, noise_key, guidance_key = jax.random.split(key, 3)
     clips = batch.latents.shape[:1]
     return {
-        # Of t_n on the grid t_1 .. t_N, counted from 0: n in 1 .. N - m.
-        "index": jax.random.randint(index_key, clips, 0, options.num_levels - options.solver_steps),
+        "index": _draw_index(index_key, clips, options),
         "noise": jax.random.normal(noise_key, batch.latents.shape),
         "uniform": jax.random.uniform(guidance_key, clips),
     }
+
+
+def _draw_index(key: jax.Array, clips: tuple[int, ...], options: ConsistencyOptions) -> Int[Array, " b"]:
+    """Of t_n on the grid t_1 .. t_N, counted from 0."""
+    if not options.level_weights:
+        return jax.random.randint(key, clips, 0, options.num_levels - options.solver_steps)
+    levels, weights = (jnp.array(values) for values in zip(*options.level_weights, strict=True))
+    return jax.random.choice(key, levels, clips, p=weights / weights.sum()) - options.solver_steps - 1
 
 
 def example(objective: Distillation, state: TrainState, frozen: Params, batch: Batch, draws: Draws) -> Example:

@@ -238,6 +238,22 @@ def test_index_is_uniform_from_1_to_n_minus_m(toy):
         assert np.unique(other["index"]).tolist() == list(range(num_levels - steps))
 
 
+def test_levels_are_drawn_as_often_as_their_weights_say(toy):
+    """n of Eq. 8 to 10: the student starts from t_{n+m}, here from the 9th level of 17 and from the last."""
+    clips = 10_000
+    batch = tiny.tiny_batch(1).replace(latents=jnp.zeros((clips, 1, 1, 1, 1)))
+    options = {"num_levels": 17, "solver_steps": 8}
+    draw, _ = draw_and_example(toy[0], **options, level_weights=((17, 1.0), (9, 3.0)))
+    draws = draw(jax.random.key(0), batch)
+    counts = np.bincount(draws["index"], minlength=9)
+    # Five standard deviations of 43.
+    assert counts[0] + counts[8] == clips and abs(counts[0] - 7500) < 216, counts
+    uniform = draw_and_example(toy[0], **options)[0](jax.random.key(0), batch)
+    first, *_ = jax.random.split(jax.random.key(0), 3)
+    np.testing.assert_array_equal(uniform["index"], jax.random.randint(first, (clips,), 0, 9))
+    np.testing.assert_array_equal(draws["noise"], uniform["noise"])
+
+
 def test_weight_of_the_distance():
     high, low = np.array([700.0, 0.01], np.float32), np.array([500.0, 0.002], np.float32)
     np.testing.assert_allclose(consistency.distance_weight(high, low, 0.1), [200.0**-0.1, 0.008**-0.1], rtol=1e-5)
@@ -408,6 +424,10 @@ def test_ema_keeps_changes_that_half_precision_would_lose():
     [
         ({"solver_steps": 100}, r"config.solver_steps=100 must lie in 1 \.\. 99"),
         ({"num_levels": 5}, r"config.solver_steps=5 must lie in 1 \.\. 4"),
+        ({"level_weights": ((5, 1.0),)}, r"\(\(5, 1.0\),\): the levels that .* are 6 to 100, and 5 is none"),
+        ({"level_weights": ((101, 1.0),)}, "are 6 to 100, and 101 is none"),
+        ({"level_weights": ((9, 1.0), (9, 2.0))}, "that is there once, each weight a finite number above 0"),
+        ({"level_weights": ((9, 0.0),)}, "each weight a finite number above 0"),
         ({"discriminator_frames": 15}, r"config.discriminator_frames=15 must lie in 1 \.\. 14"),
         ({"discriminator_blocks": ()}, r"config.discriminator_blocks=\(\) must name one block"),
     ],

@@ -31,7 +31,7 @@ VARIANTS = {
 }
 NAMES = [f"{name}:{variant}" for name, variants in VARIANTS.items() for variant in variants]
 # Checked by functions of their own, which have tests.
-WITHOUT_RANGE = {"data.resolutions", "optimizer.group_learning_rates", "phases"}
+WITHOUT_RANGE = {"data.resolutions", "optimizer.group_learning_rates", "phases", "level_weights"}
 
 
 @pytest.fixture(scope="module")
@@ -163,6 +163,14 @@ def test_phases_are_triples(configs, phases, monkeypatch):
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     assert sentence(configs["animatelcm.py:tiny"], "phases", phases).startswith(
         f"config.phases={phases} must be (first"
+    )
+
+
+@pytest.mark.parametrize("weights", [(9, 17), ((9, 1.0, 2.0),), ((9.5, 1.0),), (("top", 1.0),), ((9, None),)])
+def test_weights_of_levels_are_pairs(configs, weights, monkeypatch):
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    assert sentence(configs["stage2.py:tiny"], "level_weights", weights).startswith(
+        f"config.level_weights={weights} must be (level, weight) pairs"
     )
 
 
