@@ -1,9 +1,11 @@
 # `make demo` and `make test` need Python 3.11 or newer and make, nothing else; both do only what has not been done yet.
 PYTHON ?= python3
 VENV := .venv
-PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --constraint constraints.txt
+# pip compiles what it installs on one core, which takes longer than the rest of it.
+PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
+COMPILE := $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 
-.PHONY: demo test test-slow test-portable lint clean
+.PHONY: demo test test-integration test-slow test-portable lint clean
 
 # XLA's other way to multiply matrices on a CPU takes 1.6 times as long for networks of this kind. The others are for
 # compiling, which is a third of the demo: less optimisation, and no pass that splits every sum of a parameter in two.
@@ -20,9 +22,14 @@ demo: $(VENV)/.demo
 
 # A process waits for the disk and for its children now and then: three keep two cores busy. A file stays in one, for its
 # fixtures, and the shortest files come last, so that all end together.
+PYTEST := $(VENV)/bin/pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 test: $(VENV)/.test lint
-	$(VENV)/bin/pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder tests/objectives tests/test_*.py tests/models \
-	    tests/convert tests/diffusion tests/data tests/training tests/evaluation tests/runtime
+	$(PYTEST) tests/objectives tests/test_*.py tests/models tests/convert tests/diffusion tests/data tests/training \
+	    tests/evaluation tests/runtime
+
+# Whole programs that are killed, continued, run by two processes or on several devices, and what others make of theirs.
+test-integration: $(VENV)/.test
+	$(PYTEST) -m integration
 
 # The full-size UNet against diffusers, which takes 16 GiB of memory, a real UNet on every mesh, and damaged files. XLA
 # has one thread for each fake device by default; where all of them wait for one another, none is left for what they
@@ -49,8 +56,10 @@ $(VENV)/bin/python:
 
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[demo]'
+	$(COMPILE)
 	touch $@
 
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[test]'
+	$(COMPILE)
 	touch $@

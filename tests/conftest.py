@@ -57,13 +57,19 @@ jax.config.update("jax_compilation_cache_dir", str(_CACHE))
 jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 
+# Why a test is left out where its mark is not asked for, by `-m`.
+_LEFT_OUT = {
+    "integration": "runs whole programs, some in several processes: run `make test-integration`, as CI does",
+    "slow": "takes many minutes or 16 GiB of memory: run `make test-slow`",
+}
+
+
 def pytest_collection_modifyitems(config, items):
-    if "slow" in config.option.markexpr:
-        return
-    skip = pytest.mark.skip(reason="takes many minutes or 16 GiB of memory; run `make test-slow`")
-    for item in items:
-        if item.get_closest_marker("slow"):
-            item.add_marker(skip)
+    for name, reason in _LEFT_OUT.items():
+        if name not in config.option.markexpr:
+            for item in items:
+                if item.get_closest_marker(name):
+                    item.add_marker(pytest.mark.skip(reason=reason))
 
 
 def relative_error(actual, expected) -> float:

@@ -117,6 +117,7 @@ def run(bucket):
     return bucket / "run"
 
 
+@pytest.mark.integration
 def test_a_stopped_run_continues_bit_for_bit(run, bucket, tmp_path, capsys):
     train.train(finetune_config(), tmp_path / "local")
     expected = state_of(tmp_path / "local", STEPS)
@@ -136,6 +137,7 @@ def test_a_stopped_run_continues_bit_for_bit(run, bucket, tmp_path, capsys):
     assert written >= {"config.json", "clips.json", "losses.png", "metrics.jsonl", "pictures", "tensorboard"}
 
 
+@pytest.mark.integration
 def test_what_was_trained_is_exported_and_sampled(run, bucket, monkeypatch, capsys):
     monkeypatch.setattr("osv_jax.inference.pipeline.SVDUNet", ToyUNet)
     for name in ("merge", "peft"):

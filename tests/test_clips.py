@@ -74,6 +74,7 @@ def assert_stopped_run_continues(config, workdir, stop, tmp_path):
     assert metrics_of(copy) == metrics_of(workdir)
 
 
+@pytest.mark.integration
 def test_stage_1_stopped_in_an_epoch_continues_bit_for_bit(prepared, stage1, tmp_path, capsys):
     assert sorted(metrics_of(stage1)) == [1, 2, 3, 4]
     config = configure(micro_stage1.get_config(), prepared)
@@ -82,6 +83,7 @@ def test_stage_1_stopped_in_an_epoch_continues_bit_for_bit(prepared, stage1, tmp
     assert "Resuming from step 2." in output and "15 clips of 3 frames" in output
 
 
+@pytest.mark.integration
 def test_stage_2_takes_a_dataset_for_each_resolution(prepared, stage1, tmp_path):
     config = configure(micro_stage2.get_config(), prepared, init_from=str(stage1))
     workdir = tmp_path / "stage2"
@@ -158,6 +160,7 @@ def test_a_dataset_of_another_size_is_refused(prepared, tmp_path):
     )
 
 
+@pytest.mark.integration
 def test_another_dataset_does_not_continue_a_run(prepared, stage1):
     config = configure(micro_stage1.get_config(), prepared)
     opened = clips.open_clips(config, setup.networks_of(config), stage1)

@@ -27,6 +27,7 @@ def folder(tmp_path_factory):
     return folder
 
 
+@pytest.mark.integration
 def test_the_program(folder, tmp_path, capsys):
     """From a weights folder, two LoRAs and a folder of videos to pictures and numbers."""
     loras = [str(folder / name) for name in ("a", "b")]

@@ -89,6 +89,7 @@ def compile_toy(*arguments):
         compiling.compile_for(*arguments)
 
 
+@pytest.mark.integration
 def test_a_step_is_compiled_in_a_process_of_its_own(monkeypatch):
     monkeypatch.setattr(compiling, "compile_for", compile_toy)
     config = small(**{"mesh.fsdp": 2, "mesh.data": -1})

@@ -142,6 +142,7 @@ def test_shards_merge_to_the_same_dataset(whole, openvid, tmp_path, capsys):
     assert "train   21 clips" in capsys.readouterr().out
 
 
+@pytest.mark.integration
 @pytest.mark.timeout(200)
 def test_killed_ten_times_the_dataset_is_the_same(whole, openvid, tmp_path):
     """kill -9 at random moments: identical, record for record, and nothing that was committed is encoded again."""

@@ -17,6 +17,7 @@ from workdirs import metrics_of
 
 from osv_jax.runtime import checkpoint
 
+pytestmark = pytest.mark.integration
 SCRIPT = pathlib.Path(__file__).with_name("toy_train.py")
 STEPS, BATCH = 12, 8
 

@@ -270,6 +270,7 @@ def test_what_comes_with_the_package_is_found_by_name():
     assert changed and all(path[-1] == "kernel" for path in changed)
 
 
+@pytest.mark.integration
 def test_devices_share_a_batch(model, weights, picture):
     """Each video of a batch on two devices is the one that its image and its key give alone."""
     many = ImageToVideo.load(weights, data=2)
@@ -283,6 +284,7 @@ def test_devices_share_a_batch(model, weights, picture):
     assert many.frames(actual, 2).shape == (2, FRAMES, HEIGHT, WIDTH, 3)
 
 
+@pytest.mark.integration
 def test_devices_share_a_video(model, weights, picture):
     """The same video on two devices, each of which makes a part of its height."""
     many = ImageToVideo.load(weights, context=2)

@@ -84,6 +84,7 @@ def resumed_run(killed_run, tmp_path_factory) -> tuple[pathlib.Path, int, str]:
     return workdir, last, result.stdout
 
 
+@pytest.mark.integration
 def test_a_killed_run_continues_bit_for_bit(killed_run, resumed_run):
     killed, _ = killed_run
     resumed, last, output = resumed_run
@@ -103,6 +104,7 @@ def test_a_killed_run_continues_bit_for_bit(killed_run, resumed_run):
     assert positions[0] == positions[1] and positions[0]["position"] == 2 * last
 
 
+@pytest.mark.integration
 def test_training_writes_what_it_promises(resumed_run):
     workdir, last, output = resumed_run
     assert (workdir / "losses.png").stat().st_size > 1000
@@ -117,6 +119,7 @@ def test_training_writes_what_it_promises(resumed_run):
         assert f"logits_real/{kind}" in row and f"logits_fake/{kind}" in row
 
 
+@pytest.mark.integration
 def test_a_finished_run_ends_at_once(resumed_run, one_device, capsys):
     workdir, last, _ = resumed_run
     train.train(micro_config(num_steps=last), workdir)
@@ -124,6 +127,7 @@ def test_a_finished_run_ends_at_once(resumed_run, one_device, capsys):
     assert "Compiling" not in output and f"Done: {last} steps." in output
 
 
+@pytest.mark.integration
 def test_a_damaged_checkpoint_is_named(killed_run, one_device, tmp_path):
     killed, step = killed_run
     workdir = tmp_path / "run"
@@ -134,6 +138,7 @@ def test_a_damaged_checkpoint_is_named(killed_run, one_device, tmp_path):
         train.train(micro_config(num_steps=step + 3), workdir)
 
 
+@pytest.mark.integration
 def test_a_save_that_was_cut_short_is_not_taken_for_a_checkpoint(killed_run, one_device, tmp_path, capsys):
     killed, step = killed_run
     workdir = tmp_path / "run"

@@ -198,6 +198,7 @@ def test_crops_are_parts_of_their_clips():
     assert places == {(top, left, top) for top in range(3) for left in range(3)}
 
 
+@pytest.mark.integration
 def test_the_loss_falls():
     vae = SVDVAE(VAEConfig(block_out_channels=(32,), norm_num_groups=8))
     rng = np.random.default_rng(0)

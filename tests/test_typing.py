@@ -50,6 +50,7 @@ def test_shapes_of_one_call_must_agree():
         losses.pseudo_huber(jnp.ones((2, 3)), jnp.ones((2, 4)))
 
 
+@pytest.mark.integration
 def test_a_step_holds_to_the_signatures_of_the_networks():
     """In a process of its own, in which those are checked."""
     script = pathlib.Path(__file__).with_name("checked_networks.py")

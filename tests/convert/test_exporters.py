@@ -138,6 +138,7 @@ def test_every_kind_of_module_matters(base, state):
         assert difference > 1e-3, (kind, difference)
 
 
+@pytest.mark.integration
 def test_the_documented_lines_make_a_video(home):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)).save("cat.png")
     lines = {}

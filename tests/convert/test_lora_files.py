@@ -324,6 +324,7 @@ def training_config(**changes):
     return ConfigDict({"lora": chosen, "trainable": ("lora",)})
 
 
+@pytest.mark.integration
 def test_training_starts_from_a_foreign_lora(base, adapter, networks):
     folder, _, read = adapter
     config = training_config()

@@ -141,6 +141,7 @@ def test_two_processes_read_what_one_reads(dataset):
     assert ids(dataset, **options | {"seed": 8}) != whole
 
 
+@pytest.mark.integration
 @pytest.mark.timeout(120)
 def test_resuming_in_an_epoch_with_other_workers_gives_exactly_the_rest(dataset):
     options = {"batch_size": 2, "seed": 5}

@@ -18,6 +18,7 @@ def make(name, params):
     return FeatureNetwork(name, CONFIGS[name], params, NUM_FRAMES, BATCH)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("name", NETWORKS)
 def test_eight_devices_and_a_batch_that_is_not_full_change_nothing(name, rng):
     params = random_weights(name)

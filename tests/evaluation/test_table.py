@@ -135,6 +135,7 @@ class Killed(BaseException):
     """What ends a run wherever it is."""
 
 
+@pytest.mark.integration
 def test_a_run_that_was_killed_goes_on(folder, made, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(planning, "CLIPS_IN_FILE", 2)
     saved, save_part = [], generation.save_part
@@ -233,6 +234,7 @@ def test_films_and_pictures_are_those_of_the_first_clips(folder, made):
         np.testing.assert_array_equal(showing.shown_clips(plan, None, 9)[1], clip)
 
 
+@pytest.mark.integration
 def test_a_datasets_test_split_is_decoded_by_the_vae(folder, tmp_path):
     schema = latents.Schema(NUM_FRAMES, HEIGHT // 2, WIDTH // 2, 4, 8, 1)
     rng, source = np.random.default_rng(0), SourceVideo("0.mp4", Location(("0.mp4",)), 1)

@@ -47,6 +47,7 @@ def evaluations(workdir):
     return {step: {name: value for name, value in row.items() if name in MEASURED} for step, row in rows.items()}
 
 
+@pytest.mark.integration
 def test_a_run_is_measured(folder, tmp_path):
     """At the steps that are asked for and at the end, the same whether the run was stopped; nothing else changes."""
     with toy_training() as mesh:

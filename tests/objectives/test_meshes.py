@@ -2,6 +2,7 @@
 
 With a toy for the UNet, for compiling the real one for eight devices takes long: that is done for the shortest step, on
 the mesh that splits everything. Stage 2 is run on three meshes, and every student on every one by `make test-slow`.
+`make test` has stage 2 on the mesh that splits everything, `make test-integration` the rest of what is quick.
 """
 
 import functools
@@ -88,7 +89,9 @@ def case(name, unet, sizes):
     # The stages share their step, and stage 2 does more in it; ADD's decoder takes long to compile.
     of_toy = (name == "stage2" and sizes in QUICK) or (sizes == ALL_SPLIT and name in ("animatelcm", "sf_v"))
     quick = of_toy if unet == "toy" else (name, sizes) == ("stage1", ALL_SPLIT)
-    return pytest.param(name, unet, sizes, marks=[pytest.mark.slow] * (not quick), id=f"{name}-{unet}-{sizes}")
+    mark = pytest.mark.integration if quick else pytest.mark.slow
+    quickest = (name, unet, sizes) == ("stage2", "toy", ALL_SPLIT)
+    return pytest.param(name, unet, sizes, marks=[] if quickest else mark, id=f"{name}-{unet}-{sizes}")
 
 
 @pytest.mark.parametrize(

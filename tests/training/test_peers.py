@@ -36,7 +36,10 @@ def micro_config(name):
     return config
 
 
-@pytest.mark.parametrize("name", FALLING)
+# The steps of the two with a discriminator take long to compile.
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=[pytest.mark.integration] * (name != "animatelcm")) for name in FALLING]
+)
 def test_a_stopped_run_continues_bit_for_bit_and_its_loss_has_fallen(name, tmp_path):
     config, workdir, stopped, again = micro_config(name), tmp_path / "run", tmp_path / "stopped", tmp_path / "again"
     with toy_training():
