@@ -59,6 +59,7 @@ def straight(stage1, tmp_path_factory):
 
 
 # Before, at and after the change of resolution.
+@pytest.mark.integration
 @pytest.mark.parametrize("stop", [SWITCH - 1, SWITCH, SWITCH + 1])
 def test_a_stopped_run_continues_bit_for_bit(straight, stage1, stop, tmp_path, capsys):
     workdir = tmp_path / "run"
@@ -77,6 +78,7 @@ def test_a_stopped_run_continues_bit_for_bit(straight, stage1, stop, tmp_path, c
     assert sorted(metrics_of(workdir)) == list(range(1, STEPS + 1))
 
 
+@pytest.mark.integration
 def test_state_carries_over_to_the_second_resolution(straight):
     before, after = state_of(straight, SWITCH), state_of(straight, SWITCH + 1)
     assert after["step"] == SWITCH + 1
@@ -174,6 +176,7 @@ def test_a_run_that_does_not_fit_is_refused(stage1, changes, words, tmp_path):
     assert all(word in sentence for word in [*words, str(stage1), "must be the same"]), sentence
 
 
+@pytest.mark.integration
 def test_groups_that_the_other_run_trained_must_not_be_dropped(straight, tmp_path):
     sentence = refused(stage2_config(straight, trainable=("lora",)), tmp_path / "run")
     assert f"The run in {straight} trained the groups temporal_transformer" in sentence

@@ -122,6 +122,7 @@ def test_vae_losses(rng, monkeypatch):
     np.testing.assert_allclose(losses["kl"], terms.sum(axis=(1, 2, 3, 4)) / video[0].size, rtol=1e-5)
 
 
+@pytest.mark.integration
 def test_images_train_everything_and_clips_the_decoder(images, clips):
     first, before, after = params_of(images, 1), params_of(images), weights.load_params(clips, "vae")
     assert list(params_of(clips)) == ["decoder"]
@@ -130,6 +131,7 @@ def test_images_train_everything_and_clips_the_decoder(images, clips):
         assert same(before[name], after[name]) == (name != "decoder")
 
 
+@pytest.mark.integration
 def test_images_leave_the_decoder_blind_to_neighbours(images, clips):
     """Every frame of a clip is decoded as if it were alone; only training on clips changes that."""
     kernels = temporal_kernels(params_of(images)["decoder"])
@@ -139,6 +141,7 @@ def test_images_leave_the_decoder_blind_to_neighbours(images, clips):
     assert all(np.any(kernel[::2]) for kernel in temporal_kernels(params_of(clips)["decoder"]))
 
 
+@pytest.mark.integration
 def test_a_stopped_run_continues_bit_for_bit(videos, images, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(images, workdir)
@@ -148,6 +151,7 @@ def test_a_stopped_run_continues_bit_for_bit(videos, images, tmp_path, capsys):
     assert same(params_of(workdir), params_of(images))
 
 
+@pytest.mark.integration
 def test_what_is_written_loads_and_gives_latents_unit_variance(videos, images, clips):
     config, params = weights.load_config(images, "vae"), weights.load_params(images, "vae")
     assert same(params, params_of(images))

@@ -84,6 +84,7 @@ def rows_of(output):
     return {row["name"]: row for row in stored["rows"]}
 
 
+@pytest.mark.integration
 def test_the_table_is_that_of_a_plain_loop(folder, made):
     """One clip after the other, on one device."""
     files = sorted((folder / "videos").iterdir())
@@ -198,6 +199,7 @@ def test_what_is_kept_depends_on_what_it_is_made_of(folder, tmp_path):
     assert [a == b for a, b in zip(changed, kept, strict=True)] == [True, True, False, False]
 
 
+@pytest.mark.integration
 def test_all_forms_of_the_table_agree(made):
     rows = list(rows_of(made).values())
     with (made / "table.csv").open() as file:
@@ -218,6 +220,7 @@ def test_all_forms_of_the_table_agree(made):
     assert "protocol cd-fvd, videomae with weights " in markdown and "3 videos are few for a covariance" in markdown
 
 
+@pytest.mark.integration
 def test_films_and_pictures_are_those_of_the_first_clips(folder, made):
     films = sorted(file.name for file in (made / "films").iterdir())
     assert films == [f"{kind:02d}_{clip:02d}.mp4" for kind in range(4) for clip in range(2)]
