@@ -1,8 +1,8 @@
 """Prepares a dataset of latents: `python -m osv_jax.prepare --source=videos --output=latents --weights=weights/svd`.
 
---source is a folder of videos, or openvid:FOLDER with OpenVid-1M as it is published. Started again with the same
-arguments, a run continues where it was stopped. --shard=0/4 ... --shard=3/4 divide the work among machines, each with
-an --output of its own; --merge joins these. --inspect says what a dataset holds.
+--source is a folder of videos, openvid:FOLDER with OpenVid-1M as it is published, or world, whose clips are drawn.
+Started again with the same arguments, a run continues where it was stopped. --shard=0/4 ... --shard=3/4 divide the work
+among machines, each with an --output of its own; --merge joins these. --inspect says what a dataset holds.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ def main(given: Sequence[str] | None = None) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = Parser("prepare", __doc__)
     add = parser.add_argument
-    add("--source", metavar="DIR", help="folder of videos, or openvid:FOLDER")
+    add("--source", metavar="DIR", help="folder of videos, openvid:FOLDER, or world")
     add("--merge", nargs="+", metavar="PART", help="outputs of all shards, to be joined in --output")
     add("--inspect", metavar="DATASET", help="report on a dataset; with --weights, draw samples")
     add("--output", metavar="DIR", help="folder of the dataset")
@@ -64,8 +64,12 @@ def _parser() -> argparse.ArgumentParser:
     )
     add("--num_augmented", type=COUNT, default=4, help="noise-augmented first frames of a clip (default %(default)s)")
     add("--seed", type=SEED, default=0, help="of noise and split, 0 to 2^32 - 1 (default %(default)s)")
-    add("--test_videos", type=WHOLE, help="for the split `test` (default: 1000 of OpenVid-1M, 0 of a folder)")
-    add("--max_videos", type=COUNT, help="of the split `train`, at random (default: all)")
+    add(
+        "--test_videos",
+        type=WHOLE,
+        help="for the split `test` (default: 1000 of OpenVid-1M, 1024 of world, 0 of a folder)",
+    )
+    add("--max_videos", type=COUNT, help="of the split `train`, at random (default: all; 4096 of world)")
     for score in ("aesthetic_score", "motion_score", "temporal_consistency_score"):
         add(f"--min_{score}", type=FINITE, metavar="X", help="OpenVid-1M's, of a video")
         add(f"--max_{score}", type=FINITE, metavar="X", help=argparse.SUPPRESS)

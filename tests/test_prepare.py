@@ -16,7 +16,7 @@ from PIL import Image
 
 from osv_jax import prepare
 from osv_jax.convert import weights
-from osv_jax.data import latents
+from osv_jax.data import latents, world
 from osv_jax.errors import UserError
 from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.preparation import pipeline, shards, stored
@@ -85,6 +85,23 @@ def test_openvid_becomes_a_dataset(whole):
     ]
     with Image.open(whole / "contact_sheet.png") as sheet:
         assert sheet.size[1] > 8 * 24
+
+
+def test_the_world_becomes_a_dataset(tmp_path, capsys):
+    """Drawn clips with their captions, in two splits that share none; as many as asked for."""
+    made = run("world", tmp_path / "world", "--max_videos=5", "--test_videos=3", "--seed=4")
+    for split, count in (("train", 5), ("test", 3)):
+        addresses = [world.Address(4, split, number) for number in range(count)]
+        records = {record["source"]: record for record in read_all(made, split)}
+        assert sorted(records) == [address.name for address in addresses]
+        for address in addresses:
+            scene, record = world.scene(address), records[address.name]
+            assert record["caption"] == scene.caption and record["clip_start"] == 0
+            means = world.draw(scene, 4, 10.0, 24, 32).mean(axis=(1, 2, 3)) / 255
+            np.testing.assert_allclose(record["latents"].astype(np.float32).mean(axis=(1, 2, 3)), means, rtol=1e-2)
+    assert "8 were opened" in capsys.readouterr().out
+    only = pipeline.read_source(prepare._parser().parse_args(["--source=world", "--test_videos=0", "--max_videos=2"]))
+    assert {split: len(videos) for split, videos in only.splits.items()} == {"train": 2}
 
 
 def test_noise_is_a_function_of_the_clip(whole):

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import UInt8
 
-from osv_jax.data import video
+from osv_jax.data import video, world
 from osv_jax.data.motion import motion
 from osv_jax.runtime.paths import as_path, in_bucket, size_of
 
@@ -79,13 +79,14 @@ class Task:
 
     Attributes:
         key: what the asker knows it by.
+        location: its bytes; or a clip of the world, which is drawn at the clips' own size and rate.
         skip: clips before this number are not needed.
         rest: instead, only these further clips (their numbers) of a video that is known, and its start [s].
     """
 
     key: tuple[int, int]
     name: str
-    location: Location
+    location: Location | world.Address
     cutting: Cutting
     skip: int = 0
     rest: range | None = None
@@ -128,6 +129,8 @@ def cut(task: Task) -> Cut:
 
 def _cut(task: Task) -> Cut:
     cutting, size = task.cutting, (task.cutting.num_frames, task.cutting.fps, task.cutting.height, task.cutting.width)
+    if isinstance(task.location, world.Address):
+        return Cut([_judge(0, 0.0, world.draw(world.scene(task.location), *size), cutting)], 1)
     file = open_location(task.location, task.name)
     if task.rest is not None:
         starts = [task.start + number * cutting.stride for number in task.rest]

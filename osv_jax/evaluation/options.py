@@ -53,7 +53,7 @@ class TableOptions:
         methods: instead of those, mappings with keys of `MethodOptions`; what they lack has its default.
         target: the name of the method to which `mse` is measured; empty: the first.
         videos: a folder, one clip a video from its start; a dataset of osv_jax.prepare, of which the split `test` is
-            taken; `miniature`, four clips of the package; `demo`.
+            taken; `miniature`, four clips of the package; `demo`; `world`, drawn clips that no training saw.
         clips: at most so many, evenly spread.
         stride: of a folder, from the start of a clip to that of the next, in clips: 1 has them follow each other, less
             has them overlap; 0: one clip a video.

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 
 from osv_jax.convert import weights
-from osv_jax.data import demo
+from osv_jax.data import demo, world
 from osv_jax.errors import UserError
 from osv_jax.evaluation import protocols
 from osv_jax.evaluation.clips import Clips, open_clips
@@ -185,7 +185,7 @@ def _check_names(names: list[str], target: str) -> None:
 
 def _check_apart(output: Path, videos: str) -> None:
     """The films must not be among the videos of the next run."""
-    if videos == demo.HELD_OUT:
+    if videos in (demo.HELD_OUT, world.NAME):
         return
     folder, real = paths.real(demo.video_folder(videos)), paths.real(output)
     if folder in (real, *real.parents):

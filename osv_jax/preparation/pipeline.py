@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from osv_jax.codec import Codec, parameter_dtype
 from osv_jax.convert import weights
-from osv_jax.data import demo, latents
+from osv_jax.data import demo, latents, world
 from osv_jax.data.cutting import Cutting
 from osv_jax.errors import UserError
 from osv_jax.models.clip_vision import CLIPVision
@@ -30,7 +30,7 @@ from osv_jax.preparation import batches, report, shards
 from osv_jax.preparation.decoding import Decoder
 from osv_jax.preparation.encoder import Encoder, noise_key
 from osv_jax.preparation.openvid import SCORES, read_openvid
-from osv_jax.preparation.sources import Source, read_folder, split_videos
+from osv_jax.preparation.sources import Source, read_folder, read_world, split_videos
 from osv_jax.runtime import paths
 from osv_jax.runtime.media import write_picture
 from osv_jax.runtime.paths import Path, as_path
@@ -40,6 +40,8 @@ from osv_jax.training.config import check_config, read_config
 
 _OPENVID = "openvid:"
 _OPENVID_TEST_VIDEOS = 1000
+# Of the world, which has no end.
+_WORLD_VIDEOS = {"train": 4096, "test": 1024}
 _SHEET = "contact_sheet.png"
 _COMPONENTS = ("vae", "image_encoder")
 
@@ -56,7 +58,7 @@ def prepare(args: argparse.Namespace) -> None:
     settings = _settings(args, config, networks)
     settings["networks"] = _fingerprint(folder, config)
     output = as_path(args.output)
-    paths.check_apart(output, _source_folder(args), *([weights.locate(folder)] if folder else []))
+    paths.check_apart(output, *_source_folders(args), *([weights.locate(folder)] if folder else []))
     source = read_source(args)
     own = [chunk for chunk in shards.chunks_of(source, args.videos_per_file) if chunk.index % count == index]
     if not own:
@@ -173,9 +175,12 @@ def _draw_sheet(folder: Path, encoder: Encoder) -> None:
     print(f"Decoded samples: {folder / _SHEET}")
 
 
-def _source_folder(args: argparse.Namespace) -> Path:
+def _source_folders(args: argparse.Namespace) -> list[Path]:
+    """The folder that `--source` names; the world is in none."""
+    if args.source == world.NAME:
+        return []
     is_openvid = args.source.startswith(_OPENVID)
-    return as_path(args.source.removeprefix(_OPENVID)) if is_openvid else demo.video_folder(args.source)
+    return [as_path(args.source.removeprefix(_OPENVID)) if is_openvid else demo.video_folder(args.source)]
 
 
 def read_source(args: argparse.Namespace) -> Source:
@@ -189,16 +194,18 @@ def read_source(args: argparse.Namespace) -> Source:
         for side in ("min", "max")
     )
     is_openvid = args.source.startswith(_OPENVID)
-    if is_openvid:
-        videos, skipped = read_openvid(_source_folder(args), minimum, maximum)
-    elif minimum or maximum:
-        raise UserError("Bounds on scores need --source=openvid:FOLDER: a folder of videos has no scores.")
-    else:
-        videos, skipped = read_folder(_source_folder(args))
-    num_test = args.test_videos
+    if (minimum or maximum) and not is_openvid:
+        raise UserError("Bounds on scores need --source=openvid:FOLDER: other videos have no scores.")
+    num_test, num_train = args.test_videos, args.max_videos
+    if args.source == world.NAME:
+        given = {"train": num_train, "test": num_test}
+        counts = {split: number if given[split] is None else given[split] for split, number in _WORLD_VIDEOS.items()}
+        return Source(read_world(counts, args.seed), [])
+    (folder,) = _source_folders(args)
+    videos, skipped = read_openvid(folder, minimum, maximum) if is_openvid else read_folder(folder)
     if num_test is None:
         num_test = _OPENVID_TEST_VIDEOS if is_openvid else 0
-    return Source(split_videos(videos, num_test, args.max_videos, args.seed), skipped)
+    return Source(split_videos(videos, num_test, num_train, args.seed), skipped)
 
 
 def _read_config(name: str | None) -> ConfigDict | None:

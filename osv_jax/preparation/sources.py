@@ -1,12 +1,13 @@
-"""Where videos come from: a folder, or OpenVid-1M; which of them, and in which split."""
+"""Where videos come from: a folder, OpenVid-1M, or the drawn world; which of them, and in which split."""
 
 from __future__ import annotations
 
 import dataclasses
 import hashlib
 import json
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
+from osv_jax.data import world
 from osv_jax.data.cutting import Location
 from osv_jax.data.folder import Skipped, list_videos
 from osv_jax.errors import UserError
@@ -19,12 +20,12 @@ class SourceVideo:
 
     Attributes:
         name: what it is called in messages and records; no two have the same.
-        location: its bytes.
-        size: of the file [bytes].
+        location: its bytes, or what is drawn.
+        size: of the file [bytes]; 0 where there is none.
     """
 
     name: str
-    location: Location
+    location: Location | world.Address
     size: int
     caption: str = ""
 
@@ -49,6 +50,20 @@ def read_folder(folder: Path) -> tuple[list[SourceVideo], Skipped]:
     """The videos below a folder; see `list_videos`."""
     videos, skipped = list_videos(folder)
     return [SourceVideo(video.name, Location((str(video.file),)), video.size) for video in videos], skipped
+
+
+def read_world(counts: Mapping[str, int], seed: int) -> dict[str, list[SourceVideo]]:
+    """The first clips of each split of the drawn world, so many of each, with their captions.
+
+    Args:
+        counts: by the name of a split, see `world.SPLITS`; a split of none is left out.
+    """
+    addresses = {split: [world.Address(seed, split, number) for number in range(counts[split])] for split in counts}
+    return {
+        split: [SourceVideo(place.name, place, 0, world.scene(place).caption) for place in places]
+        for split, places in addresses.items()
+        if places
+    }
 
 
 def split_videos(

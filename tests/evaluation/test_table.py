@@ -16,7 +16,7 @@ from ml_collections import ConfigDict
 from tiny_networks import NUM_FRAMES, save
 
 from osv_jax import evaluate
-from osv_jax.data import latents, video
+from osv_jax.data import latents, video, world
 from osv_jax.data.cutting import Location
 from osv_jax.errors import UserError
 from osv_jax.evaluation import generation, planning, showing
@@ -270,6 +270,15 @@ def test_a_datasets_test_split_is_decoded_by_the_vae(folder, tmp_path):
     np.testing.assert_allclose(real.astype(int), model.frames(stored[None], NUM_FRAMES), atol=1)
     with pytest.raises(UserError, match=r"10 frames of 16 x 24 at 8 fps, but the methods make 9 frames"):
         plan_of(config_of(folder, tmp_path / "out", videos=str(dataset), fvd_weights="", num_frames=9))
+
+
+def test_the_worlds_clips_are_drawn(folder, tmp_path):
+    plan = plan_of(config_of(folder, tmp_path, videos="world", clips=5))
+    assert len(plan.clips) == 5 and not plan.clips.encoded and not plan.clips.skipped
+    names = [world.Address(0, "test", number).name for number in range(5)]
+    assert plan.identities == [[name] for name in names]
+    second = world.draw(world.scene(world.Address(0, "test", 1)), NUM_FRAMES, FPS, HEIGHT, WIDTH)
+    np.testing.assert_array_equal(plan.clips.read([3, 1], None)[1], second)
 
 
 def test_defaults_are_the_papers_table():
