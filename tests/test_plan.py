@@ -14,7 +14,7 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from toy_unet import toy_networks
 
 from osv_jax.errors import UserError
-from osv_jax.models import layers
+from osv_jax.models import attention
 from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.planning import chips, compiling, hlo, report, topologies, traffic
 from osv_jax.runtime import mesh
@@ -39,7 +39,7 @@ def test_operations_of_a_kernel_count_for_all_its_blocks_and_devices(sizes):
     q = jnp.ones((8, 256, 2, 64))
     with jax.set_mesh(mesh.make_mesh(*sizes, devices=jax.devices()[: int(np.prod(sizes))])):
         counts = [
-            hlo.operations(jax.make_jaxpr(lambda x, kind=kind: layers.dot_product_attention(x, x, x, kind))(q).jaxpr)
+            hlo.operations(jax.make_jaxpr(lambda x, kind=kind: attention.dot_product_attention(x, x, x, kind))(q).jaxpr)
             for kind in ("splash", "xla")
         ]
     assert counts == [2 * 2 * 8 * 2 * 256 * 256 * 64] * 2
@@ -315,7 +315,7 @@ def test_a_program_for_gpus_that_are_not_there(name):
     q = jax.ShapeDtypeStruct((2, 256, 4, 64), jnp.bfloat16, sharding=rows)
 
     def step(x, q):
-        return (x @ jnp.ones((256, 64), x.dtype)).sum(axis=0), layers.dot_product_attention(q, q, q)
+        return (x @ jnp.ones((256, 64), x.dtype)).sum(axis=0), attention.dot_product_attention(q, q, q)
 
     with jax.set_mesh(over):
         compiled = jax.jit(step, out_shardings=(whole, rows)).lower(x, q).compile(compiling.GPU_OPTIONS)
@@ -359,5 +359,5 @@ def test_the_platform_is_that_of_the_devices_compiled_for(toy):
     devices = jax.sharding.AbstractMesh((1, 1, 1), mesh.AXES, (AxisType.Auto,) * 3, abstract_device=absent)
     q = jnp.ones((2, 128, 2, 64))
     with jax.sharding.use_abstract_mesh(devices):
-        assert "pallas" in str(jax.make_jaxpr(layers.dot_product_attention)(q, q, q))
-    assert "pallas" not in str(jax.make_jaxpr(layers.dot_product_attention)(q, q, q))
+        assert "pallas" in str(jax.make_jaxpr(attention.dot_product_attention)(q, q, q))
+    assert "pallas" not in str(jax.make_jaxpr(attention.dot_product_attention)(q, q, q))

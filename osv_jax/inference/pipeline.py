@@ -131,7 +131,7 @@ class ImageToVideo:
             lora: the workdir of a training run, a PEFT adapter folder or a LoRA .safetensors file.
             ema: of a workdir, the student's EMA instead of the student.
             dtype: of `DTYPES`; by default float32 on a CPU, bfloat16 elsewhere.
-            attention: see `layers.dot_product_attention`.
+            attention: see `attention.dot_product_attention`.
             context: so many devices share every video, each making a part of its height.
             data: so many groups of these devices share a batch of videos, which must be a multiple of that.
             decode_dtype: of `DECODE_DTYPES`, what the VAE's decoder computes in; by default `dtype`. Its encoder always

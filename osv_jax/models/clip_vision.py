@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from osv_jax.models.layers import Conv, Dense, Dtype, SelfAttention, gelu, parameter
+from osv_jax.models.attention import Attention
+from osv_jax.models.layers import Conv, Dense, Dtype, gelu, parameter
 from osv_jax.models.norms import LayerNorm
 
 _ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
@@ -48,7 +49,7 @@ class CLIPVision(nn.Module):
     Attributes:
         config: sizes.
         dtype, param_dtype: of the computation and of the parameters.
-        attention: see `layers.dot_product_attention`.
+        attention: see `attention.dot_product_attention`.
     """
 
     config: CLIPVisionConfig
@@ -127,7 +128,7 @@ class _Layer(nn.Module):
     @nn.compact
     def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
         config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        attention = SelfAttention(
+        attention = Attention(
             config.num_attention_heads,
             names=("q_proj", "k_proj", "v_proj", "out_proj"),
             qkv_bias=True,

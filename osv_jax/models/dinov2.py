@@ -11,7 +11,8 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from osv_jax.models.layers import Conv, Dense, Dtype, dot_product_attention, gelu, parameter
+from osv_jax.models.attention import dot_product_attention
+from osv_jax.models.layers import Conv, Dense, Dtype, gelu, parameter
 from osv_jax.models.norms import LayerNorm
 from osv_jax.models.resize import resize_bicubic
 
@@ -44,7 +45,7 @@ class Dinov2(nn.Module):
     Attributes:
         config: sizes.
         dtype, param_dtype: of the computation and of the parameters.
-        attention: see `layers.dot_product_attention`.
+        attention: see `attention.dot_product_attention`.
     """
 
     config: Dinov2Config

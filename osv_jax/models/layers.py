@@ -14,18 +14,13 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jax import lax
-from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 Dtype = Any
 
-ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 REMAT_POLICIES = ("none", "dots", "full")
 
 _Module = TypeVar("_Module", bound=nn.Module)
-# Above this many queries the XLA path works through them in chunks, so that the score matrix never exists whole
-# (9,216 tokens x 14 frames x 5 heads of float32 scores would be 24 GB).
-_QUERY_CHUNK = 1024
 
 
 def parameter(
@@ -265,57 +260,6 @@ class FeedForward(nn.Module):
         return Dense(channels, name="net_2", dtype=self.dtype, param_dtype=self.param_dtype)(x)
 
 
-class SelfAttention(nn.Module):
-    """Multi-head self-attention over the second to last axis; names follow diffusers or transformers.
-
-    Args (attributes):
-        num_heads: number of heads; the head dimension is channels // num_heads.
-        names: the four projections' names, query, key, value and output.
-        qkv_bias: whether query, key and value have a bias (the output always has one).
-        implementation: see `dot_product_attention`.
-    """
-
-    num_heads: int
-    names: Sequence[str] = ("to_q", "to_k", "to_v", "to_out_0")
-    qkv_bias: bool = False
-    implementation: str = "auto"
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "*batch t c"]) -> Float[Array, "*batch t c"]:
-        *batch, length, channels = x.shape
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        q, k, v = (
-            Dense(channels, use_bias=self.qkv_bias, name=name, **dtypes)(x).reshape(
-                -1, length, self.num_heads, channels // self.num_heads
-            )
-            for name in self.names[:3]
-        )
-        y = dot_product_attention(q, k, v, self.implementation)
-        return Dense(channels, name=self.names[3], **dtypes)(y.reshape(*batch, length, channels))
-
-
-class SingleKeyAttention(nn.Module):
-    """Cross-attention to ONE context token: exactly `to_out(to_v(context))`, the same for every query.
-
-    Softmax over one key is 1, so queries, keys and the per-token output projection need not be computed. `to_q` and
-    `to_k` still exist as parameters, because checkpoints carry them and exports must.
-    """
-
-    features: int
-    dtype: Dtype = jnp.float32
-    param_dtype: Dtype = jnp.float32
-
-    @nn.compact
-    def __call__(self, context: Float[Array, "b k"]) -> Float[Array, "b features"]:
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        Unused((("kernel", (self.features, self.features)),), self.param_dtype, name="to_q")()
-        Unused((("kernel", (context.shape[-1], self.features)),), self.param_dtype, name="to_k")()
-        value = Dense(self.features, use_bias=False, name="to_v", **dtypes)(context)
-        return Dense(self.features, name="to_out_0", **dtypes)(value)
-
-
 class Unused(nn.Module):
     """Parameters that checkpoints carry and the computation does not need: declared, never read."""
 
@@ -326,71 +270,3 @@ class Unused(nn.Module):
     def __call__(self) -> None:
         for leaf, shape in self.leaves:
             parameter(self, leaf, nn.initializers.normal(0.02), shape, self.param_dtype)
-
-
-def dot_product_attention(
-    q: Float[Array, "b t n d"],
-    k: Float[Array, "b s n d"],
-    v: Float[Array, "b s n d"],
-    implementation: str = "auto",
-) -> Float[Array, "b t n d"]:
-    """Softmax attention with float32 softmax.
-
-    Args:
-        q, k, v: queries, keys, values; `n` heads of dimension `d`.
-        implementation: `xla` anywhere, `cudnn` (NVIDIA, half precision), `splash` (TPU), or `auto`, the platform's
-            own. The fused kernels are used where their conditions hold (even lengths and head dimensions up to 128;
-            lengths divisible by 128) and they pay (128 keys or more), and `xla` elsewhere.
-
-    Raises:
-        ValueError: on an unknown implementation.
-    """
-    if implementation not in ATTENTION_IMPLEMENTATIONS:
-        raise ValueError(f"attention must be one of {ATTENTION_IMPLEMENTATIONS}, got {implementation!r}.")
-    length, keys = q.shape[1], k.shape[1]
-    half = q.dtype in (jnp.bfloat16, jnp.float16)
-    platform = compiled_for()
-    if q.dtype == jnp.float16 and platform != "gpu":
-        # Of halves, CPUs and TPUs multiply only bfloat16 with sums in float32.
-        q, k, v = (x.astype(jnp.float32) for x in (q, k, v))
-        return dot_product_attention(q, k, v, implementation).astype(jnp.float16)
-    wants_cudnn = implementation == "cudnn" or (implementation == "auto" and platform == "gpu" and half)
-    wants_splash = implementation == "splash" or (implementation == "auto" and platform == "tpu")
-    fits_cudnn = length % 2 == 0 and keys % 2 == 0 and q.shape[3] % 8 == 0 and q.shape[3] <= 128
-    if wants_cudnn and keys >= 128 and fits_cudnn:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
-    if wants_splash and keys >= 128 and length % 128 == 0 and keys % 128 == 0:
-        return _splash_attention(q, k, v, interpret=platform == "cpu")
-    if length <= _QUERY_CHUNK:
-        return jax.nn.dot_product_attention(q, k, v, implementation="xla")
-    return _chunked_attention(q, k, v)
-
-
-def _chunked_attention(q: Array, k: Array, v: Array) -> Array:
-    batch, length, heads, dim = q.shape
-    chunks = -(-length // _QUERY_CHUNK)
-    padded = jnp.pad(q, ((0, 0), (0, chunks * _QUERY_CHUNK - length), (0, 0), (0, 0)))
-    padded = padded.reshape(batch, chunks, _QUERY_CHUNK, heads, dim).swapaxes(0, 1)
-    # Recomputing a chunk's scores in the backward pass is what keeps them from being stored.
-    attend = jax.checkpoint(lambda chunk: jax.nn.dot_product_attention(chunk, k, v, implementation="xla"))
-    y = lax.map(attend, padded)
-    return y.swapaxes(0, 1).reshape(batch, -1, heads, dim)[:, :length]
-
-
-def _splash_attention(q: Array, k: Array, v: Array, interpret: bool) -> Array:
-    from jax.experimental.pallas.ops.tpu import splash_attention as splash
-
-    def attend(q: Array, k: Array, v: Array) -> Array:
-        mask = splash.MultiHeadMask([splash.FullMask((q.shape[1], k.shape[1]))] * q.shape[2])
-        kernel = splash.make_splash_mha_single_device(mask, interpret=interpret)
-        heads_first = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-        return jax.vmap(kernel)(*heads_first).swapaxes(1, 2)
-
-    mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
-        return attend(q, k, v)
-    # GSPMD cannot see into a Pallas kernel: each device runs it on its own part of the batch and of the queries.
-    splits = q.shape[1] % (128 * mesh.shape["context"]) == 0
-    spec = PartitionSpec(("data", "fsdp"))
-    queries = PartitionSpec(("data", "fsdp"), "context") if splits else spec
-    return jax.shard_map(attend, mesh=mesh, in_specs=(queries, spec, spec), out_specs=queries, check_vma=False)(q, k, v)

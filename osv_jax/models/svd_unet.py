@@ -9,20 +9,20 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from osv_jax.models.attention import Attention, SingleKeyAttention
 from osv_jax.models.layers import (
     Conv,
     Dense,
     Dtype,
     FeedForward,
-    SelfAttention,
-    SingleKeyAttention,
     TimestepEmbedding,
     Unused,
     rematerialise,
     timestep_embedding,
 )
 from osv_jax.models.norms import GroupNorm, LayerNorm
-from osv_jax.models.resnet import Downsample, SpatioTemporalResBlock, TimeMixer, Upsample
+from osv_jax.models.resnet import SpatioTemporalResBlock, TimeMixer
+from osv_jax.models.unet_blocks import decode, encode
 
 # What a discriminator may take from the UNet: SF-V the encoder's blocks, LADD all of them.
 FEATURES = ("encoder", "unet")
@@ -64,7 +64,7 @@ class _SpatialTransformerBlock(nn.Module):
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         channels = x.shape[-1]
         y = LayerNorm(1e-5, name="norm1", **dtypes)(x)
-        x += SelfAttention(self.num_heads, implementation=self.attention, name="attn1", **dtypes)(y)
+        x += Attention(self.num_heads, implementation=self.attention, name="attn1", **dtypes)(y)
         # The norm of the queries, which one key makes irrelevant.
         Unused((("scale", (channels,)), ("bias", (channels,))), self.param_dtype, name="norm2")()
         x += SingleKeyAttention(channels, name="attn2", **dtypes)(context)[:, None, None, :]
@@ -85,7 +85,7 @@ class _TemporalTransformerBlock(nn.Module):
         channels = x.shape[-1]
         x += FeedForward(name="ff_in", **dtypes)(LayerNorm(1e-5, name="norm_in", **dtypes)(x))
         y = LayerNorm(1e-5, name="norm1", **dtypes)(x)
-        x += SelfAttention(self.num_heads, implementation=self.attention, name="attn1", **dtypes)(y)
+        x += Attention(self.num_heads, implementation=self.attention, name="attn1", **dtypes)(y)
         Unused((("scale", (channels,)), ("bias", (channels,))), self.param_dtype, name="norm2")()
         x += SingleKeyAttention(channels, name="attn2", **dtypes)(context)[:, None, None, :]
         return x + FeedForward(name="ff", **dtypes)(LayerNorm(1e-5, name="norm3", **dtypes)(x))
@@ -119,20 +119,22 @@ class TransformerSpatioTemporal(nn.Module):
         return x + Dense(channels, name="proj_out", **dtypes)(y).reshape(x.shape)
 
 
-class _Level(nn.Module):
-    """What the blocks of the two halves and the middle have in common: residual blocks with or without transformers."""
+@dataclasses.dataclass(frozen=True)
+class _Level:
+    """The layers of one resolution (`unet_blocks.Level`): residual blocks with or without transformers."""
 
     config: UNetConfig
     level: int
     epsilon: float
-    dtype: Dtype
-    param_dtype: Dtype
+    has_attention: bool
     attention: str
     remat: str
+    dtype: Dtype
+    param_dtype: Dtype
 
     @property
-    def channels(self) -> int:
-        return self.config.block_out_channels[self.level]
+    def num_layers(self) -> int:
+        return self.config.layers_per_block
 
     @property
     def dtypes(self) -> dict[str, Any]:
@@ -140,49 +142,15 @@ class _Level(nn.Module):
 
     def resnet(self, i: int, x: Array, temb: Array) -> Array:
         block = rematerialise(SpatioTemporalResBlock, self.remat)
-        return block(self.channels, self.epsilon, name=f"resnets_{i}", **self.dtypes)(x, temb)
+        channels = self.config.block_out_channels[self.level]
+        return block(channels, self.epsilon, name=f"resnets_{i}", **self.dtypes)(x, temb)
 
-    def transformer(self, i: int, x: Array, context: Array) -> Array:
+    def attend(self, i: int, x: Array, context: Array) -> Array:
+        if not self.has_attention:
+            return x
         block = rematerialise(TransformerSpatioTemporal, self.remat)
         heads, depth = self.config.num_attention_heads[self.level], self.config.transformer_layers_per_block
         return block(heads, depth, self.attention, name=f"attentions_{i}", **self.dtypes)(x, context)
-
-
-class _DownBlock(_Level):
-    @nn.compact
-    def __call__(self, x: Array, temb: Array, context: Array) -> tuple[Array, list[Array]]:
-        skips = []
-        for i in range(self.config.layers_per_block):
-            x = self.resnet(i, x, temb)
-            if self.config.has_attention[self.level]:
-                x = self.transformer(i, x, context)
-            skips.append(x)
-        if self.level < len(self.config.block_out_channels) - 1:
-            x = Downsample(name="downsamplers_0", **self.dtypes)(x)
-            skips.append(x)
-        return x, skips
-
-
-class _MidBlock(_Level):
-    @nn.compact
-    def __call__(self, x: Array, temb: Array, context: Array) -> Array:
-        x = self.resnet(0, x, temb)
-        x = self.transformer(0, x, context)
-        return self.resnet(1, x, temb)
-
-
-class _UpBlock(_Level):
-    @nn.compact
-    def __call__(self, x: Array, skips: list[Array], temb: Array, context: Array) -> Array:
-        """Consumes its skips from the end of the list."""
-        for i in range(self.config.layers_per_block + 1):
-            x = self.resnet(i, jnp.concatenate([x, skips.pop()], axis=-1), temb)
-            if self.config.has_attention[self.level]:
-                x = self.transformer(i, x, context)
-        if self.level > 0:
-            height, width = skips[-1].shape[2:4]
-            x = Upsample(name="upsamplers_0", **self.dtypes)(x, (height, width))
-        return x
 
 
 class SVDUNet(nn.Module):
@@ -192,7 +160,7 @@ class SVDUNet(nn.Module):
         config: the architecture.
         dtype: compute dtype; statistics of norms, softmax and sinusoidal embeddings stay in float32.
         param_dtype: dtype in which parameters are created.
-        attention: see `layers.dot_product_attention`.
+        attention: see `attention.dot_product_attention`.
         remat: what the backward pass computes again of residual blocks and transformers, see `layers.rematerialise`.
     """
 
@@ -235,23 +203,20 @@ class SVDUNet(nn.Module):
         context = image_embedding.astype(self.dtype)
 
         x = Conv(channels[0], (3, 3), name="conv_in", **dtypes)(sample)
-        skips, blocks = [x], []
-        for level in range(last + 1):
-            # diffusers gives the down blocks with transformers the smaller epsilon, whatever the config says.
-            epsilon = 1e-6 if config.has_attention[level] else 1e-5
-            x, outputs = _DownBlock(config, level, epsilon, name=f"down_blocks_{level}", **options)(x, temb, context)
-            skips += outputs
-            blocks.append(x)
+        # diffusers gives the down blocks with transformers the smaller epsilon, whatever the config says.
+        down = [
+            _Level(config, i, 1e-6 if has_attention else 1e-5, has_attention, **options)
+            for i, has_attention in enumerate(config.has_attention)
+        ]
+        encoded, skips = encode(x, temb, context, down, **dtypes)
         if features == "encoder":
-            return tuple(blocks)
-        x = _MidBlock(config, last, 1e-5, name="mid_block", **options)(x, temb, context)
-        blocks.append(x)
-        for i in range(last + 1):
-            x = _UpBlock(config, last - i, 1e-6, name=f"up_blocks_{i}", **options)(x, skips, temb, context)
-            blocks.append(x)
+            return tuple(encoded)
+        middle = _Level(config, last, 1e-5, True, **options)
+        up = [dataclasses.replace(level, epsilon=1e-6) for level in reversed(down)]
+        decoded = decode(encoded[-1], skips, temb, context, middle, up, **dtypes)
         if features:
-            return tuple(blocks)
-        frames = x.reshape(-1, *x.shape[2:])
+            return tuple(encoded + decoded)
+        frames = decoded[-1].reshape(-1, *decoded[-1].shape[2:])
         frames = nn.silu(GroupNorm(1e-5, name="conv_norm_out", **dtypes)(frames))
         frames = Conv(config.out_channels, (3, 3), name="conv_out", **dtypes)(frames)
         return frames.reshape(*sample.shape[:-1], -1).astype(jnp.float32)

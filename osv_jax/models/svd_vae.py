@@ -1,21 +1,22 @@
-"""The autoencoder of Stable Video Diffusion: an image encoder and a decoder that also looks along the frames.
+"""The autoencoders of Stable Video Diffusion, whose decoder also looks along the frames, and of Stable Diffusion 1.5.
 
-Reference: diffusers `AutoencoderKLTemporalDecoder`. Both directions work on unscaled latents: what diffusion sees is
-`latent * scaling_factor`, and multiplying or dividing is the caller's business. The encoder computes in float32
-whatever the decoder computes in, as diffusers makes it where a checkpoint's config.json has `force_upcast`.
+Reference: diffusers `AutoencoderKLTemporalDecoder` and `AutoencoderKL`. Both directions work on unscaled latents: what
+diffusion sees is `latent * scaling_factor`, and multiplying or dividing is the caller's business. The encoder computes
+in float32 whatever the decoder computes in, as diffusers makes it where a checkpoint's config.json has `force_upcast`.
 """
 
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
+from typing import Any, ClassVar
 
 import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from osv_jax.errors import UserError
-from osv_jax.models.layers import Conv, Dense, Dtype, dot_product_attention, rematerialise
+from osv_jax.models.attention import dot_product_attention
+from osv_jax.models.layers import Conv, Dense, Dtype, rematerialise
 from osv_jax.models.norms import GroupNorm
 from osv_jax.models.resnet import Downsample, SpatialResBlock, SpatioTemporalResBlock, Upsample
 from osv_jax.runtime.precision import matmul_precision
@@ -26,7 +27,7 @@ _TEMPORAL_EPSILON = 1e-5
 
 @dataclasses.dataclass(frozen=True)
 class VAEConfig:
-    """Sizes of the autoencoder, named as in a checkpoint's `vae/config.json`.
+    """Sizes of an autoencoder, named as in a checkpoint's `vae/config.json`.
 
     `norm_num_groups` is always 32 in diffusers' temporal decoder. With 32 channels that leaves one to a group, and the
     norm takes away the brightness of a picture: so narrow a network needs fewer groups.
@@ -47,8 +48,8 @@ class VAEConfig:
         if self.layers_per_block != 2:
             # The reference's middle block drops its attention with one layer and ignores all layers after the second.
             raise UserError(
-                f"The VAE's layers_per_block is {self.layers_per_block}, but SVD's decoder is only defined for 2: "
-                "check that vae/config.json belongs to a Stable Video Diffusion checkpoint."
+                f"The VAE's layers_per_block is {self.layers_per_block}, but its decoder is only defined for 2: "
+                "check that vae/config.json belongs to a checkpoint of Stable Video Diffusion or Stable Diffusion 1.5."
             )
         groups = self.norm_num_groups
         if groups < 1 or any(channels % groups for channels in self.block_out_channels):
@@ -59,17 +60,17 @@ class VAEConfig:
 
     @property
     def downscale(self) -> int:
-        """Pixels per latent along each side (8 for SVD)."""
+        """Pixels per latent along each side (8 for SVD and SD 1.5)."""
         return 2 ** (len(self.block_out_channels) - 1)
 
 
-class SVDVAE(nn.Module):
-    """The autoencoder. Parameters: `encoder`, `quant_conv`, `decoder`.
+class _VAE(nn.Module):
+    """An autoencoder with an image encoder. Parameters: `encoder`, `quant_conv`, `decoder`.
 
     Args (attributes):
         config: sizes.
-        attention: implementation for the middle blocks, see `layers.dot_product_attention`. There, `auto` means `xla`:
-            one head as wide as the block (512) is beyond what the fused kernels take.
+        attention: implementation for the middle blocks, see `attention.dot_product_attention`. There, `auto` means
+            `xla`: one head as wide as the block (512) is beyond what the fused kernels take.
         remat: what the backward pass computes again of residual blocks and attention, see `layers.rematerialise`; for
             losses on decoded frames.
         dtype: what the decoder computes in.
@@ -81,17 +82,14 @@ class SVDVAE(nn.Module):
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
+    temporal: ClassVar[bool]
+
     def setup(self) -> None:
         attention = "xla" if self.attention == "auto" else self.attention
         exact = {"dtype": jnp.float32, "param_dtype": self.param_dtype}
         self.encoder = _Encoder(self.config, attention, self.remat, **exact)
         self.quant_conv = Conv(2 * self.config.latent_channels, (1, 1), **exact)
-        self.decoder = _TemporalDecoder(self.config, attention, self.remat, self.dtype, self.param_dtype)
-
-    def __call__(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b f h2 w2 3"]:
-        """Reconstructs a video in [-1, 1] through the mode of its latents."""
-        mean, _ = self.encode(video.reshape(-1, *video.shape[2:]))
-        return self.decode(mean.reshape(*video.shape[:2], *mean.shape[1:]))
+        self.decoder = _Decoder(self.config, self.temporal, attention, self.remat, self.dtype, self.param_dtype)
 
     def encode(self, images: Float[Array, "n h w 3"]) -> tuple[Float[Array, "n lh lw 4"], Float[Array, "n lh lw 4"]]:
         """Mean (which is the mode) and log-variance of the unscaled latents of images in [-1, 1], in float32.
@@ -104,9 +102,39 @@ class SVDVAE(nn.Module):
         mean, logvar = jnp.split(moments, 2, axis=-1)
         return mean, logvar.clip(-30.0, 20.0)
 
+
+class SVDVAE(_VAE):
+    """SVD's: it decodes whole videos."""
+
+    temporal = True
+
+    def __call__(self, video: Float[Array, "b f h w 3"]) -> Float[Array, "b f h2 w2 3"]:
+        """Reconstructs a video in [-1, 1] through the mode of its latents."""
+        mean, _ = self.encode(video.reshape(-1, *video.shape[2:]))
+        return self.decode(mean.reshape(*video.shape[:2], *mean.shape[1:]))
+
     def decode(self, latents: Float[Array, "b f lh lw 4"]) -> Float[Array, "b f h w 3"]:
         """Frames, about in [-1, 1] (not clipped), of latents already divided by `config.scaling_factor`."""
         return self.decoder(latents)
+
+
+class ImageVAE(_VAE):
+    """Stable Diffusion 1.5's (diffusers `AutoencoderKL`): it decodes images, and has a `post_quant_conv`, too."""
+
+    temporal = False
+
+    def setup(self) -> None:
+        super().setup()
+        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        self.post_quant_conv = Conv(self.config.latent_channels, (1, 1), **dtypes)
+
+    def __call__(self, images: Float[Array, "n h w 3"]) -> Float[Array, "n h2 w2 3"]:
+        """Reconstructs images in [-1, 1] through the mode of their latents."""
+        return self.decode(self.encode(images)[0])
+
+    def decode(self, latents: Float[Array, "n lh lw 4"]) -> Float[Array, "n h w 3"]:
+        """Images, about in [-1, 1] (not clipped), of latents already divided by `config.scaling_factor`."""
+        return self.decoder(self.post_quant_conv(latents))
 
 
 class _MidAttention(nn.Module):
@@ -133,9 +161,9 @@ class _Stage(nn.Module):
     """The residual blocks of one resolution, `resnets_0` ..., and the change to the next one.
 
     Args (attributes):
-        temporal: blocks of the decoder, which also look along the frames, and upsampling instead of downsampling.
+        temporal: residual blocks that also look along the frames.
         attention: attention implementation of a middle stage (`attentions_0`, after the first block), else None.
-        resample: whether to change the resolution at the end.
+        resample: `up` or `down`, how to change the resolution at the end, or nothing.
     """
 
     channels: int
@@ -146,7 +174,7 @@ class _Stage(nn.Module):
     dtype: Dtype
     param_dtype: Dtype
     attention: str | None = None
-    resample: bool = False
+    resample: str = ""
 
     @nn.compact
     def __call__(self, x: Float[Array, "*batch h w c"]) -> Float[Array, "*batch h2 w2 channels"]:
@@ -162,14 +190,16 @@ class _Stage(nn.Module):
             if i == 0 and self.attention is not None:
                 attend = attention(self.attention, self.num_groups, name="attentions_0", **dtypes)
                 x = attend(x.reshape(-1, *x.shape[-3:])).reshape(x.shape)
-        if not self.resample:
-            return x
-        if self.temporal:
+        if self.resample == "up":
             return Upsample(name="upsamplers_0", **dtypes)(x)
-        return Downsample(padding=(0, 1), name="downsamplers_0", **dtypes)(x)
+        if self.resample == "down":
+            return Downsample(padding=(0, 1), name="downsamplers_0", **dtypes)(x)
+        return x
 
 
 class _Encoder(nn.Module):
+    """Images to the moments of their latents, before `quant_conv`."""
+
     config: VAEConfig
     attention: str
     remat: str
@@ -184,30 +214,41 @@ class _Encoder(nn.Module):
         widths, layers = self.config.block_out_channels, self.config.layers_per_block
         x = Conv(widths[0], (3, 3), name="conv_in", **dtypes)(images)
         for i, width in enumerate(widths):
-            x = _Stage(width, layers, resample=i < len(widths) - 1, name=f"down_blocks_{i}", **stage)(x)
+            resample = "down" if i < len(widths) - 1 else ""
+            x = _Stage(width, layers, resample=resample, name=f"down_blocks_{i}", **stage)(x)
         x = _Stage(widths[-1], 2, attention=self.attention, name="mid_block", **stage)(x)
         x = nn.silu(GroupNorm(_EPSILON, groups, name="conv_norm_out", **dtypes)(x))
         return Conv(2 * self.config.latent_channels, (3, 3), name="conv_out", **dtypes)(x)
 
 
-class _TemporalDecoder(nn.Module):
+class _Decoder(nn.Module):
+    """Latents to pixels.
+
+    Args (attributes):
+        temporal: of videos [b f h w c], looking along the frames in every block and at the end; else of images.
+    """
+
     config: VAEConfig
+    temporal: bool
     attention: str
     remat: str
     dtype: Dtype
     param_dtype: Dtype
 
     @nn.compact
-    def __call__(self, latents: Float[Array, "b f lh lw 4"]) -> Float[Array, "b f h w 3"]:
+    def __call__(self, latents: Float[Array, "*batch lh lw c"]) -> Float[Array, "*batch h w 3"]:
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
         groups = self.config.norm_num_groups
-        stage = {"temporal": True, "remat": self.remat, "num_groups": groups, **dtypes}
+        stage = {"temporal": self.temporal, "remat": self.remat, "num_groups": groups, **dtypes}
         widths, layers = self.config.block_out_channels[::-1], self.config.layers_per_block
         x = Conv(widths[0], (3, 3), name="conv_in", **dtypes)(latents)
         x = _Stage(widths[0], layers, attention=self.attention, name="mid_block", **stage)(x)
         for i, width in enumerate(widths):
-            x = _Stage(width, layers + 1, resample=i < len(widths) - 1, name=f"up_blocks_{i}", **stage)(x)
+            resample = "up" if i < len(widths) - 1 else ""
+            x = _Stage(width, layers + 1, resample=resample, name=f"up_blocks_{i}", **stage)(x)
         # One more norm of the spatial kind: statistics per frame.
-        y = GroupNorm(_EPSILON, groups, name="conv_norm_out", **dtypes)(x.reshape(-1, *x.shape[2:])).reshape(x.shape)
+        y = GroupNorm(_EPSILON, groups, name="conv_norm_out", **dtypes)(x.reshape(-1, *x.shape[-3:])).reshape(x.shape)
         y = Conv(self.config.out_channels, (3, 3), name="conv_out", **dtypes)(nn.silu(y))
+        if not self.temporal:
+            return y
         return Conv(self.config.out_channels, (3, 1, 1), name="time_conv_out", **dtypes)(y)

@@ -13,7 +13,8 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from osv_jax.models.layers import Dense, Dtype, dot_product_attention, gelu, parameter
+from osv_jax.models.attention import dot_product_attention
+from osv_jax.models.layers import Dense, Dtype, gelu, parameter
 from osv_jax.models.norms import LayerNorm
 
 
@@ -43,7 +44,7 @@ class VideoMAE(nn.Module):
     Attributes:
         config: sizes.
         dtype, param_dtype: of the computation and of the parameters.
-        attention: see `layers.dot_product_attention`.
+        attention: see `attention.dot_product_attention`.
     """
 
     config: VideoMAEConfig

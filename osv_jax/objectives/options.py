@@ -16,7 +16,8 @@ from ml_collections import ConfigDict
 
 from osv_jax.errors import UserError
 from osv_jax.models import groups, lora
-from osv_jax.models.layers import ATTENTION_IMPLEMENTATIONS, REMAT_POLICIES
+from osv_jax.models.attention import ATTENTION_IMPLEMENTATIONS
+from osv_jax.models.layers import REMAT_POLICIES
 from osv_jax.runtime.ranges import (
     COUNT,
     DECAY,
@@ -194,7 +195,7 @@ class RunOptions:
         batch_size: clips in a step, over all devices.
         num_steps: of the whole run.
         dtype: of the networks and of their frozen parameters; `bfloat16` or `float32`.
-        attention: see `models.layers.dot_product_attention`.
+        attention: see `models.attention.dot_product_attention`.
         remat: what the backward pass recomputes in the UNet and the VAE, see `models.layers.rematerialise`.
         mesh: of devices.
         log_every, picture_every, checkpoint_every: steps between progress lines, pictures, checkpoints.

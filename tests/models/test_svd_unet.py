@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from torch_reference import flax_params, torch_unet
 
 from osv_jax.convert.architectures import expected_params
-from osv_jax.models import layers, lora
+from osv_jax.models import attention, lora
 from osv_jax.models.svd_unet import SVDUNet, TransformerSpatioTemporal, UNetConfig
 from osv_jax.objectives.random_networks import random_params
 from osv_jax.runtime import mesh
@@ -106,7 +106,7 @@ def test_attention_to_one_key_does_not_depend_on_queries(network, rng):
     with torch.no_grad():
         expected = block(torch.tensor(queries), torch.tensor(context)[:, None]).numpy()
     mine = params[f"down_blocks_{level}"]["attentions_0"]["transformer_blocks_0"]["attn2"]
-    actual = layers.SingleKeyAttention(queries.shape[-1]).apply({"params": mine}, context)
+    actual = attention.SingleKeyAttention(queries.shape[-1]).apply({"params": mine}, context)
     assert relative_error(np.broadcast_to(actual[:, None], expected.shape), expected) < TOLERANCE
 
 
@@ -118,7 +118,7 @@ def attend_and_differentiate(implementation):
     """Attention's output, and the gradient of a random functional of it."""
 
     def run(q, k, v, direction):
-        y, pull_back = jax.vjp(lambda *args: layers.dot_product_attention(*args, implementation), q, k, v)
+        y, pull_back = jax.vjp(lambda *args: attention.dot_product_attention(*args, implementation), q, k, v)
         return y, *pull_back(direction)
 
     return jax.jit(run)
@@ -128,13 +128,13 @@ def test_attention_matches_torch(rng):
     q, k, v = qkv(rng, 37)
     heads_first = (torch.tensor(np.array(x)).transpose(1, 2) for x in (q, k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
-    assert relative_error(layers.dot_product_attention(q, k, v, "xla"), expected) < 1e-5
+    assert relative_error(attention.dot_product_attention(q, k, v, "xla"), expected) < 1e-5
 
 
 def test_queries_in_chunks_change_nothing(rng, monkeypatch):
     args = (*qkv(rng, 200), qkv(rng, 200)[0])
     whole = attend_and_differentiate("xla")(*args)
-    monkeypatch.setattr(layers, "_QUERY_CHUNK", 64)
+    monkeypatch.setattr(attention, "_QUERY_CHUNK", 64)
     chunked = attend_and_differentiate("xla")
     assert "scan" in str(jax.make_jaxpr(chunked)(*args))
     for actual, expected in zip(chunked(*args), whole, strict=True):
