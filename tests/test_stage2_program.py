@@ -16,7 +16,7 @@ from workdirs import assert_same, metrics_of, state_of
 
 from osv_jax import train
 from osv_jax.errors import UserError
-from osv_jax.training import origins, setup
+from osv_jax.training import loop, origins, setup
 
 STEPS, SWITCH = 4, 2
 
@@ -90,6 +90,33 @@ def test_state_carries_over_to_the_second_resolution(straight):
     assert {path[0] for path in new} == {"lora", "tuned"}
     # A step of Adam moves nothing by more than its learning rate, within a factor.
     assert 0 < max(np.abs(new[path] - old[path]).max() for path in new) < 0.02
+
+
+def test_nothing_is_compiled_after_the_first_step(stage1, tmp_path, monkeypatch):
+    compiled, at_steps = [], []
+    compile_step = loop.compile_step
+
+    def counted(*arguments):
+        names, step = compile_step(*arguments)
+
+        def run(*arguments):
+            at_steps.append(len(compiled))
+            return step(*arguments)
+
+        return names, run
+
+    def record(event, seconds, **_):
+        if event == "/jax/core/compile/backend_compile_duration":
+            compiled.append(event)
+
+    monkeypatch.setattr(loop, "compile_step", counted)
+    jax.monitoring.register_event_duration_secs_listener(record)
+    try:
+        changes = {"data.resolutions": ((0, 16, 24),), "num_steps": 5, "checkpoint_every": 5}
+        train.train(stage2_config(stage1, **changes), tmp_path / "run")
+    finally:
+        jax.monitoring.unregister_event_duration_listener(record)
+    assert compiled and at_steps == [at_steps[0]] * 5
 
 
 def test_a_value_that_is_not_finite_stops_the_run(stage1, tmp_path):

@@ -11,7 +11,8 @@ from jax import lax
 from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
-from osv_jax.models.layers import Dense, Dtype, Unused, compiled_for
+from osv_jax.models.layers import Dense, Dtype, Unused
+from osv_jax.models.products import compiled_for
 
 ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 

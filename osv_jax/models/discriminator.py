@@ -17,7 +17,8 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float, PRNGKeyArray
 
 from osv_jax.models.heads import Head, Projection, over_frames, over_tracks, project
-from osv_jax.models.layers import Conv, Dtype, apply, parameter, shares_images
+from osv_jax.models.layers import Conv, Dtype, apply, parameter
+from osv_jax.models.products import shares_images
 
 # What each latent channel (rows) of Stable Diffusion contributes to red, green and blue in [-1, 1].
 _LATENT_TO_RGB = np.array(

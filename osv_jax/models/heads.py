@@ -69,7 +69,7 @@ class SpectralConv(nn.Module):
         if update_stats:
             u = stored.value = _power_iteration(lax.stop_gradient(matrix), u)
         v = _unit(_matvec(lax.stop_gradient(matrix), u))
-        kernel = kernel / (v @ _matvec(matrix, u))
+        kernel = kernel / jnp.dot(v, _matvec(matrix, u), precision=lax.Precision.HIGHEST)
         conv = Conv(self.features, self.window, dtype=self.dtype, parent=None)
         return apply(conv, {"params": {"kernel": kernel, "bias": bias}}, x)
 

@@ -16,6 +16,8 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
+from osv_jax.models.products import add_lora, convolve, convolve_widely, multiply, multiply_widely
+
 Dtype = Any
 
 REMAT_POLICIES = ("none", "dots", "full")
@@ -63,21 +65,11 @@ def rematerialise(module: type[_Module], policy: str) -> type[_Module]:
     return nn.remat(module, policy=saved)
 
 
-def compiled_for() -> str:
-    """The platform of the devices that are compiled for, which need not be there (`osv_jax.plan`)."""
-    device = jax.sharding.get_abstract_mesh().abstract_device
-    return device.platform if device else jax.default_backend()
-
-
-def shares_images() -> bool:
-    """Whether each image's rows are shared out to several devices."""
-    return jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1
-
-
 class Dense(nn.Module):
     """A linear layer over the last axis, with an optional LoRA path `x @ a @ b`.
 
-    Parameters: `kernel` [in, features], `bias` [features]. LoRA: `a` [in, rank], `b` [rank, features]; see `_add_lora`.
+    Parameters: `kernel` [in, features], `bias` [features]. LoRA: `a` [in, rank], `b` [rank, features]; see
+    `products.add_lora`.
     """
 
     features: int
@@ -91,11 +83,11 @@ class Dense(nn.Module):
             self, "kernel", nn.initializers.lecun_normal(), (x.shape[-1], self.features), self.param_dtype
         )
         x = x.astype(self.dtype)
-        y = _multiply(x, kernel.astype(self.dtype))
+        y = multiply(x, kernel.astype(self.dtype))
         if self.has_variable("lora", "a"):
             a: Array = self.get_variable("lora", "a")
             b: Array = self.get_variable("lora", "b")
-            y = _add_lora(y, _multiply(x, a.astype(self.dtype), jnp.float32), b)
+            y = add_lora(y, multiply_widely(x, a.astype(self.dtype)), b)
         if self.use_bias:
             y += parameter(self, "bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
         return y
@@ -132,59 +124,14 @@ class Conv(nn.Module):
             self, "kernel", nn.initializers.lecun_normal(), (*window, x.shape[-1], self.features), self.param_dtype
         )
         x = x.astype(self.dtype)
-        y = _convolve(x, kernel.astype(self.dtype), self.strides, padding)
+        y = convolve(x, kernel.astype(self.dtype), self.strides, padding)
         if self.has_variable("lora", "a"):
             a: Array = self.get_variable("lora", "a")
             b: Array = self.get_variable("lora", "b")
-            y = _add_lora(y, _convolve(x, a.astype(self.dtype), self.strides, padding, jnp.float32), b)
+            y = add_lora(y, convolve_widely(x, a.astype(self.dtype), self.strides, padding), b)
         if self.use_bias:
             y += parameter(self, "bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
         return y
-
-
-def _add_lora(y: Array, low_rank: Float[Array, "*batch rank"], b: Float[Array, "rank features"]) -> Array:
-    """`y + low_rank @ b`, summed in float32 and rounded once: what a LoRA adds is small beside `y`."""
-    update = _multiply(low_rank.astype(y.dtype), b.astype(y.dtype), jnp.float32)
-    return (y.astype(jnp.float32) + update).astype(y.dtype)
-
-
-def _multiply(x: Array, kernel: Float[Array, "c features"], dtype: Dtype | None = None) -> Array:
-    """`x @ kernel`; `dtype` is that of the sums and the result, by default x's."""
-    if compiled_for() != "cpu" or shares_images():
-        return jnp.matmul(x, kernel, preferred_element_type=dtype)
-    # Of more axes than two, XLA copies whole activations in the backward pass, to transpose them.
-    y = jnp.matmul(x.reshape(-1, x.shape[-1]), kernel, preferred_element_type=dtype)
-    return y.reshape(*x.shape[:-1], kernel.shape[-1])
-
-
-def _convolve(
-    x: Array, kernel: Array, stride: int, padding: Sequence[tuple[int, int]], dtype: Dtype | None = None
-) -> Array:
-    """The convolution; `dtype` is that of the sums and the result, by default x's."""
-    window = kernel.shape[:-2]
-    if stride == 1 and all(size == 1 for size in window) and not any(map(any, padding)):
-        return _multiply(x, kernel.reshape(kernel.shape[-2:]), dtype)
-    if len(window) == 3:
-        # Only (k, 1, 1) occurs in SVD: fold the two pointwise axes into one and stay with a 2-D convolution, which
-        # every backend has a fast kernel for.
-        if window[1:] != (1, 1) or stride != 1:
-            raise ValueError(f"3-D convolutions must have window (k, 1, 1) and stride 1, got {window}, {stride}.")
-        *batch, frames, height, width, channels = x.shape
-        folded = x.reshape(-1, frames, height * width, channels)
-        y = _convolve(folded, kernel.reshape(window[0], 1, *kernel.shape[-2:]), 1, (padding[0], (0, 0)), dtype)
-        return y.reshape(*batch, y.shape[1], height, width, kernel.shape[-1])
-    rank = len(window)
-    leading, space = x.shape[: -rank - 1], x.shape[-rank - 1 :]
-    letters = "HW"[-rank:]
-    y = lax.conv_general_dilated(
-        x.reshape(-1, *space),
-        kernel,
-        (stride,) * rank,
-        padding,
-        dimension_numbers=(f"N{letters}C", f"{letters}IO", f"N{letters}C"),
-        preferred_element_type=dtype,
-    )
-    return y.reshape(*leading, *y.shape[1:])
 
 
 def at_least_float32(x: Array) -> Array:

@@ -1,14 +1,18 @@
-"""What half-precision networks compute in float32 all the same, read off their programs: nothing is compiled or run.
+"""What half-precision networks compute in float32 all the same, and what their steps do not do.
 
-Results would not tell: a norm or a softmax in bfloat16 changes them no more than the rest of such a network does.
+Both are read off their programs: nothing is compiled or run. Results would not tell: a norm or a softmax in bfloat16
+changes them no more than the rest of such a network does, and what a step does for nothing does not change them at all.
 """
+
+import functools
 
 import jax
 import jax.numpy as jnp
+import jaxtyping
 import pytest
 import tiny
-from flax.traverse_util import unflatten_dict
-from jaxprs import equations
+from flax.traverse_util import flatten_dict, unflatten_dict
+from jaxprs import equations, kernel_gradients, place, products
 from students import CONFIGS, TRAINABLE
 
 from osv_jax.codec import Codec
@@ -23,6 +27,7 @@ from osv_jax.objectives.osv_stage1 import Stage1
 from osv_jax.objectives.osv_stage2 import Stage2
 from osv_jax.objectives.players import first_state
 from osv_jax.objectives.sf_v import SFV
+from osv_jax.planning.traffic import traffic_of
 
 BATCH, FRAMES = 2, 3
 NETWORKS = build_networks(CONFIGS, discriminator_blocks=(0,), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
@@ -120,6 +125,18 @@ def add():
     return step_of(ADD, discriminator_blocks=(0,))
 
 
+STEPS = (stage1, stage2, denoising, add, sf_v, animatelcm)
+# What the programs of the steps read and write [MB], before any compiler has fused anything: it does not depend on the
+# machine. A change that costs or saves more than 2 % of it comes with the new figure.
+TRAFFIC = {stage1: 436.7, stage2: 2726.9, denoising: 367.3, animatelcm: 843.0}
+
+
+@functools.cache
+def traced(case):
+    run, *arguments = case()
+    return jax.jit(run).trace(*arguments)
+
+
 @pytest.mark.parametrize(
     ("case", "delicate", "there"),
     [
@@ -137,8 +154,7 @@ def add():
     ],
 )
 def test_norms_softmax_embeddings_and_losses_are_in_float32(case, delicate, there):
-    run, *arguments = case()
-    jaxpr = jax.make_jaxpr(run)(*arguments)
+    jaxpr = traced(case).jaxpr
     halves = {eqn.primitive.name for eqn in equations(jaxpr) if any(v.aval.dtype == jnp.bfloat16 for v in eqn.outvars)}
     assert halves & {"dot_general", "conv_general_dilated"}
     assert there <= {eqn.primitive.name for eqn in equations(jaxpr)}
@@ -148,8 +164,44 @@ def test_norms_softmax_embeddings_and_losses_are_in_float32(case, delicate, ther
         assert {v.aval.dtype for v in jaxpr.jaxpr.outvars} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
 
 
-def products(jaxpr):
-    return [eqn for eqn in equations(jaxpr) if eqn.primitive.name in ("dot_general", "conv_general_dilated")]
+@pytest.mark.parametrize("case", STEPS)
+def test_products_are_in_half_precision(case):
+    """But for those that ask for every digit, as resampling of pixels, and a softmax' gradient, which is JAX's."""
+    exact = (jax.lax.Precision.HIGHEST,) * 2
+    found = products(traced(case).jaxpr)
+    wide = [eqn for eqn in found if any(variable.aval.dtype == jnp.float32 for variable in eqn.invars)]
+    others = [eqn for eqn in wide if eqn.params["precision"] != exact and place(eqn) != "dot_product_attention"]
+    assert [(place(eqn), str(eqn.source_info.name_stack), str(eqn)) for eqn in others] == []
+    assert len(wide) < len(found) / 2
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_a_step_does_not_wait_for_the_host(case):
+    jaxpr = traced(case).jaxpr
+    assert not jaxpr.effects
+    assert not [eqn.primitive.name for eqn in equations(jaxpr) if "callback" in eqn.primitive.name]
+
+
+@pytest.mark.parametrize("case", STEPS)
+def test_kernels_have_a_gradient_if_they_are_trained(case):
+    """The frozen networks' have none, though gradients go through all of them."""
+    _, state, frozen, *_ = case()
+    classes = {"unet": "SVDUNet", "vae": "SVDVAE", "image_encoder": "CLIPVision", "dinov2": "Dinov2"}
+    shapes = {(classes[path[0]], *path[1:]): leaf.shape for path, leaf in flatten_dict(frozen).items()}
+    kernels = {path[:-1]: shape for path, shape in shapes.items() if path[-1] == "kernel"}
+    tuned = {path for path in flatten_dict(state.players["student"].params.tuned) if path[-1] == "kernel"}
+    assert tuned
+    assert kernel_gradients(traced(case).jaxpr, kernels) == {("SVDUNet", *path[:-1]) for path in tuned}
+
+
+@pytest.mark.parametrize("case", TRAFFIC)
+def test_traffic_with_memory_is_as_committed(case, monkeypatch):
+    text = traced(case).lower().compiler_ir("hlo").as_hlo_text()
+    # Of 180,000 calls the checks take most of the time.
+    monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
+    counted = traffic_of(text)
+    assert counted.unknown_loops == 0
+    assert counted.total / 1e6 == pytest.approx(TRAFFIC[case], rel=0.02), counted
 
 
 def test_half_precision_networks_encode_in_float32():
