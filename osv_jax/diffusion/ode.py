@@ -4,27 +4,43 @@ from __future__ import annotations
 
 import dataclasses
 from collections.abc import Callable
+from typing import Any, ClassVar, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
-from osv_jax.diffusion.edm import EDMBackbone, per_clip
+from osv_jax.diffusion.edm import per_clip
 
 # x [b f h w c] at noise levels sigma [b] -> the clean x_0 it is taken for, [b f h w c].
 Denoiser = Callable[[Array, Array], Array]
 
 
-def guided_denoiser(backbone: EDMBackbone, guidance: Float[Array, "#b f"] | Float[Array, " f"]) -> Denoiser:
+@runtime_checkable
+class Backbone(Protocol):
+    """A dataclass that is a denoiser, with its condition bound: `EDMBackbone`, `DDPMBackbone`."""
+
+    __dataclass_fields__: ClassVar[dict[str, Any]]
+
+    @property
+    def cond(self) -> Any:
+        """Arrays that begin with the batch, and what guidance leads away from as `cond.unconditional()`."""
+
+    def __call__(self, x: Array, level: Array, /) -> Array:
+        """The clean x_0 of x."""
+
+
+def guided_denoiser(backbone: Backbone, guidance: Float[Array, "#b f"] | Float[Array, " f"]) -> Denoiser:
     """Classifier-free guidance D_0 + w (D - D_0), both evaluations in one batch of 2 b (OSV, below Eq. 8).
 
-    Guiding denoised values is guiding the network's outputs, because D is affine in F with factors that do not depend
-    on the condition.
+    Guiding denoised values is guiding the network's outputs, because D is affine in F, or in epsilon, with factors that
+    do not depend on the condition.
 
     Args:
-        backbone: a network with its condition; see `EDMBackbone`.
-        guidance: w for every frame, and if need be for every clip; SVD's is `linspace(1, 3, num_frames)`.
+        backbone: a network with its condition.
+        guidance: w for every frame, and if need be for every clip; SVD's is `linspace(1, 3, num_frames)`,
+            AnimateDiff's 7.5 for all.
     """
     # Side by side for each clip, so that a sharded batch stays where it is.
     both = jax.tree.map(

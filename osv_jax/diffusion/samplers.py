@@ -84,16 +84,20 @@ def consistency(
         levels: ascending; see `even_levels`.
         keys: of the k - 1 others, one for each clip, whose noise then depends on no other.
     """
-
-    def draw(key: jax.Array) -> Array:
-        return jax.random.normal(key, (len(levels) - 1, *noise.shape[1:]), noise.dtype)
-
-    fresh = jax.vmap(draw, out_axes=1)(keys)
     sample = jnp.zeros_like(noise)
-    for sigma, eps in zip(levels[::-1], [noise, *fresh], strict=True):
+    for sigma, eps in zip(levels[::-1], [noise, *fresh_noises(keys, len(levels) - 1, noise)], strict=True):
         x = sample + sigma * eps
         sample = denoiser(x, _per_clip(sigma, x))
     return sample
+
+
+def fresh_noises(keys: Key[Array, " b"], count: int, noise: Float[Array, "b f h w c"]) -> Float[Array, "n b f h w c"]:
+    """`count` more noises like the first one; each clip's are drawn from its own key."""
+
+    def draw(key: jax.Array) -> Array:
+        return jax.random.normal(key, (count, *noise.shape[1:]), noise.dtype)
+
+    return jax.vmap(draw, out_axes=1)(keys)
 
 
 def time_travel(

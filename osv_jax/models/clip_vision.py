@@ -3,44 +3,23 @@
 from __future__ import annotations
 
 import dataclasses
-from collections.abc import Callable
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from osv_jax.models.attention import Attention
-from osv_jax.models.layers import Conv, Dense, Dtype, gelu, parameter
+from osv_jax.models.clip_layers import CLIPEncoder, CLIPLayersConfig
+from osv_jax.models.layers import Conv, Dense, Dtype, parameter
 from osv_jax.models.norms import LayerNorm
-
-_ACTIVATIONS: dict[str, Callable[[Array], Array]] = {
-    "gelu": gelu,
-    "quick_gelu": lambda x: x * jax.nn.sigmoid(1.702 * x),
-}
 
 
 @dataclasses.dataclass(frozen=True)
-class CLIPVisionConfig:
-    """Sizes, under the names of transformers' config.json; the defaults are SVD's ViT-H/14.
+class CLIPVisionConfig(CLIPLayersConfig):
+    """Sizes, under the names of transformers' config.json; the defaults are SVD's ViT-H/14."""
 
-    Raises:
-        ValueError: on an activation other than "gelu" and "quick_gelu".
-    """
-
-    hidden_size: int = 1280
-    intermediate_size: int = 5120
     projection_dim: int = 1024
-    num_hidden_layers: int = 32
-    num_attention_heads: int = 16
     image_size: int = 224
     patch_size: int = 14
-    hidden_act: str = "gelu"
-    layer_norm_eps: float = 1e-5
-
-    def __post_init__(self) -> None:
-        if self.hidden_act not in _ACTIVATIONS:
-            raise ValueError(f"hidden_act must be one of {tuple(_ACTIVATIONS)}, got {self.hidden_act!r}.")
 
 
 class CLIPVision(nn.Module):
@@ -84,7 +63,7 @@ class _VisionModel(nn.Module):
         x = _Embeddings(config, name="embeddings", **dtypes)(pixels)
         # The misspelt name is the checkpoints'.
         x = LayerNorm(config.layer_norm_eps, name="pre_layrnorm", **dtypes)(x)
-        x = _Encoder(config, self.attention, name="encoder", **dtypes)(x)
+        x = CLIPEncoder(config, self.attention, name="encoder", **dtypes)(x)
         return LayerNorm(config.layer_norm_eps, name="post_layernorm", **dtypes)(x[:, 0])
 
 
@@ -104,49 +83,3 @@ class _Embeddings(nn.Module):
         x = jnp.concatenate([tokens, patches], axis=1)
         length = x.shape[1]
         return x + nn.Embed(length, width, name="position_embedding", **dtypes)(jnp.arange(length))
-
-
-class _Encoder(nn.Module):
-    config: CLIPVisionConfig
-    attention: str
-    dtype: Dtype
-    param_dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
-        for i in range(self.config.num_hidden_layers):
-            x = _Layer(self.config, self.attention, self.dtype, self.param_dtype, name=f"layers_{i}")(x)
-        return x
-
-
-class _Layer(nn.Module):
-    config: CLIPVisionConfig
-    attention: str
-    dtype: Dtype
-    param_dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
-        config, dtypes = self.config, {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        attention = Attention(
-            config.num_attention_heads,
-            names=("q_proj", "k_proj", "v_proj", "out_proj"),
-            qkv_bias=True,
-            implementation=self.attention,
-            name="self_attn",
-            **dtypes,
-        )
-        x += attention(LayerNorm(config.layer_norm_eps, name="layer_norm1", **dtypes)(x))
-        return x + _MLP(config, name="mlp", **dtypes)(LayerNorm(config.layer_norm_eps, name="layer_norm2", **dtypes)(x))
-
-
-class _MLP(nn.Module):
-    config: CLIPVisionConfig
-    dtype: Dtype
-    param_dtype: Dtype
-
-    @nn.compact
-    def __call__(self, x: Float[Array, "b t c"]) -> Float[Array, "b t c"]:
-        dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        x = _ACTIVATIONS[self.config.hidden_act](Dense(self.config.intermediate_size, name="fc1", **dtypes)(x))
-        return Dense(self.config.hidden_size, name="fc2", **dtypes)(x)

@@ -1,4 +1,4 @@
-"""The SVD autoencoder and its residual blocks against diffusers, with random weights everywhere."""
+"""The autoencoders and their residual blocks against diffusers, with random weights everywhere."""
 
 import jax
 import jax.numpy as jnp
@@ -6,63 +6,23 @@ import numpy as np
 import pytest
 import torch
 from conftest import relative_error
-from diffusers import AutoencoderKLTemporalDecoder
+from diffusers import AutoencoderKL, AutoencoderKLTemporalDecoder
 from diffusers.models.resnet import Downsample2D, Upsample2D
 from diffusers.models.resnet import SpatioTemporalResBlock as TorchSpatioTemporalResBlock
 from flax.traverse_util import unflatten_dict
 from jaxprs import equations
 from tiny import CONFIGS as TINY_CONFIGS
 from tiny import tiny_networks
+from torch_reference import from_torch, random_params, to_torch, torch_state
 
 from osv_jax.convert.architectures import expected_params
 from osv_jax.errors import UserError
 from osv_jax.models.resnet import Downsample, SpatioTemporalResBlock, Upsample
-from osv_jax.models.svd_vae import SVDVAE, VAEConfig
+from osv_jax.models.svd_vae import SVDVAE, ImageVAE, VAEConfig
 
 TOLERANCE = 1e-4
 # The second one has the real depth of four stages, so that an image is eight times its latent.
 CONFIGS = (VAEConfig(block_out_channels=(32, 64)), VAEConfig(block_out_channels=(32, 32, 64, 64)))
-
-
-def random_params(module, *inputs, seed=0):
-    """The module's parameters with normal values; norm scales and kernels keep a sensible magnitude."""
-    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
-    rng = np.random.default_rng(seed)
-
-    def draw(path, leaf):
-        values = rng.standard_normal(leaf.shape).astype(np.float32)
-        if path[-1].key == "kernel":
-            return values / np.float32(np.prod(leaf.shape[:-1]) ** 0.5)
-        return 1 + 0.3 * values if path[-1].key == "scale" else 0.5 * values
-
-    return jax.tree.map_with_path(draw, shapes)
-
-
-def torch_state(params, copy=True):
-    """PyTorch's state dict of a parameter tree: the naming rule of the package, written out a second time."""
-    state = {}
-    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
-        *modules, name = (key.key for key in path)
-        modules = [
-            f"{module.rpartition('_')[0]}.{module.rpartition('_')[2]}"
-            if module.rpartition("_")[2].isdigit() and module not in ("linear_1", "linear_2")
-            else module
-            for module in modules
-        ]
-        name = {"kernel": "weight", "scale": "weight"}.get(name, name)
-        leaf = np.moveaxis(leaf, (-1, -2), (0, 1)) if leaf.ndim > 1 else leaf
-        state[".".join([*modules, name])] = torch.tensor(np.ascontiguousarray(leaf)) if copy else leaf
-    return state
-
-
-def to_torch(x):
-    """[*batch h w c] -> [n c h w]"""
-    return torch.tensor(np.moveaxis(x.reshape(-1, *x.shape[-3:]), -1, 1))
-
-
-def from_torch(x, batch):
-    """[n c h w] -> [*batch h w c]"""
-    return np.moveaxis(x.detach().numpy(), 1, -1).reshape(*batch, *x.shape[2:], x.shape[1])
 
 
 @pytest.fixture(scope="module", params=CONFIGS, ids=lambda config: f"{len(config.block_out_channels)}stages")
@@ -175,14 +135,46 @@ def test_bfloat16_stays_close(pair, rng):
     assert relative_error(rough, decode(params, latents)) < 0.15
 
 
-def test_real_size_has_the_names_and_shapes_of_diffusers():
-    shapes = jax.eval_shape(SVDVAE(VAEConfig()).init, jax.random.key(0), jnp.zeros((1, 1, 8, 8, 3)))["params"]
+def image_autoencoder(config):
+    """PyTorch's autoencoder of Stable Diffusion 1.5."""
+    stages = len(config.block_out_channels)
+    return AutoencoderKL(
+        block_out_channels=config.block_out_channels,
+        layers_per_block=config.layers_per_block,
+        down_block_types=("DownEncoderBlock2D",) * stages,
+        up_block_types=("UpDecoderBlock2D",) * stages,
+        norm_num_groups=config.norm_num_groups,
+    )
+
+
+def test_image_autoencoder_matches_diffusers(rng):
+    config = VAEConfig(block_out_channels=(16, 32), norm_num_groups=8)
+    vae, images = ImageVAE(config), rng.uniform(-1, 1, (3, 18, 30, 3)).astype(np.float32)
+    latents = rng.standard_normal((3, 9, 15, 4)).astype(np.float32)
+    params = random_params(vae, images)
+    reference = image_autoencoder(config).eval()
+    reference.load_state_dict(torch_state(params), strict=True)
+    encode = jax.jit(lambda x: vae.apply({"params": params}, x, method="encode"))
+    decode = jax.jit(lambda x: vae.apply({"params": params}, x, method="decode"))
+    with torch.no_grad():
+        expected = reference.encode(to_torch(images)).latent_dist.mean, reference.decode(to_torch(latents)).sample
+    assert relative_error(encode(images)[0], from_torch(expected[0], (3,))) < 2e-5
+    assert relative_error(decode(latents), from_torch(expected[1], (3,))) < 2e-5
+
+
+@pytest.mark.parametrize("network", [SVDVAE, ImageVAE])
+def test_real_size_has_the_names_and_shapes_of_diffusers(network):
+    images = jnp.zeros((1, 1, 8, 8, 3) if network is SVDVAE else (1, 8, 8, 3))
+    shapes = jax.eval_shape(network(VAEConfig()).init, jax.random.key(0), images)["params"]
     with torch.device("meta"):
-        reference = AutoencoderKLTemporalDecoder(
-            block_out_channels=(128, 256, 512, 512),
-            layers_per_block=2,
-            down_block_types=("DownEncoderBlock2D",) * 4,
-        ).state_dict()
+        if network is SVDVAE:
+            reference = AutoencoderKLTemporalDecoder(
+                block_out_channels=(128, 256, 512, 512),
+                layers_per_block=2,
+                down_block_types=("DownEncoderBlock2D",) * 4,
+            ).state_dict()
+        else:
+            reference = image_autoencoder(VAEConfig()).state_dict()
     ours = torch_state(jax.tree.map(lambda leaf: np.broadcast_to(np.float32(0), leaf.shape), shapes), copy=False)
     assert {name: tuple(tensor.shape) for name, tensor in reference.items()} == {
         name: tensor.shape for name, tensor in ours.items()

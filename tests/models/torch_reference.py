@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import jax
 import jax.numpy as jnp
+import numpy as np
 import torch
 from diffusers import UNetSpatioTemporalConditionModel
 from flax.traverse_util import unflatten_dict
@@ -54,3 +56,44 @@ def flax_params(model: torch.nn.Module, component: str, config) -> dict:
     }
     assert not state, f"left over: {sorted(state)}"
     return unflatten_dict(params)
+
+
+def random_params(module, *inputs, seed=0):
+    """The module's parameters with normal values; norm scales and kernels keep a sensible magnitude."""
+    shapes = jax.eval_shape(module.init, jax.random.key(0), *inputs)["params"]
+    rng = np.random.default_rng(seed)
+
+    def draw(path, leaf):
+        values = rng.standard_normal(leaf.shape).astype(np.float32)
+        if path[-1].key == "kernel":
+            return values / np.float32(np.prod(leaf.shape[:-1]) ** 0.5)
+        return 1 + 0.3 * values if path[-1].key == "scale" else 0.5 * values
+
+    return jax.tree.map_with_path(draw, shapes)
+
+
+def torch_state(params, copy=True):
+    """PyTorch's state dict of a parameter tree: the naming rule of the package, written out a second time."""
+    state = {}
+    for path, leaf in jax.tree_util.tree_leaves_with_path(params):
+        *modules, name = (key.key for key in path)
+        modules = [
+            f"{module.rpartition('_')[0]}.{module.rpartition('_')[2]}"
+            if module.rpartition("_")[2].isdigit() and module not in ("linear_1", "linear_2")
+            else module
+            for module in modules
+        ]
+        leaf = np.moveaxis(leaf, (-1, -2), (0, 1)) if name == "kernel" else leaf
+        name = {"kernel": "weight", "scale": "weight", "embedding": "weight"}.get(name, name)
+        state[".".join([*modules, name])] = torch.tensor(np.ascontiguousarray(leaf)) if copy else leaf
+    return state
+
+
+def to_torch(x):
+    """[*batch h w c] -> [n c h w]"""
+    return torch.tensor(np.moveaxis(x.reshape(-1, *x.shape[-3:]), -1, 1))
+
+
+def from_torch(x, batch):
+    """[n c h w] -> [*batch h w c]"""
+    return np.moveaxis(x.detach().numpy(), 1, -1).reshape(*batch, *x.shape[2:], x.shape[1])
