@@ -1,0 +1,274 @@
+"""The orderings of OSV's Tables 1 and 2, looked for on a world that is drawn: docs/reproduction.md.
+
+    python benchmarks/orderings.py --size=full --output=runs/orderings --fvd_weights=weights/eval
+
+It prepares clips of the world, trains a teacher on them and every row of both tables with equal budgets, and scores
+all on the same test clips, by the package's own programs; the command of each step is printed. Given again, the same
+command goes on: what is finished is left alone. OUTPUT receives orderings.md and orderings.json.
+
+Without --fvd_weights rows are compared by their mean squared error to the teacher, which is no measure of what the
+paper claims, but shows that all works: --size=tiny, with networks that learn nothing.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+import pathlib
+import shlex
+import subprocess
+import sys
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any
+
+from papers_tables import Way, as_markdown, plan_rows, results
+
+from osv_jax.errors import UserError
+from osv_jax.runtime import ending, paths
+from osv_jax.runtime.arguments import Parser
+
+# Decoding workers of osv_jax.prepare import this file, too: what imports JAX is imported where it is used.
+ROOT = pathlib.Path(__file__).resolve().parents[1]
+FILES = ("orderings.md", "orderings.json")
+# What makes the student's step longer than it need be, and its results no better.
+_QUIET = {"picture_every": 1_000_000, "log_every": 20}
+
+
+@dataclasses.dataclass(frozen=True)
+class Size:
+    """How much is done.
+
+    Attributes:
+        low, high: height and width [px]; test clips are `high`.
+        clips: of the splits `train` and `test`.
+        teacher_steps: at `low`, and then at `high`.
+        student_steps: of every row, all its stages together.
+        first_stage: how many of them are OSV's stage 1, in rows that have both.
+        seeds: of OSV's rows in Table 1.
+        bootstrap: draws for the intervals.
+        teacher: what is different from configs/finetune.py:miniature.
+    """
+
+    low: tuple[int, int]
+    high: tuple[int, int]
+    num_frames: int
+    clips: tuple[int, int]
+    teacher_steps: tuple[int, int]
+    student_steps: int
+    first_stage: int
+    seeds: int
+    bootstrap: int
+    teacher: Mapping[str, Any]
+
+
+_SMALLEST_UNET = {
+    "random_networks.unet.block_out_channels": (32,),
+    "random_networks.unet.num_attention_heads": (1,),
+    "random_networks.unet.has_attention": (True,),
+}
+SIZES = {
+    "full": Size((32, 48), (64, 96), 14, (2048, 1024), (2000, 2000), 1000, 250, 3, 40, {}),
+    "tiny": Size((16, 24), (32, 48), 10, (2, 2), (1, 1), 3, 1, 2, 2, _SMALLEST_UNET),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Step:
+    """A call of one of the package's programs.
+
+    Attributes:
+        name: unique.
+        program: prepare, train or merge.
+        arguments: its command line.
+        after: names of the steps whose results it needs.
+    """
+
+    name: str
+    program: str
+    arguments: tuple[str, ...]
+    after: tuple[str, ...] = ()
+
+    @property
+    def command(self) -> str:
+        """As one would give it."""
+        program = (
+            f"tools/convert_weights.py {self.program}" if self.program == "merge" else f"-m osv_jax.{self.program}"
+        )
+        return f"python {program} {shlex.join(self.arguments)}"
+
+
+def plan_steps(size: Size, output: pathlib.Path) -> list[Step]:
+    """Everything before the evaluation, in an order in which it can be done."""
+    prepared = tuple(f"latents {_pixels(pixels)}" for pixels in (size.low, size.high))
+    steps = [
+        Step(
+            f"latents {_pixels(pixels)}",
+            "prepare",
+            (
+                *("--source=world", f"--output={output / 'latents' / _pixels(pixels)}", "--weights=miniature"),
+                *(f"--height={pixels[0]}", f"--width={pixels[1]}", f"--num_frames={size.num_frames}", "--fps=12"),
+                *(f"--max_videos={size.clips[0]}", f"--test_videos={number_of_tests}", "--min_motion=0"),
+            ),
+        )
+        for pixels, number_of_tests in ((size.low, 0), (size.high, size.clips[1]))
+    ]
+    resolutions = ((0, *size.low), (size.teacher_steps[0], *size.high))
+    changes = {"num_steps": sum(size.teacher_steps), "checkpoint_every": 250, "data.resolutions": resolutions}
+    steps.append(_training("teacher", "finetune", size, output, changes | dict(size.teacher), prepared))
+    merge = (str(output / "teacher"), str(output / "weights"), "--ema", "--overwrite")
+    return [*steps, Step("weights", "merge", merge, ("teacher",)), *_students(size, output, prepared)]
+
+
+def _students(size: Size, output: pathlib.Path, prepared: tuple[str, ...]) -> Iterator[Step]:
+    whole, first = size.student_steps, size.first_stage
+    second, half = whole - first, whole // 2
+    low, high = ("data.resolutions", ((0, *size.low),)), ("data.resolutions", ((0, *size.high),))
+    # What all students have in common, and then all of stage 2.
+    common = {"weights": output / "weights", "batch_size": 1, "ema_decay": 0.98} | dict([high])
+    own = {"lora.rank": 8, "lora.alpha": 8.0, "num_levels": 25, "solver_steps": 5, "optimizer.learning_rate": 1e-3}
+
+    def student(name: str, config: str, steps: int, start: str, *changes: tuple[str, Any]) -> Step:
+        chosen = common | {"num_steps": steps, "init_from": output / start if start else ""} | dict(changes)
+        after = (*prepared, "weights", *([start] if start else []))
+        return _training(name, config, size, output, chosen, after)
+
+    def stage2(name: str, start: str, steps: int, *changes: tuple[str, Any]) -> Step:
+        both = ("data.resolutions", ((0, *size.low), (steps // 2, *size.high)))
+        return student(name, "stage2", steps, start, *own.items(), both, *changes)
+
+    phases = ((0, "spatial_transformer", 1e-3), (half, "temporal_transformer", 1e-3))
+    yield student("animatelcm", "animatelcm", whole, "", ("phases", phases))
+    yield student("sf_v", "sf_v", whole, "")
+    for seed in range(size.seeds):
+        yield student(f"stage1_{seed}", "stage1", first, "", ("seed", seed))
+        yield stage2(f"osv_{seed}", f"stage1_{seed}", second, ("seed", seed))
+    yield stage2("a", "stage1_0", second, ("solver_steps", 1))
+    yield stage2("b", "", whole)
+    yield student("c", "stage1", whole, "")
+    yield stage2("d", "stage1_0", second, ("adversarial_weight", 0.0))
+    yield stage2("e", "stage1_0", second, ("discriminator_input", "decoded"))
+    yield student("g", "stage1", whole, "", low)
+    yield stage2("h", "stage1_0", second, high)
+
+
+def _training(
+    name: str, config: str, size: Size, output: pathlib.Path, changes: Mapping[str, Any], after: tuple[str, ...]
+) -> Step:
+    frames, dataset = size.num_frames, output / "latents" / "{height}x{width}"
+    changes = {"data.dataset": str(dataset), "data.num_frames": frames, "checkpoint_every": 100, **_QUIET, **changes}
+    keys = tuple(f"--config.{key}={value}" for key, value in changes.items())
+    file = ROOT / "configs" / f"{config}.py:miniature"
+    return Step(name, "train", (f"--config={file}", f"--workdir={output / name}", *keys), after)
+
+
+def _pixels(size: tuple[int, int]) -> str:
+    return f"{size[0]}x{size[1]}"
+
+
+def do(step: Step, output: pathlib.Path, done: dict[str, str]) -> None:
+    """Does a step, or finds that it has been done.
+
+    Args:
+        done: fingerprints of the steps before, to which this one's is added.
+
+    Raises:
+        UserError: it was begun with other settings; and what the programs raise.
+    """
+    description = json.dumps([step.program, step.arguments, [done[name] for name in step.after]])
+    done[step.name] = hashlib.sha256(description.encode()).hexdigest()[:16]
+    file = output / "steps" / f"{step.name}.json"
+    stored = json.loads(file.read_text()) if file.exists() else {"fingerprint": done[step.name], "done": False}
+    if stored["fingerprint"] != done[step.name]:
+        raise UserError(f"{output} was begun with other settings ({step.name}): give another --output, or delete it.")
+    if stored["done"]:
+        print(f"{step.name} is done.")
+        return
+    paths.write_text(file, json.dumps(stored))
+    print(f"\n{step.command}", flush=True)
+    PROGRAMS[step.program](step.arguments)
+    paths.write_text(file, json.dumps(stored | {"done": True}))
+
+
+def _prepare(arguments: Sequence[str]) -> None:
+    from osv_jax import prepare
+
+    prepare.main(arguments)
+
+
+def _train(arguments: Sequence[str]) -> None:
+    import jax
+
+    from osv_jax import train
+    from osv_jax.runtime import command_line
+
+    (workdir,) = (argument for argument in arguments if argument.startswith("--workdir="))
+    config = command_line.read_config([argument for argument in arguments if argument != workdir])
+    train.train(config, paths.as_path(workdir.partition("=")[2]))
+    jax.clear_caches()  # A dozen programs are compiled, and none is needed again.
+
+
+def _merge(arguments: Sequence[str]) -> None:
+    # On its own, for it keeps JAX from using any accelerator.
+    subprocess.run([sys.executable, str(ROOT / "tools" / "convert_weights.py"), "merge", *arguments], check=True)
+
+
+PROGRAMS = {"prepare": _prepare, "train": _train, "merge": _merge}
+
+
+def evaluate(size: Size, output: pathlib.Path, ways: Sequence[Way], fvd_weights: str) -> dict[str, Any]:
+    """What `osv_jax.evaluate table` measures, as its table.json says it."""
+    from osv_jax import evaluate as program
+
+    methods = tuple(
+        {"name": way.name, "sampler": way.sampler, "steps": way.steps, "max_guidance_scale": way.guidance}
+        | ({"lora": str(output / way.student), "ema": True} if way.student else {})
+        for way in ways
+    )
+    height, width = size.high
+    keys = {"weights": output / "weights", "students": (), "methods": methods, "output": output / "evaluated"}
+    keys |= {"videos": output / "latents" / _pixels(size.high), "clips": size.clips[1], "fvd_weights": fvd_weights}
+    keys |= {"height": height, "width": width, "num_frames": size.num_frames, "fps": 12.0, "bootstrap": size.bootstrap}
+    arguments = [f"--config={ROOT / 'configs' / 'eval.py'}:miniature"]
+    arguments += [f"--config.{key}={value}" for key, value in keys.items()]
+    print(f"\npython -m osv_jax.evaluate table {shlex.join(arguments)}", flush=True)
+    program.main(["table", *arguments])
+    return json.loads((output / "evaluated" / "table.json").read_text())
+
+
+def main(given: Sequence[str] | None = None) -> None:
+    """Does what is left, and writes the results.
+
+    Raises:
+        UserError: on anything the user can fix.
+    """
+    parser = Parser(prog="python benchmarks/orderings.py", description=__doc__)
+    parser.add_argument("--size", choices=SIZES, required=True, help="full: hours; tiny: to see that it works")
+    parser.add_argument("--output", required=True, metavar="DIR", help="for everything that is made")
+    parser.add_argument("--fvd_weights", default="", metavar="DIR", help="folder with i3d; without: MSE, no FVD")
+    args = parser.parse_args(given)
+    from osv_jax.convert import weights
+    from osv_jax.runtime import command_line
+    from osv_jax.runtime.finite import strict_json
+
+    command_line.keep_compiled_programs()
+    size, output = SIZES[args.size], pathlib.Path(args.output)
+    if args.fvd_weights:
+        weights.load_config(args.fvd_weights, "i3d")  # Needed hours from now.
+    (output / "steps").mkdir(parents=True, exist_ok=True)
+    for name in FILES:
+        paths.check_file(output / name, "--output")
+    done: dict[str, str] = {}
+    steps = plan_steps(size, output)
+    for step in steps:
+        do(step, output, done)
+    ways, lines = plan_rows(size.seeds)
+    found = results(evaluate(size, output, ways, args.fvd_weights), lines, size.clips[1])
+    markdown = as_markdown(found, [step.command for step in steps])
+    paths.write_text(output / FILES[0], markdown)
+    paths.write_text(output / FILES[1], strict_json(found, indent=2) + "\n")
+    print(f"\n{markdown}\n{', '.join(str(output / name) for name in FILES)}")
+
+
+if __name__ == "__main__":
+    ending.run(main)
