@@ -1,14 +1,16 @@
-"""What pages name exists: files, modules, links, targets of make, keys of configurations."""
+"""What pages name exists: files, modules, links, targets of make, keys of configurations, functions, tests."""
 
 import pathlib
 import re
 import runpy
+import shlex
 
 import pytest
 from flax.traverse_util import flatten_dict
 
 from osv_jax.objectives import objective
-from osv_jax.training.config import default_config
+from osv_jax.runtime import command_line
+from osv_jax.training.config import check_config, default_config
 
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
@@ -21,6 +23,10 @@ PAGES = [
 FILE = re.compile(r"(?<![\w./:])(?:osv_jax|benchmarks|configs|docs|launch|tests|tools)/[\w/]+\.\w+")
 MODULE = re.compile(r"(?<![\w/])osv_jax((?:\.[a-z]\w*)+)")
 KEY = re.compile(r"(?<![\w./])config((?:\.[a-z]\w*)+)")
+# `ONE`, `OTHER` in `FILE`
+DEFINED = re.compile(r"((?:`\w+`, )*`\w+`) in `(\w+/[\w/]+\.py)`")
+TEST = re.compile(r"`(test_\w+)`")
+OVERRIDE = re.compile(r"`--(config\.[^`]+)`")
 LINK = re.compile(r"\]\((?!https?:)([^)#]*)(?:#([^)]*))?\)")
 
 
@@ -58,6 +64,16 @@ def test_what_a_page_names_exists(page):
         linked = page.parent / file if file else page
         if not linked.exists() or (anchor and anchor not in anchors(linked)):
             missing.append(f"{file}#{anchor}")
+    missing += [
+        f"{name} in {file}"
+        for names, file in DEFINED.findall(text)
+        for name in re.findall(r"\w+", names)
+        if not re.search(rf"\b(?:def|class) {name}\b", (ROOT / file).read_text())
+    ]
+    tests = {
+        name for file in (ROOT / "tests").rglob("*.py") for name in re.findall(r"def (test_\w+)", file.read_text())
+    }
+    missing += set(TEST.findall(text)) - tests
     assert missing == []
 
 
@@ -66,3 +82,20 @@ def test_keys_that_pages_name_exist():
     named = {name for page in PAGES for name in KEY.findall(page.read_text())} - {".json", ".yaml"}
     assert len(named) > 20
     assert {name for name in named if tuple(name.split(".")[1:]) not in keys} == set()
+
+
+@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections
+@pytest.mark.parametrize(
+    ("section", "file", "count"),
+    [("SF-V", "sf_v.py", 6), ("ADD", "stage2.py", 2)],
+)
+def test_ablations_are_overrides_that_a_run_takes(section, file, count):
+    _, text = (ROOT / "docs/training.md").read_text().split(f"\n## {section}\n")
+    rows = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("|")]
+    overrides = [shlex.split(f"--{found}") for row in rows for found in OVERRIDE.findall(row)]
+    assert len(overrides) >= count
+    plain = command_line.read_config([f"--config={ROOT / 'configs' / file}"]).to_dict()
+    for override in overrides:
+        config = command_line.read_config([f"--config={ROOT / 'configs' / file}", *override])
+        assert config.to_dict() != plain, override
+        check_config(config)

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+import pytest
 import tiny
 from conftest import flat, relative_error
 from flax.traverse_util import unflatten_dict
@@ -52,9 +53,9 @@ def toy_networks_and_frozen(dtype=jnp.float32):
     return networks, frozen | jax.tree.map(jnp.asarray, random_params({"unet": shapes}, 0, dtype))
 
 
-def toy_add(options, optimizers):
+def toy_add(options, optimizers, dtype=jnp.float32):
     """ADD with the toy for the UNet, frozen parameters, and a state in which everything has moved."""
-    networks, frozen = toy_networks_and_frozen()
+    networks, frozen = toy_networks_and_frozen(dtype)
     # Random ones see hardly a difference between frames; norms would amplify that, and rounding errors with it.
     embeddings = frozen["dinov2"]["embeddings"]
     patches = jax.tree.map(lambda leaf: 100 * leaf, embeddings["patch_embeddings"])
@@ -131,6 +132,30 @@ def differences(actual, expected, before=None):
     actual, expected = flat(actual), flat(expected)
     change = 0.0 if before is None else relative_error(actual - flat(before), expected - flat(before))
     return relative_error(actual, expected), change
+
+
+def assert_about_the_same_step(before, half, full):
+    """A step in bfloat16 goes where that in float32 goes.
+
+    Args:
+        before: the state of both.
+        half, full: new state and metrics.
+    """
+    assert {leaf.dtype for leaf in jax.tree.leaves(half)} == {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
+    # bfloat16 has 256 numbers from 1 to 2, and errors of some thousandths add up to about one hundredth here.
+    for name in half[1]:
+        if name.startswith("loss"):
+            # A mean of logits may be near zero; what logits are measured by is the hinge's 1.
+            assert half[1][name] == pytest.approx(float(full[1][name]), rel=0.1, abs=0.01), name
+    for name, player in before.players.items():
+        old, new, wanted = (flat(state.players[name].params) for state in (before, half[0], full[0]))
+        change, wanted = new - old, wanted - old
+        length, expected_length = np.linalg.norm(change), np.linalg.norm(wanted)
+        print(f"{name}: cosine {change @ wanted / (length * expected_length):.4f}, {length / expected_length:.4f}")
+        assert 1 - change @ wanted / (length * expected_length) < 0.05
+        assert abs(length / expected_length - 1) < 0.15
+        if player.stats:
+            assert relative_error(*(flat(state.players[name].stats) for state in (half[0], full[0]))) < 1e-5
 
 
 def nonzero_leaves(tree):

@@ -11,6 +11,7 @@ import pytest
 import tiny
 from conftest import flat
 from students import (
+    assert_about_the_same_step,
     differences,
     disc_of,
     ema_of,
@@ -39,6 +40,11 @@ def toy():
     return objective, frozen, tiny.tiny_batch(frames=4, height=12, width=12), state
 
 
+@functools.cache
+def program(objective):
+    return jax.jit(objective.step)
+
+
 def dinov2_of(networks, frozen, latents, blocks, read):
     """Decoded to [0, 1], normalised, resized to whole patches."""
     pixels = (networks.codec.decode_video(frozen["vae"], latents) + 1) / 2
@@ -52,7 +58,7 @@ def dinov2_of(networks, frozen, latents, blocks, read):
 def test_step_is_a_conditioned_hinge_r1_of_features_and_score_distillation(toy):
     objective, frozen, batch, state = toy
     networks, cond = objective.networks, batch.cond
-    new, metrics = jax.jit(objective.step)(state, frozen, batch, KEY)
+    new, metrics = program(objective)(state, frozen, batch, KEY)
     draws = objective.draw(KEY, batch)
     denoiser = plain.denoiser(networks)
     sigma = sigma_grid(5)[np.asarray(draws["index"])]
@@ -121,6 +127,15 @@ def test_step_is_a_conditioned_hinge_r1_of_features_and_score_distillation(toy):
         _, change = differences(actual, expected, before)
         assert change < GRADIENT
     assert differences(disc_of(new)["spectral"], disc["spectral"])[0] < 1e-5
+
+
+@pytest.mark.integration  # Compiles for long.
+def test_half_precision_step_is_that_of_float32_about(toy):
+    objective, _, batch, state = toy
+    halves, frozen, _ = toy_add(OPTIONS, SGD, jnp.bfloat16)
+    half = program(halves)(state, frozen, batch, KEY)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), frozen)
+    assert_about_the_same_step(state, half, program(objective)(state, wide, batch, KEY))
 
 
 class ApartADD(ADD):

@@ -1,5 +1,7 @@
 """AnimateLCM's step against consistency distillation written out plainly, and its two phases."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -7,7 +9,16 @@ import plain_stage2 as plain
 import pytest
 import tiny
 from conftest import flat
-from students import GRADIENT, SGD, differences, ema_of, student_of, toy_networks_and_frozen, trained_state
+from students import (
+    SGD,
+    assert_about_the_same_step,
+    differences,
+    ema_of,
+    nonzero_leaves,
+    student_of,
+    toy_networks_and_frozen,
+    trained_state,
+)
 
 from osv_jax.errors import UserError
 from osv_jax.objectives import consistency
@@ -15,6 +26,8 @@ from osv_jax.objectives.animatelcm import AnimateLCM, AnimateLCMOptions
 from osv_jax.objectives.players import Student, start
 
 OPTIONS = {"trainable": ("lora", "temporal_transformer"), "phases": (), "num_levels": 40}
+# Relative error of gradients.
+GRADIENT = 1e-4
 FIRST, SECOND = "spatial_transformer", "temporal_transformer"
 
 
@@ -25,12 +38,18 @@ def toy():
     return networks, frozen, tiny.tiny_batch(), state.replace(players={"student": state.players["student"]})
 
 
+@functools.cache
+def program(networks, grad_accum=1):
+    options = AnimateLCMOptions(grad_accum=grad_accum, **OPTIONS)
+    return jax.jit(AnimateLCM(networks, options, {"student": SGD["student"]}).step)
+
+
 @pytest.mark.parametrize("grad_accum", [1, 2])
 def test_step_is_one_guided_step_of_the_teacher_and_the_emas_prediction(toy, grad_accum):
     networks, frozen, batch, state = toy
     objective = AnimateLCM(networks, AnimateLCMOptions(grad_accum=grad_accum, **OPTIONS), {"student": SGD["student"]})
     key = jax.random.key(3)
-    new, metrics = jax.jit(objective.step)(state, frozen, batch, key)
+    new, metrics = program(networks, grad_accum)(state, frozen, batch, key)
 
     draws = consistency.draw(key, batch, objective.options)
     guidance = np.tile(np.linspace(1, 3, batch.latents.shape[1]), (2, 1)).astype(np.float32)
@@ -57,6 +76,14 @@ def test_step_is_one_guided_step_of_the_teacher_and_the_emas_prediction(toy, gra
     assert set(new.players) == {"student"} and new.step == state.step + 1
 
 
+def test_half_precision_step_is_that_of_float32_about(toy):
+    networks, frozen = toy_networks_and_frozen(jnp.bfloat16)
+    key, (*_, batch, state) = jax.random.key(3), toy
+    half = program(networks)(state, frozen, batch, key)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), frozen)
+    assert_about_the_same_step(state, half, program(toy[0])(state, wide, batch, key))
+
+
 class ApartAnimateLCM(AnimateLCM):
     """The teacher's parameters, which are the student's base too, as something of their own."""
 
@@ -76,7 +103,7 @@ def test_no_gradient_reaches_teacher_and_ema(toy):
 
     inputs = {"teacher": frozen["unet"], "ema": player.ema}
     gradients = jax.jit(jax.grad(loss))(inputs)
-    assert not any(np.any(leaf) for leaf in jax.tree.leaves(gradients))
+    assert nonzero_leaves(gradients) == []
     moved = jax.tree.map(lambda leaf: 1.1 * leaf, inputs)
     assert abs(loss(moved) - loss(inputs)) > 1e-4
 

@@ -15,6 +15,7 @@ from conftest import flat, relative_error
 from students import (
     RATES,
     SGD,
+    assert_about_the_same_step,
     differences,
     disc_of,
     ema_of,
@@ -178,6 +179,13 @@ def test_step_is_equations_6_to_11(toy):
         error, change = differences(actual, expected, before)
         assert error < 1e-5 and change < GRADIENT
     assert differences(disc_of(new)["spectral"], disc["spectral"])[0] < 1e-5
+
+
+def test_half_precision_step_is_that_of_float32_about(toy):
+    networks, frozen = toy_networks_and_frozen(jnp.bfloat16)
+    half = program(networks, r1=PENALTY)(toy[3], frozen, toy[2], KEY)
+    wide = jax.tree.map(lambda leaf: leaf.astype(jnp.float32), frozen)
+    assert_about_the_same_step(toy[3], half, program(toy[0], r1=PENALTY)(toy[3], wide, toy[2], KEY))
 
 
 def test_a_penalty_every_so_many_steps_counts_as_many_times(toy):

@@ -6,10 +6,13 @@ import shutil
 import micro_stage1
 import numpy as np
 import pytest
+from flax.traverse_util import flatten_dict
+from tool import convert
 from toy_unet import toy_training
 from workdirs import assert_same, metrics_of, state_of
 
 from osv_jax import train
+from osv_jax.convert import weights
 from osv_jax.inference.trained import load_trained
 from osv_jax.objectives.objective import find
 from osv_jax.training.config import read_config
@@ -40,7 +43,7 @@ def micro_config(name):
 @pytest.mark.parametrize(
     "name", [pytest.param(name, marks=[pytest.mark.integration] * (name != "animatelcm")) for name in FALLING]
 )
-def test_a_stopped_run_continues_bit_for_bit_and_its_loss_has_fallen(name, tmp_path):
+def test_a_stopped_run_continues_bit_for_bit_its_loss_has_fallen_and_its_student_is_exported(name, tmp_path, capsys):
     config, workdir, stopped, again = micro_config(name), tmp_path / "run", tmp_path / "stopped", tmp_path / "again"
     with toy_training():
         train.train(config, workdir)
@@ -50,6 +53,9 @@ def test_a_stopped_run_continues_bit_for_bit_and_its_loss_has_fallen(name, tmp_p
         # The first steps' clips, levels and noise once more, for the student that has been trained.
         config.init_from, config.num_steps = str(workdir), SAME
         train.train(config, again)
+        assert convert(["merge", str(workdir), str(tmp_path / "merged"), "--ema", "--dtype=float32"]) == 0
+        merged = flatten_dict(weights.load_params(tmp_path / "merged", "unet"))
+        adapter = convert(["export-lora", str(workdir), str(tmp_path / "adapter"), "--format=peft"])
     assert_same(state_of(stopped, STEPS), state_of(workdir, STEPS))
     rows, after = metrics_of(workdir), metrics_of(again)
     curves = find(name).curves
@@ -59,3 +65,8 @@ def test_a_stopped_run_continues_bit_for_bit_and_its_loss_has_fallen(name, tmp_p
     assert after < 0.9 * before
     trained = load_trained(workdir, ema=True)
     assert trained.step == STEPS and (trained.student.lora if name == "add" else trained.student.tuned)
+    # A UNet like the teacher's: what trained without LoRA is in it as it is, and is no adapter.
+    for path, leaf in flatten_dict(trained.student.tuned).items():
+        np.testing.assert_array_equal(merged[path], leaf)
+    assert adapter == (0 if name == "add" else 2)
+    assert ("trained no LoRA: export the whole UNet with --format=unet" in capsys.readouterr().err) == (name != "add")
