@@ -114,6 +114,7 @@ def sample(folder: str, clips: np.ndarray, fps: float, picture: pathlib.Path) ->
     for number, clip in enumerate(clips):
         noise = model.noise(jax.random.fold_in(jax.random.key(0), number)[None], options)
         decoded.append(model.decode(model.sample(clip[:1], noise, options), clips.shape[1])[0])
+    model.wait()
     outputs = np.stack(decoded).clip(-1, 1)
     rows: dict[str, np.ndarray] = {}
     for i in np.linspace(0, len(clips) - 1, _DRAWN_CLIPS).round().astype(int):

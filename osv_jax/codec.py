@@ -1,4 +1,4 @@
-"""Pixels <-> scaled latents and conditions: the one place that applies VAE and image encoder."""
+"""Pixels <-> scaled latents and conditions: the one place that applies VAE, image encoder and the tiny decoder."""
 
 from __future__ import annotations
 
@@ -12,12 +12,17 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Num, UInt8
 
 from osv_jax.diffusion.conditioning import Conditioning, clip_pixels, condition_on_image
+from osv_jax.errors import UserError
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.layers import apply
-from osv_jax.models.svd_vae import SVDVAE
+from osv_jax.models.svd_vae import SVDVAE, VAEConfig
+from osv_jax.models.tiny_decoder import Memory, TinyDecoder, TinyDecoderConfig
 from osv_jax.runtime.media import to_float
 
 Params = Mapping[str, Any]
+
+# What makes frames of latents: the VAE's own decoder, or TAESDV.
+DECODERS = ("vae", "tiny")
 
 
 def parameter_dtype(network: str, dtype: Any) -> jnp.dtype:
@@ -28,16 +33,27 @@ def parameter_dtype(network: str, dtype: Any) -> jnp.dtype:
     return jnp.dtype(jnp.float32 if network == "vae" else dtype)
 
 
+def check_tiny_decoder(tiny: TinyDecoderConfig, vae: VAEConfig) -> None:
+    """Raises UserError unless it decodes the latents of this VAE."""
+    if (tiny.downscale, tiny.latent_channels) != (vae.downscale, vae.latent_channels):
+        raise UserError(
+            f"The tiny decoder makes {tiny.downscale} x {tiny.downscale} pixels of a latent of {tiny.latent_channels}"
+            f" channels, but the VAE {vae.downscale} x {vae.downscale} of {vae.latent_channels}: decode with the VAE."
+        )
+
+
 @dataclasses.dataclass(frozen=True)
 class Codec:
     """Between pixels and what the UNet sees; results are float32.
 
     Attributes:
         vae, image_encoder: modules without parameters; each method is given the parameters it needs.
+        tiny_decoder: what decodes fast, or None.
     """
 
     vae: SVDVAE
     image_encoder: CLIPVision
+    tiny_decoder: TinyDecoder | None = None
 
     def embed_image(self, clip_params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b c"]:
         """CLIP embeddings of images in [-1, 1] of any size."""
@@ -76,6 +92,14 @@ class Codec:
         """Frames, about in [-1, 1], of SCALED latents."""
         unscaled = latents / self.vae.config.scaling_factor
         return apply(self.vae, {"params": vae_params}, unscaled, method="decode").astype(jnp.float32)
+
+    def decode_fast(
+        self, tiny_params: Params, latents: Float[Array, "b f latent_h latent_w c"], memory: Memory
+    ) -> tuple[Float[Array, "b f h w 3"], Memory]:
+        """Frames, about in [-1, 1], of SCALED latents by the tiny decoder, and its memory for those that follow."""
+        assert self.tiny_decoder is not None, "there is no tiny decoder"
+        frames, memory = apply(self.tiny_decoder, {"params": tiny_params}, latents, memory)
+        return frames, memory
 
     def condition(
         self,

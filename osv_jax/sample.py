@@ -3,7 +3,7 @@
 An image of any size is scaled to cover the video's height and width and cropped at the centre; CLIP sees all of it.
 --output is a name ending in .mp4 or .gif, or else a folder, which receives PNG pictures; {name} in it stands for the
 image's name, and several images need it or a folder. All images share the compiled programs; each has noise of its own
-from --seed.
+from --seed. A video is written while the devices make the next one.
 """
 
 from __future__ import annotations
@@ -13,20 +13,28 @@ import dataclasses
 import functools
 import sys
 import time
+from collections.abc import Callable, Iterator
+from concurrent import futures
 
 import jax
+import numpy as np
+from jaxtyping import Array, UInt8
 
+from osv_jax.codec import DECODERS
 from osv_jax.data.image import EXTENSIONS, read_image
 from osv_jax.diffusion.samplers import SAMPLERS
 from osv_jax.errors import UserError
-from osv_jax.inference.options import Options
-from osv_jax.inference.pipeline import DECODE_DTYPES, DTYPES, ImageToVideo
+from osv_jax.inference.options import CompleteOptions, Options
+from osv_jax.inference.pipeline import DECODE_DTYPES, DTYPES, PARTS, ImageToVideo
 from osv_jax.runtime import arguments, command_line, ending, paths
 from osv_jax.runtime.media import check_rate, write_pictures, write_video
 from osv_jax.runtime.paths import Path, as_path
 from osv_jax.runtime.ranges import SEED
 
 __all__ = ["ImageToVideo", "Options", "main"]
+
+# The number of an image, the frames made of it, and the seconds that each part took.
+Made = tuple[int, UInt8[np.ndarray, "f h w 3"], dict[str, float]]
 
 _VIDEO_SUFFIXES = (".mp4", ".gif")
 _OTHER_SUFFIXES = (*EXTENSIONS, ".avi", ".mkv", ".mov", ".webm")
@@ -45,7 +53,10 @@ def main(given: list[str] | None = None) -> None:
         read_image(path)
     outputs = plan_outputs(images, args.output)
     model = ImageToVideo.load(
-        args.weights, args.lora, args.ema, args.dtype, context=args.context, decode_dtype=args.decode_dtype
+        *(args.weights, args.lora, args.ema, args.dtype),
+        context=args.context,
+        decode_dtype=args.decode_dtype,
+        decoder=args.decoder,
     )
     options = model.complete(chosen)
     check_rate(args.output, options.fps)
@@ -61,26 +72,52 @@ def main(given: list[str] | None = None) -> None:
             "Without --lora this is SVD itself, which is not made for few steps: expect blur, or use --sampler=euler."
         )
 
-    total = {"write": 0.0}
-    for i, (image, output) in enumerate(zip(images, outputs, strict=True)):
-        heading = f"[{i + 1}/{len(images)}] {image.name}"
-        model.on_part = functools.partial(_show_part, heading)
-        before, start = dict(model.seconds), time.perf_counter()
-        noise = model.noise(jax.random.fold_in(jax.random.key(args.seed), i)[None], options)
-        frames = model.frames(model.sample(read_image(image)[None], noise, options), options.decode_chunk_size)[0]
-        model.on_part("write")
+    total = dict.fromkeys((*PARTS, "write"), 0.0)
+    write: Callable[[Path, np.ndarray], None] = write_pictures
+    if _is_video(args.output):
+        write = functools.partial(write_video, fps=options.fps)
+    for i, frames, spent in make_videos(model, images, args.seed, options):
+        heading = _heading(i, images)
+        _show(f"{heading}: write ...")
         writing = time.perf_counter()
-        if _is_video(args.output):
-            write_video(output, frames, options.fps)
-        else:
-            write_pictures(output, frames)
-        done = time.perf_counter()
-        total["write"] += done - writing
-        spent = {part: seconds - before[part] for part, seconds in model.seconds.items()} | {"write": done - writing}
+        write(outputs[i], frames)
+        spent["write"] = time.perf_counter() - writing
+        total = {part: seconds + spent[part] for part, seconds in total.items()}
         _show("")
-        print(f"{heading} -> {output}: {done - start:.2f} s ({_parts(spent)})", flush=True)
+        print(f"{heading} -> {outputs[i]}: {sum(spent.values()):.2f} s ({_parts(spent)})", flush=True)
     if len(images) > 1:
-        print(f"{len(images)} videos: {_parts(model.seconds | total)}")
+        print(f"{len(images)} videos: {_parts(total)}")
+
+
+def make_videos(model: ImageToVideo, images: list[Path], seed: int, options: CompleteOptions) -> Iterator[Made]:
+    """Videos of images, in their order.
+
+    The devices have the next image to work at before these frames are waited for, and while they are written.
+    """
+    finish: Callable[[], Made] | None = None
+    for i, image in enumerate(images):
+        model.seconds = dict.fromkeys(PARTS, 0.0)
+        model.on_part = functools.partial(_show_part, _heading(i, images))
+        noise = model.noise(jax.random.fold_in(jax.random.key(seed), i)[None], options)
+        latents = model.sample(read_image(image)[None], noise, options)
+        decoded = model.start_decoding(latents, options.decode_chunk_size)
+        before, finish = finish, functools.partial(_finish, model, i, decoded, model.seconds, model.clock.last)
+        if before:
+            yield before()
+    if finish:
+        yield finish()
+
+
+def _finish(
+    model: ImageToVideo, i: int, decoded: list[Array], seconds: dict[str, float], timed: futures.Future[None]
+) -> Made:
+    frames = model.pixels(decoded)[0]
+    timed.result()
+    return i, frames, seconds
+
+
+def _heading(i: int, images: list[Path]) -> str:
+    return f"[{i + 1}/{len(images)}] {images[i].name}"
 
 
 def list_images(names: list[str]) -> list[Path]:
@@ -173,7 +210,8 @@ def _parser() -> argparse.ArgumentParser:
         default=7,
         help="frames decoded at a time; fewer take less memory (%(default)s)",
     )
-    add("--decode_dtype", choices=DECODE_DTYPES, help="of the VAE's decoder (default: --dtype)")
+    add("--decode_dtype", choices=DECODE_DTYPES, help="of the decoder (default: --dtype)")
+    add("--decoder", choices=DECODERS, default="vae", help="the VAE's own, or TAESDV: fast and rough (%(default)s)")
     add_video_options(parser)
     return parser
 

@@ -16,12 +16,13 @@ import tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from osv_jax.convert import exporters, i3d, importers, lora_files, videomae, weights
+from osv_jax.convert import exporters, i3d, importers, lora_files, tiny_decoder, videomae, weights
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.convert.naming import to_torch, torch_name
 from osv_jax.convert.readers import Reader
 from osv_jax.models.dinov2 import Dinov2Config
 from osv_jax.models.lpips import read_lpips
+from osv_jax.models.tiny_decoder import TinyDecoderConfig
 from osv_jax.models.videomae import VideoMAEConfig
 from osv_jax.runtime.finite import is_finite
 
@@ -30,6 +31,7 @@ VIDEOMAE = VideoMAEConfig(
     hidden_size=64, num_hidden_layers=1, num_attention_heads=1, intermediate_size=32, image_size=224, num_frames=16
 )
 VAE = tiny.CONFIGS["vae"]
+TINY_DECODER = TinyDecoderConfig(channels=2, num_upsamples=1)
 # Of a UNet, in short: what a LoRA can be of.
 LORA_SHAPES = {
     ("mid_block", "attentions_0", "proj_in", "kernel"): jax.ShapeDtypeStruct((8, 6), np.float32),
@@ -90,6 +92,7 @@ def make_checkpoints(target: pathlib.Path) -> None:
     dinov2 = _torch_tensors("dinov2", DINOV2, np.float16)
     save_file(_hub(dinov2), target / "dinov2.safetensors")
     save_file(_torch_tensors("videomae", VIDEOMAE, np.float16), target / "videomae.safetensors")
+    save_file(_torch_tensors("tiny_decoder", TINY_DECODER, np.float16), target / "taesdv.safetensors")
     params = unflatten_dict(_random("dinov2", DINOV2))
     weights.save_packed(target / "ours" / "dinov2", "dinov2", DINOV2, params, target)
 
@@ -106,6 +109,8 @@ def use_checkpoints(source: pathlib.Path, damaged: str) -> Iterator[str]:
         (plan,) = importers.plan_svd(source, ["vae"])
     elif damaged.startswith("dinov2"):
         plan = importers.plan_dinov2(source / damaged)
+    elif damaged.startswith("taesdv"):
+        plan = tiny_decoder.plan_tiny_decoder(source / damaged)
     else:
         plan = videomae.plan_videomae(source / damaged)
     check_plan(plan)

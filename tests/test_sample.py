@@ -256,6 +256,7 @@ def test_one_program_serves_any_number_of_steps_and_every_student_alike(weights,
         parts = []
         student.on_part = parts.append
         student.sample(images, noise, student.complete(Options(**size, **chosen)))
+        student.wait()
         assert parts == ["CLIP", "VAE encode", *(f"UNet {number} of {calls}" for number in range(1, calls + 1))]
     np.testing.assert_array_equal(again.sample(images, noise, options), first)
     assert student.seconds["compile"] == compiled > 0 and again.seconds["compile"] == 0
@@ -324,6 +325,10 @@ def test_the_program_makes_a_video_of_every_image(weights, images, tmp_path, cap
     sample.main([*arguments, f"--image={images / 'one.png'}", f"--output={tmp_path}/again"])
     pictures = [np.asarray(Image.open(tmp_path / "again" / f"{i:03d}.png")) for i in range(FRAMES)]
     assert len(list((tmp_path / "again").iterdir())) == FRAMES
+
+    # A video is the same, byte by byte, whatever is made while it is written.
+    sample.main([*arguments, f"--image={images / 'one.png'}", f"--output={tmp_path}/alone.mp4"])
+    assert (tmp_path / "alone.mp4").read_bytes() == (tmp_path / "clips" / "one.mp4").read_bytes()
 
     pixels = np.asarray(Image.open(images / "one.png"))
     size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "decode_chunk_size": 2}
@@ -397,6 +402,8 @@ def test_a_folders_images_are_its_files_that_are_not_hidden(images, tmp_path):
         (["--seed=18446744073709551615"], ["--seed: 18446744073709551615"]),
         (["--sampler=ddim"], ["ddim", "tts", "euler"]),
         (["--decode_dtype=int8"], ["int8", "float16"]),
+        (["--decoder=small"], ["small", "tiny"]),
+        (["--decoder=tiny"], ["tiny_decoder does not exist", "tools/convert_weights.py tiny-decoder TAESDV_PTH"]),
         (["--no_such_flag=1"], ["no_such_flag"]),
         (["--weights=nowhere"], ["tools/convert_weights.py svd"]),
         (["--lora=nowhere"], ["nowhere does not exist"]),

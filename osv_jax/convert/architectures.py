@@ -21,10 +21,11 @@ from osv_jax.models.dinov2 import Dinov2, Dinov2Config
 from osv_jax.models.i3d import I3D, MIN_FRAMES, SIDES, I3DConfig
 from osv_jax.models.svd_unet import SVDUNet, UNetConfig
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
+from osv_jax.models.tiny_decoder import TinyDecoder, TinyDecoderConfig
 from osv_jax.models.videomae import VideoMAE, VideoMAEConfig
 from osv_jax.runtime.ranges import POSITIVE, Range
 
-Config = UNetConfig | VAEConfig | CLIPVisionConfig | Dinov2Config | I3DConfig | VideoMAEConfig
+Config = UNetConfig | VAEConfig | CLIPVisionConfig | Dinov2Config | I3DConfig | VideoMAEConfig | TinyDecoderConfig
 
 # Of a field that is not named: a number of channels, heads, tokens or pixels.
 _SIZE = Range(1, 2**16, whole=True)
@@ -37,6 +38,7 @@ _RANGES = {
     "scaling_factor": POSITIVE,
     "num_register_tokens": Range(0, 2**10, whole=True),
     "num_hidden_layers": Range(1, 128, whole=True),
+    "num_upsamples": Range(1, 8, whole=True),
     "layers_per_block": Range(1, 16, whole=True),
     "transformer_layers_per_block": Range(1, 16, whole=True),
 }
@@ -224,12 +226,18 @@ def _videomae_config(json: dict[str, Any]) -> VideoMAEConfig:
     return make_config("videomae", _fields(json, names, where) | {"fc_norm_eps": 1e-5}, where)
 
 
+def _tiny_decoder_config(json: dict[str, Any]) -> TinyDecoderConfig:
+    where = "The tiny decoder's config.json"
+    names = [field.name for field in dataclasses.fields(TinyDecoderConfig)]
+    return make_config("tiny_decoder", _fields(json, names, where), where)
+
+
 def _unet_inputs(config: UNetConfig) -> tuple[tuple[int, ...], ...]:
     side = 2 ** len(config.block_out_channels)
     return (1, 1, side, side, config.in_channels), (1,), (1, config.cross_attention_dim), (1, config.num_added_time_ids)
 
 
-# The networks that a training run may need; the others score videos.
+# The networks that a training run may need; the others score videos, or show them.
 TRAINING = ("unet", "vae", "image_encoder", "dinov2")
 
 ARCHITECTURES = {
@@ -268,5 +276,13 @@ ARCHITECTURES = {
         lambda c: ((1, c.num_frames, c.image_size, c.image_size, 3),),
         {},
         "videomae VIDEOMAE_FOLDER_OR_PTH",
+    ),
+    "tiny_decoder": Architecture(
+        TinyDecoderConfig,
+        TinyDecoder,
+        _tiny_decoder_config,
+        lambda c: ((1, 1, 1, 1, c.latent_channels),),
+        {},
+        "tiny-decoder TAESDV_PTH",
     ),
 }

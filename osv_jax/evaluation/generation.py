@@ -132,6 +132,7 @@ def _sample(
 
 
 def _running_seconds(model: ImageToVideo) -> float:
+    model.wait()
     return sum(seconds for part, seconds in model.seconds.items() if part != "compile")
 
 

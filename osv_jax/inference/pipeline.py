@@ -10,6 +10,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 import os
 import time
@@ -23,7 +24,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, UInt8
 
-from osv_jax.codec import Codec, parameter_dtype
+from osv_jax.codec import DECODERS, Codec, check_tiny_decoder, parameter_dtype
 from osv_jax.convert import weights
 from osv_jax.data.image import ImageLike, read_image
 from osv_jax.data.video import cover
@@ -32,12 +33,14 @@ from osv_jax.diffusion.conditioning import Conditioning, added_time_ids
 from osv_jax.diffusion.edm import EDMBackbone
 from osv_jax.diffusion.ode import guided_denoiser
 from osv_jax.errors import UserError
+from osv_jax.inference.clock import Clock
 from osv_jax.inference.options import CompleteOptions, Options, complete, own_video
 from osv_jax.inference.trained import Trained, read_student
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.layers import apply
 from osv_jax.models.svd_unet import SVDUNet
 from osv_jax.models.svd_vae import SVDVAE
+from osv_jax.models.tiny_decoder import TinyDecoder
 from osv_jax.runtime.finite import blame_weights
 from osv_jax.runtime.media import to_float, to_uint8
 from osv_jax.runtime.mesh import BATCH_AXES, batch_shardings, make_mesh, replicated
@@ -46,6 +49,7 @@ from osv_jax.runtime.ranges import SEED
 
 COMPONENTS = ("unet", "vae", "image_encoder")
 DTYPES = ("bfloat16", "float32")
+PARTS = ("compile", "CLIP", "VAE encode", "UNet", "decode")
 # Activations of a decoder fit into float16, which is more exact than bfloat16.
 DECODE_DTYPES = (*DTYPES, "float16")
 
@@ -71,11 +75,13 @@ class Noise:
 class ImageToVideo:
     """SVD, or a student of it, ready to make any number of videos of any size.
 
-    Each program is compiled once for each size, for all models of the same networks.
+    Each program is compiled once for each size, for all models of the same networks. Nothing waits for the devices
+    but what returns NumPy arrays, and `wait`.
 
     Attributes:
         notice: a sentence about the LoRA for the user, or empty.
-        seconds: time spent so far by part: `compile`, `CLIP`, `VAE encode`, `UNet`, `decode`.
+        seconds: by part, of `PARTS`; what is started from now on adds its time there when it is done. May be replaced.
+        clock: what measures them.
         on_part: called with the name of each part as it begins; for the UNet, with the number of the evaluation, too.
     """
 
@@ -92,7 +98,7 @@ class ImageToVideo:
         data: int = 1,
         decode_dtype: Any = None,
     ):
-        """Networks and their parameters by component.
+        """Networks and their parameters by component: `COMPONENTS`, and `tiny_decoder` if that is to decode.
 
         Args:
             trained: what has been merged into the UNet's.
@@ -101,15 +107,19 @@ class ImageToVideo:
         """
         options = {"dtype": dtype, "param_dtype": dtype, "attention": attention}
         self.unet = SVDUNet(configs["unet"], **options)
-        vae = SVDVAE(configs["vae"], **options | {"dtype": dtype if decode_dtype is None else decode_dtype})
-        self.codec = Codec(vae, CLIPVision(configs["image_encoder"], **options))
+        decode_dtype = dtype if decode_dtype is None else decode_dtype
+        vae = SVDVAE(configs["vae"], **options | {"dtype": decode_dtype})
+        tiny = configs.get("tiny_decoder")
+        decoder = tiny and TinyDecoder(tiny, decode_dtype, decode_dtype)
+        self.codec = Codec(vae, CLIPVision(configs["image_encoder"], **options), decoder)
         self.notice = notice
         self.devices = make_mesh(data, 1, context, jax.local_devices()[: data * context])
         self.params = jax.device_put(dict(params), replicated(self.devices))
         self.boundary = trained.config.get("boundary", "svd")
         self.num_levels = trained.config.get("num_levels", 100)
         self._video = own_video(self.unet.config, video, trained)
-        self.seconds = dict.fromkeys(("compile", "CLIP", "VAE encode", "UNet", "decode"), 0.0)
+        self.seconds = dict.fromkeys(PARTS, 0.0)
+        self.clock = Clock()
         self.on_part: Callable[[str], None] = lambda part: None
 
     @classmethod
@@ -123,6 +133,7 @@ class ImageToVideo:
         context: int = 1,
         data: int = 1,
         decode_dtype: str | None = None,
+        decoder: str = "vae",
     ) -> ImageToVideo:
         """Loads a weights folder and merges what was trained into it.
 
@@ -134,24 +145,34 @@ class ImageToVideo:
             attention: see `attention.dot_product_attention`.
             context: so many devices share every video, each making a part of its height.
             data: so many groups of these devices share a batch of videos, which must be a multiple of that.
-            decode_dtype: of `DECODE_DTYPES`, what the VAE's decoder computes in; by default `dtype`. Its encoder always
+            decode_dtype: of `DECODE_DTYPES`, what the decoder computes in; by default `dtype`. The VAE's encoder always
                 computes in float32.
+            decoder: of `DECODERS`.
 
         Raises:
             UserError: missing or incomplete weights, a LoRA that cannot be read or does not fit, too few devices.
         """
         dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
         decode_dtype = decode_dtype or dtype
-        for name, chosen, allowed in (("dtype", dtype, DTYPES), ("decode_dtype", decode_dtype, DECODE_DTYPES)):
+        choices = (
+            ("dtype", dtype, DTYPES),
+            ("decode_dtype", decode_dtype, DECODE_DTYPES),
+            ("decoder", decoder, DECODERS),
+        )
+        for name, chosen, allowed in choices:
             if chosen not in allowed:
                 raise UserError(f"{name} {chosen!r} is not one of {', '.join(allowed)}.")
         check_devices(context)
-        configs = {name: weights.load_config(weights_folder, name) for name in COMPONENTS}
+        components = (*COMPONENTS, *["tiny_decoder"] * (decoder == "tiny"))
+        configs = {name: weights.load_config(weights_folder, name) for name in components}
+        if decoder == "tiny":
+            check_tiny_decoder(configs["tiny_decoder"], configs["vae"])
         # Before the weights, which take longest.
         trained, notice = read_student(lora, ema, configs["unet"])
         # The UNet as it is stored: LoRAs are merged before it is rounded.
         held = {name: parameter_dtype(name, dtype) for name in COMPONENTS} | {"unet": None}
-        params = {name: weights.load_params(weights_folder, name, dtype=held[name]) for name in COMPONENTS}
+        held["tiny_decoder"] = jnp.dtype(decode_dtype)
+        params = {name: weights.load_params(weights_folder, name, dtype=held[name]) for name in components}
         with jax.default_matmul_precision("highest"):
             params["unet"] = trained.merge_into(params["unet"], jnp.dtype(dtype))
         video = weights.load_video(weights_folder)
@@ -241,26 +262,43 @@ class ImageToVideo:
         finer = levels(options.steps + 1, self.num_levels)
         return samplers.time_travel(denoiser, noise.latents, levels(options.steps, self.num_levels), finer)
 
+    def start_decoding(
+        self, latents: Float[Array | np.ndarray, "b f latent_h latent_w c"], chunk_size: int
+    ) -> list[Float[Array, "b _f h w 3"]]:
+        """Frames, about in [-1, 1], of scaled latents, `chunk_size` frames at a time (as diffusers does)."""
+        chunks = [latents[:, start : start + chunk_size] for start in range(0, latents.shape[1], chunk_size)]
+        if self.codec.tiny_decoder is None:
+            return [self._run("decode", "vae", self.codec.decode_video, chunk) for chunk in chunks]
+        decoded, memory = [], self.codec.tiny_decoder.memory(jnp.asarray(chunks[0]))
+        for chunk in chunks:
+            frames, memory = self._run("decode", "tiny_decoder", self.codec.decode_fast, chunk, memory)
+            decoded.append(frames)
+        return decoded
+
     def decode(
         self, latents: Float[Array | np.ndarray, "b f latent_h latent_w c"], chunk_size: int
     ) -> Float[np.ndarray, "b f h w 3"]:
-        """Frames, about in [-1, 1], of scaled latents, `chunk_size` frames at a time (as diffusers does)."""
-        chunks = [
-            np.asarray(self._run("decode", "vae", self.codec.decode_video, latents[:, start : start + chunk_size]))
-            for start in range(0, latents.shape[1], chunk_size)
-        ]
-        return np.concatenate(chunks, axis=1)
+        """What `start_decoding` starts, all of it."""
+        return np.concatenate([np.asarray(chunk) for chunk in self.start_decoding(latents, chunk_size)], axis=1)
 
     def frames(
         self, latents: Float[Array | np.ndarray, "b f latent_h latent_w c"], chunk_size: int
     ) -> UInt8[np.ndarray, "b f h w 3"]:
-        """Pixels of scaled latents; see `decode`.
+        """Pixels of scaled latents; see `start_decoding` and `pixels`."""
+        return self.pixels(self.start_decoding(latents, chunk_size))
+
+    def pixels(self, decoded: list[Float[Array, "b _f h w 3"]]) -> UInt8[np.ndarray, "b f h w 3"]:
+        """Waits for what `start_decoding` has started.
 
         Raises:
             UserError: values that are not finite, naming the weights if they are the cause.
         """
         with blame_weights(self.params):
-            return to_uint8(self.decode(latents, chunk_size))
+            return to_uint8(np.concatenate([np.asarray(chunk) for chunk in decoded], axis=1))
+
+    def wait(self) -> None:
+        """Until all that has been started is done, and `seconds` has its time."""
+        self.clock.last.result()
 
     def _denoise(self, params: Any, x: Array, sigma: Array, cond: Conditioning, guidance: Array | None) -> Array:
         def network(*inputs: Array) -> Array:
@@ -270,7 +308,7 @@ class ImageToVideo:
         return backbone(x, sigma) if guidance is None else guided_denoiser(backbone, guidance)(x, sigma)
 
     def _run(self, part: str, component: str, function: Callable, *inputs: Any, progress: str = "") -> Any:
-        """Calls `function(params, *inputs)`, compiled for these shapes, and adds up the time it takes."""
+        """Starts `function(params, *inputs)`, compiled for these shapes, whose time is added up when it is done."""
         params, inputs = self.params[component], jax.device_put(inputs, batch_shardings(self.devices, inputs))
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(inputs))
         networks = (self.unet, self.codec)
@@ -280,15 +318,13 @@ class ImageToVideo:
             start = time.perf_counter()
             # Clips stay where they are made; of a clip, every device that shares it has the whole.
             split = NamedSharding(self.devices, PartitionSpec(BATCH_AXES))
-            dtype = self.codec.vae.dtype if component == "vae" else self.unet.dtype
+            dtype = self.unet.dtype if component in ("unet", "image_encoder") else self.codec.vae.dtype
             with jax.set_mesh(self.devices), matmul_precision(dtype):
                 compiled = jax.jit(function, out_shardings=split).lower(params, *inputs).compile()
             _PROGRAMS[program] = compiled
             self.seconds["compile"] += time.perf_counter() - start
-        self.on_part(part + progress)
-        start = time.perf_counter()
-        result = jax.block_until_ready(_PROGRAMS[program](params, *inputs))
-        self.seconds[part] += time.perf_counter() - start
+        result = _PROGRAMS[program](params, *inputs)
+        self.clock.add(self.seconds, part, result, functools.partial(self.on_part, part + progress))
         return result
 
 

@@ -17,6 +17,7 @@ from osv_jax.models.discriminator import Discriminator
 from osv_jax.models.layers import apply
 from osv_jax.models.svd_unet import SVDUNet
 from osv_jax.models.svd_vae import SVDVAE
+from osv_jax.models.tiny_decoder import TinyDecoder
 
 Params = Mapping[str, Any]
 
@@ -31,6 +32,7 @@ class Networks:
         image_encoder: CLIP.
         dinov2: the discriminator's frozen features; None for an objective without a discriminator.
         discriminator: its trainable part, or None.
+        tiny_decoder: what decodes pictures of the run instead of the VAE, or None.
     """
 
     unet: SVDUNet
@@ -38,6 +40,7 @@ class Networks:
     image_encoder: CLIPVision
     dinov2: Dinov2 | None
     discriminator: Discriminator | None
+    tiny_decoder: TinyDecoder | None = None
 
     def unet_with(self, variables: Params) -> Network:
         """The UNet as the function that `diffusion.edm.EDMBackbone` takes."""
@@ -50,7 +53,7 @@ class Networks:
     @property
     def codec(self) -> Codec:
         """Pixels to latents and conditions, and back."""
-        return Codec(self.vae, self.image_encoder)
+        return Codec(self.vae, self.image_encoder, self.tiny_decoder)
 
 
 def build_networks(
@@ -64,6 +67,8 @@ def build_networks(
 ) -> Networks:
     """Modules for the architectures in `configs`: `unet`, `vae`, `image_encoder`, and `dinov2` for a discriminator.
 
+    `tiny_decoder` may be there, too.
+
     `remat` is the UNet's and the VAE's, through which losses on decoded frames go (`layers.rematerialise`). The
     discriminator's trainable part keeps float32 parameters whatever `param_dtype` is.
     """
@@ -74,4 +79,5 @@ def build_networks(
         image_encoder=CLIPVision(configs["image_encoder"], **options),
         dinov2=Dinov2(configs["dinov2"], **options) if "dinov2" in configs else None,
         discriminator=Discriminator(discriminator_blocks, dtype=dtype) if "dinov2" in configs else None,
+        tiny_decoder=TinyDecoder(configs["tiny_decoder"], dtype, param_dtype) if "tiny_decoder" in configs else None,
     )

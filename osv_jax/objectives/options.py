@@ -14,6 +14,7 @@ from typing import Any, TypeGuard, TypeVar
 
 from ml_collections import ConfigDict
 
+from osv_jax.codec import DECODERS
 from osv_jax.errors import UserError
 from osv_jax.models import groups, lora
 from osv_jax.models.attention import ATTENTION_IMPLEMENTATIONS
@@ -199,6 +200,7 @@ class RunOptions:
         remat: what the backward pass recomputes in the UNet and the VAE, see `models.layers.rematerialise`.
         mesh: of devices.
         log_every, picture_every, checkpoint_every: steps between progress lines, pictures, checkpoints.
+        preview_decoder: what decodes pictures: `vae`, or `tiny`, the TAESDV in `weights`.
         eval_every: steps between evaluations of the student on held-out clips; 0: none.
         evaluation: what these are.
         keep_checkpoints: how many of the last checkpoints are kept.
@@ -219,6 +221,7 @@ class RunOptions:
     log_every: int = setting(10, COUNT)
     picture_every: int = setting(200, COUNT)
     checkpoint_every: int = setting(200, COUNT)
+    preview_decoder: str = setting("vae", DECODERS)
     eval_every: int = setting(0, WHOLE)
     evaluation: EvaluationOptions = dataclasses.field(default_factory=EvaluationOptions)
     keep_checkpoints: int = setting(2, COUNT)

@@ -25,7 +25,8 @@ DAMAGE = (OSError, ValueError, LookupError, TypeError, AttributeError, Assertion
 
 # What may differ from the run that wrote a workdir: it changes how long and where, not what is computed.
 _INTERVALS = ("log_every", "checkpoint_every", "picture_every", "eval_every")
-_FREE_TO_CHANGE = ("num_steps", *_INTERVALS, "evaluation", "keep_checkpoints", "mesh", "data.num_workers")
+_OUTPUT = (*_INTERVALS, "evaluation", "preview_decoder", "keep_checkpoints")
+_FREE_TO_CHANGE = ("num_steps", *_OUTPUT, "mesh", "data.num_workers")
 
 
 def check_workdir(workdir: Path, config: dict[str, Any]) -> None:

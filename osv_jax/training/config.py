@@ -86,6 +86,8 @@ def check_config(config: ConfigDict) -> None:
         raise UserError(f"config.trainable is empty; name some of {', '.join(groups.TRAINABLE)}.")
     if not run.weights and not run.random_networks:
         raise UserError("Set config.weights (a folder of converted weights), config.random_networks, or both.")
+    if run.preview_decoder == "tiny" and not run.weights:
+        raise UserError("config.preview_decoder='tiny' is in a weights folder: set config.weights, or choose 'vae'.")
     if run.weights and random_components(config) >= set(chosen.components):
         raise UserError(
             f"config.random_networks names all networks, so nothing of config.weights={run.weights} would be used;"

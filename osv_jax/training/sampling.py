@@ -17,6 +17,7 @@ from osv_jax.diffusion.conditioning import Conditioning
 from osv_jax.diffusion.edm import EDMBackbone
 from osv_jax.diffusion.ode import guided_denoiser
 from osv_jax.diffusion.samplers import euler, euler_levels
+from osv_jax.models.tiny_decoder import Memory
 from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Objective
 from osv_jax.objectives.players import Student
@@ -65,6 +66,20 @@ class Sampler:
         chunks = [self._decode(frozen["vae"], latents[:, i : i + 2]) for i in range(0, latents.shape[1], 2)]
         return media.to_uint8(np.concatenate([np.asarray(chunk) for chunk in chunks], axis=1))
 
+    def fast_frames(self, tiny: Params, latents: Float[Array, "b f h w c"]) -> UInt8[np.ndarray, "b f h2 w2 3"]:
+        """The same by the tiny decoder.
+
+        Args:
+            tiny: its parameters.
+        """
+        decoder, decoded = self.objective.networks.tiny_decoder, []
+        assert decoder is not None, "there is no tiny decoder"
+        memory = decoder.memory(latents)
+        for i in range(0, latents.shape[1], 2):
+            frames, memory = self._decode_fast(tiny, latents[:, i : i + 2], memory)
+            decoded.append(np.asarray(frames))
+        return media.to_uint8(np.concatenate(decoded, axis=1))
+
     @functools.cached_property
     def _whole(self) -> jax.sharding.NamedSharding:
         return mesh.replicated(self.devices)
@@ -112,3 +127,12 @@ class Sampler:
     def _decode(self) -> Callable:
         codec = self.objective.networks.codec
         return jax.jit(lambda vae, latents: codec.decode_video(vae, self._split(latents)), out_shardings=self._whole)
+
+    @functools.cached_property
+    def _decode_fast(self) -> Callable:
+        codec = self.objective.networks.codec
+
+        def decode(tiny: Params, latents: Array, memory: Memory) -> tuple[Array, Memory]:
+            return codec.decode_fast(tiny, *self._split((latents, memory)))
+
+        return jax.jit(decode, out_shardings=self._whole)

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from ml_collections import ConfigDict
 
-from osv_jax.codec import parameter_dtype
+from osv_jax.codec import check_tiny_decoder, parameter_dtype
 from osv_jax.convert import weights
 from osv_jax.convert.architectures import TRAINING
 from osv_jax.errors import UserError
@@ -64,7 +64,7 @@ def networks_of(config: ConfigDict) -> Networks:
     """The modules, with the architectures of the weights or of the configuration.
 
     Raises:
-        UserError: on missing weights, or a discriminator block that DINOv2 does not have.
+        UserError: on missing weights, a discriminator block that DINOv2 does not have, or another VAE's tiny decoder.
     """
     architectures = architectures_of(config)
     blocks: tuple[int, ...] = ()
@@ -75,6 +75,9 @@ def networks_of(config: ConfigDict) -> Networks:
                 f"config.discriminator_blocks={blocks} must lie in 0 .. {depth - 1}, the blocks of this DINOv2, or be"
                 f" {EMBEDDING}, its embedding."
             )
+    if config.preview_decoder == "tiny":
+        architectures["tiny_decoder"] = weights.load_config(config.weights, "tiny_decoder")
+        check_tiny_decoder(architectures["tiny_decoder"], architectures["vae"])
     return build_networks(
         architectures,
         discriminator_blocks=blocks,
