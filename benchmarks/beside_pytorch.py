@@ -5,8 +5,9 @@
 
 Both sides have the same random weights and inputs, and their results are compared before anything is timed. Runs
 alternate, so that whatever else the machine does meets both. The references are diffusers' UNet and VAE with PyTorch's
-fused attention, PEFT's LoRA on that UNet, and transformers' DINOv2; on a GPU they are also compiled by
-`torch.compile`. Prints a table in Markdown and writes the same as JSON.
+fused attention, PEFT's LoRA on that UNet, and transformers' DINOv2 and CLIP; on a GPU they are also compiled by
+`torch.compile`. `image_to_latents` and `image_to_mp4` are what a user of a one-step student waits for. Prints a table
+in Markdown and writes the same as JSON.
 """
 
 from __future__ import annotations
@@ -36,8 +37,12 @@ from diffusers import AutoencoderKLTemporalDecoder, UNetSpatioTemporalConditionM
 from flax.traverse_util import flatten_dict
 from safetensors.torch import save_file
 
+from osv_jax.codec import Codec, parameter_dtype
 from osv_jax.convert import naming
 from osv_jax.convert.exporters import unet_json
+from osv_jax.diffusion.conditioning import Conditioning
+from osv_jax.diffusion.edm import EDMBackbone
+from osv_jax.models.clip_vision import CLIPVision, CLIPVisionConfig
 from osv_jax.models.dinov2 import Dinov2, Dinov2Config
 from osv_jax.models.layers import apply
 from osv_jax.models.lora import init_lora, target_modules
@@ -45,9 +50,12 @@ from osv_jax.models.svd_unet import SVDUNet, UNetConfig
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
 from osv_jax.objectives.random_networks import random_frozen
 from osv_jax.planning.hlo import operations
+from osv_jax.runtime.media import to_uint8, write_video
 from osv_jax.runtime.ranges import COUNT, PIXELS
 
 RANK = 16
+# Where a one-step student begins.
+SIGMA = 700.0
 # LoRA of attention: what PEFT and we call the same layers.
 TORCH_TARGETS = ["to_q", "to_k", "to_v", "to_out.0"]
 
@@ -63,6 +71,7 @@ class Size:
     unet: UNetConfig
     vae: VAEConfig
     dinov2: Dinov2Config
+    image_encoder: CLIPVisionConfig
     num_frames: int
     height: int
     width: int
@@ -85,6 +94,7 @@ SIZES = {
         ),
         VAEConfig(block_out_channels=(32, 32)),
         Dinov2Config(hidden_size=32, num_hidden_layers=2, num_attention_heads=2, image_size=28),
+        CLIPVisionConfig(32, 64, projection_dim=32, num_hidden_layers=2, num_attention_heads=2, image_size=28),
         num_frames=4,
         height=32,
         width=48,
@@ -99,11 +109,12 @@ SIZES = {
         ),
         VAEConfig(block_out_channels=(32, 64, 64)),
         Dinov2Config(hidden_size=192, num_hidden_layers=6, num_attention_heads=3),
+        CLIPVisionConfig(192, 768, projection_dim=256, num_hidden_layers=6, num_attention_heads=3),
         num_frames=14,
         height=128,
         width=192,
     ),
-    "full": Size(UNetConfig(), VAEConfig(), Dinov2Config(), num_frames=14, height=576, width=1024),
+    "full": Size(UNetConfig(), VAEConfig(), Dinov2Config(), CLIPVisionConfig(), num_frames=14, height=576, width=1024),
 }
 
 
@@ -116,12 +127,14 @@ class Pair:
         arguments: of `ours`.
         theirs: the reference, without arguments.
         compare: the reference's result in our layout, as NumPy.
+        finish: what the host does with either result, if that is to be timed, too.
     """
 
     ours: Any
     arguments: tuple[Any, ...]
     theirs: Callable[[], Any]
     compare: Callable[[Any], np.ndarray]
+    finish: Callable[[np.ndarray], None] | None = None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -164,12 +177,20 @@ class Bench:
     def on_torch(self, value: np.ndarray) -> torch.Tensor:
         return torch.tensor(value, device=self.device, dtype=self.torch_dtype)
 
-    def reference(self, model: Any, values: Mapping[str, torch.Tensor]) -> Any:
+    def reference(self, model: Any, values: Mapping[str, torch.Tensor], dtype: torch.dtype | None = None) -> Any:
         """A PyTorch network with these weights; none may be missing or left over."""
         model.load_state_dict(values)
         # Not diffusers' own `to`, which warns of layers that these networks do not have.
-        model = torch.nn.Module.to(model, self.device, self.torch_dtype).eval().requires_grad_(False)
+        model = torch.nn.Module.to(model, self.device, dtype or self.torch_dtype).eval().requires_grad_(False)
         return torch.compile(model) if self.compile_reference else model
+
+    def through_checkpoint(self, cls: Any, config: Any, values: Mapping[str, torch.Tensor]) -> Any:
+        """`reference` of a network of transformers, whose checkpoints have other names than its modules."""
+        with tempfile.TemporaryDirectory() as folder:
+            config.save_pretrained(folder)
+            save_file(dict(values), f"{folder}/model.safetensors")
+            loaded = cls.from_pretrained(folder)
+        return self.reference(loaded, loaded.state_dict())
 
     def on_device(self, params: Any) -> Any:
         return jax.tree.map(lambda leaf: jnp.asarray(leaf, self.dtype), params)
@@ -239,7 +260,7 @@ class Bench:
 
         return Pair(ours, (lora, self.on_device(params), *map(jnp.asarray, inputs)), theirs, compare)
 
-    def torch_vae(self, params: Mapping[str, Any]) -> Any:
+    def torch_vae(self, params: Mapping[str, Any], dtype: torch.dtype | None = None) -> Any:
         config = self.size.vae
         depth = len(config.block_out_channels)
         model = AutoencoderKLTemporalDecoder(
@@ -248,7 +269,7 @@ class Bench:
             layers_per_block=config.layers_per_block,
             latent_channels=config.latent_channels,
         )
-        return self.reference(model, state_dict(params))
+        return self.reference(model, state_dict(params), dtype)
 
     def vae_encode(self) -> Pair:
         """The mean of the latents of every frame."""
@@ -275,19 +296,83 @@ class Bench:
         side = max(1, round(self.size.height / 14)) * 14, max(1, round(self.size.width / 14)) * 14
         images, block = self.normal(self.size.num_frames, *side, 3), config.num_hidden_layers - 1
         ours = jax.jit(lambda params, x: network.apply({"params": params}, x, (block,))[0])
-        with tempfile.TemporaryDirectory() as folder:
-            # Through a checkpoint, whose names are not those of the module.
-            transformers.Dinov2Config(**dataclasses.asdict(config)).save_pretrained(folder)
-            unused = {"embeddings.mask_token": torch.zeros(1, config.hidden_size)}
-            save_file(state_dict(params) | unused, f"{folder}/model.safetensors")
-            loaded = transformers.Dinov2Model.from_pretrained(folder)
-        model = self.reference(loaded, loaded.state_dict())
+        unused = {"embeddings.mask_token": torch.zeros(1, config.hidden_size)}
+        original = transformers.Dinov2Config(**dataclasses.asdict(config))
+        model = self.through_checkpoint(transformers.Dinov2Model, original, state_dict(params) | unused)
         x = self.on_torch(images).movedim(-1, 1).contiguous()
         theirs = lambda: model(x, output_hidden_states=True).hidden_states[-1]  # noqa: E731
         return Pair(ours, (self.on_device(params), jnp.asarray(images)), theirs, lambda y: numpy(y[:, 1:]))
 
+    def image_to_latents(self) -> Pair:
+        """One step from pure noise: CLIP, the VAE's encoder in float32 on both sides, and the UNet once."""
+        return self.image_to(lambda codec, vae_params, x: x, lambda vae, x: x.movedim(2, -1))
 
-PARTS = ("unet", "student", "vae_encode", "vae_decode", "dinov2")
+    def image_to_mp4(self) -> Pair:
+        """The same, all frames decoded at once, and an H.264 file by the same encoder."""
+        factor, num_frames = self.size.vae.scaling_factor, self.size.num_frames
+
+        def decoded(vae: Any, x: torch.Tensor) -> torch.Tensor:
+            frames = vae.decode((x[0] / factor).to(self.torch_dtype), num_frames=num_frames).sample
+            return frames.movedim(1, -1)[None]
+
+        def write(frames: np.ndarray) -> None:
+            with tempfile.TemporaryDirectory() as folder:
+                write_video(f"{folder}/clip.mp4", to_uint8(frames[0]), 7)
+
+        pair = self.image_to(lambda codec, vae_params, x: codec.decode_video(vae_params, x), decoded)
+        return dataclasses.replace(pair, finish=write)
+
+    def image_to(self, ours_then: Callable[..., Any], theirs_then: Callable[..., Any]) -> Pair:
+        """From an image to latents, and what is then done with them. CLIP's input is resized before, for both sides.
+
+        Args:
+            ours_then: of our codec, the VAE's parameters and scaled latents [1 f h w c].
+            theirs_then: of the reference's VAE and scaled latents [1 f c h w]; its result is in our layout.
+        """
+        size, dtypes = self.size, self.dtypes()
+        params = {name: weights(name, getattr(size, name)) for name in ("unet", "vae", "image_encoder")}
+        codec = Codec(SVDVAE(size.vae, **dtypes), CLIPVision(size.image_encoder, **dtypes))
+        unet = SVDUNet(size.unet, **dtypes)
+        image = self.rng.uniform(-1, 1, (1, size.height, size.width, 3)).astype(np.float32)
+        noise, pixels = (
+            self.normal(*size.latents, size.vae.latent_channels),
+            np.asarray(codec.clip_pixels(jnp.asarray(image))),
+        )
+        ids = np.array([[6, 127, 0.02]], np.float32)
+
+        def run(params: Any, pixels: Any, image: Any, noise: Any) -> Any:
+            embedding = codec.embed_pixels(params["image_encoder"], pixels)
+            cond = Conditioning(embedding, codec.encode_mode(params["vae"], image), jnp.asarray(ids))
+            denoiser = EDMBackbone(lambda *inputs: apply(unet, {"params": params["unet"]}, *inputs), cond)
+            return ours_then(codec, params["vae"], denoiser(SIGMA * noise, jnp.full(1, SIGMA)))
+
+        held = {
+            name: jax.tree.map(lambda leaf, name=name: jnp.asarray(leaf, parameter_dtype(name, self.dtype)), tree)
+            for name, tree in params.items()
+        }
+        original = transformers.CLIPVisionConfig(**dataclasses.asdict(size.image_encoder))
+        clip = self.through_checkpoint(
+            transformers.CLIPVisionModelWithProjection, original, state_dict(params["image_encoder"])
+        )
+        encoder, vae = self.torch_vae(params["vae"], torch.float32), self.torch_vae(params["vae"])
+        model, norm = self.torch_unet(params["unet"]), float(np.sqrt(SIGMA**2 + 1))
+        seen = self.on_torch(pixels).movedim(-1, 1).contiguous()
+        first_frame = torch.tensor(image, device=self.device).movedim(-1, 1).contiguous()
+        x = SIGMA * torch.tensor(noise, device=self.device).movedim(-1, 2)
+        time, told = torch.full((1,), 0.25 * float(np.log(SIGMA)), device=self.device), self.on_torch(ids)
+
+        def theirs() -> torch.Tensor:
+            embedding = clip(seen).image_embeds[:, None]
+            first = encoder.encode(first_frame).latent_dist.mode()
+            sample = torch.cat([x / norm, first[:, None].expand(-1, size.num_frames, -1, -1, -1)], dim=2)
+            v = model(sample.to(self.torch_dtype), time.to(self.torch_dtype), embedding, told).sample.float()
+            return theirs_then(vae, x / norm**2 - SIGMA / norm * v)
+
+        arguments = (held, jnp.asarray(pixels), jnp.asarray(image), jnp.asarray(noise))
+        return Pair(jax.jit(run), arguments, theirs, numpy)
+
+
+PARTS = ("unet", "student", "vae_encode", "vae_decode", "dinov2", "image_to_latents", "image_to_mp4")
 
 
 def numpy(value: torch.Tensor) -> np.ndarray:
@@ -330,13 +415,22 @@ def measure(name: str, pair: Pair, runs: int, top: float, bound: float) -> Row:
         error = float(np.linalg.norm(actual - expected.reshape(actual.shape)) / np.linalg.norm(expected))
         if not error < bound:
             sys.exit(f"{name}: the two sides differ by {error:.1e}, expected less than {bound:.0e}: nothing was timed.")
-        pairs = [(seconds_of(lambda: program(*pair.arguments)), seconds_of(pair.theirs)) for _ in range(runs)]
-    ours, theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
+
+        def ours() -> Any:
+            result = program(*pair.arguments)
+            return pair.finish(as_array(result)) if pair.finish else result
+
+        def theirs() -> Any:
+            result = pair.theirs()
+            return pair.finish(pair.compare(result)) if pair.finish else result
+
+        pairs = [(seconds_of(ours), seconds_of(theirs)) for _ in range(runs)]
+    median_ours, median_theirs = (statistics.median(times) for times in zip(*pairs, strict=True))
     memory = program.memory_analysis()
     held = memory.argument_size_in_bytes + memory.temp_size_in_bytes + memory.output_size_in_bytes
-    tflops = operations(traced.jaxpr.jaxpr) / ours / 1e12
+    tflops = operations(traced.jaxpr.jaxpr) / median_ours / 1e12
     faster = statistics.median(theirs / ours for ours, theirs in pairs)
-    return Row(name, ours, theirs, faster, compiling, held / 1e9, tflops, tflops / top, error)
+    return Row(name, median_ours, median_theirs, faster, compiling, held / 1e9, tflops, tflops / top, error)
 
 
 def table(rows: list[Row]) -> Iterator[str]:

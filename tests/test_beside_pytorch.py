@@ -35,3 +35,11 @@ def test_what_differs_is_not_timed(benchmark):
     wrong = pair(right.ours, right.arguments, right.theirs, lambda y: 1.01 * right.compare(y))
     with pytest.raises(SystemExit, match=r"dinov2: the two sides differ by 9\.9e-03, expected less than 1e-03"):
         benchmark["measure"]("dinov2", wrong, 1, 1.0, 1e-3)
+
+
+def test_an_image_becomes_the_same_frames_and_a_file(benchmark, tmp_path):
+    """As latents, too: their decoder is compared with diffusers' elsewhere."""
+    output = tmp_path / "beside.json"
+    benchmark["main"](["--size=tiny", "--parts", "image_to_mp4", "--runs=1", f"--output={output}"])
+    (row,) = json.loads(output.read_text())["rows"]
+    assert row["name"] == "image_to_mp4" and row["error"] < 1e-4 and row["ours"] > 0 and row["theirs"] > 0
