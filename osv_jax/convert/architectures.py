@@ -54,7 +54,7 @@ class Architecture:
         from_json: a checkpoint's config.json -> our config; see `parse_config`.
         inputs: config -> the smallest inputs that make the network create all its parameters.
         options: further keyword arguments of the network's call.
-        command: what imports it: of tools/convert_weights.py, the sub-command and its source.
+        command: what imports it: of osv_jax.convert_weights, the sub-command and its source.
     """
 
     config: type
