@@ -231,11 +231,15 @@ def test_the_decoder_has_a_dtype_of_its_own(model, weights):
     assert (chosen.codec.vae.dtype, chosen.unet.dtype) == (jnp.float16, jnp.bfloat16)
     held = {name: {str(leaf.dtype) for leaf in jax.tree.leaves(tree)} for name, tree in chosen.params.items()}
     assert held == {"unet": {"bfloat16"}, "vae": {"float32"}, "image_encoder": {"bfloat16"}}
+    with pytest.raises(UserError, match="decode_dtype 'int8' is not one of bfloat16, float32, float16"):
+        ImageToVideo.load(weights, decode_dtype="int8")
+
+
+def test_decoding_in_float16_is_nearly_that_in_float32(model, weights, float16):
+    chosen = ImageToVideo.load(weights, decode_dtype="float16")
     latents = jax.random.normal(jax.random.key(0), (1, 2, HEIGHT // 2, WIDTH // 2, 4))
     error = relative_error(chosen.decode(latents, 2), model.decode(latents, 2))
     assert 0 < error < 0.01
-    with pytest.raises(UserError, match="decode_dtype 'int8' is not one of bfloat16, float32, float16"):
-        ImageToVideo.load(weights, decode_dtype="int8")
 
 
 @pytest.fixture(scope="module")
