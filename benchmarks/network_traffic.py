@@ -12,7 +12,7 @@ from __future__ import annotations
 import argparse
 import pathlib
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
@@ -29,7 +29,8 @@ from osv_jax.planning.report import describe
 from osv_jax.planning.topologies import devices_of
 from osv_jax.runtime.ranges import NUM_FRAMES, PIXELS
 
-Program = tuple[Callable[..., jax.Array], dict[str, Any], list[jax.ShapeDtypeStruct]]
+Shapes = Mapping[tuple[str, ...], jax.ShapeDtypeStruct]
+Program = tuple[Callable[..., Any], Shapes, list[jax.ShapeDtypeStruct]]
 
 
 def main() -> None:

@@ -152,10 +152,7 @@ class Conv(nn.Module):
                 )
             x, residual = _fold(x), None if residual is None else _fold(residual)
             kernel, padding = kernel.squeeze(-3), padding[:2]
-        if self.doubled:
-            y = convolve_doubled(x, scaled(kernel))
-        else:
-            y = convolve(x, scaled(kernel), self.strides, padding)
+        y = convolve_doubled(x, scaled(kernel)) if self.doubled else convolve(x, scaled(kernel), self.strides, padding)
         if self.has_variable("lora", "a"):
             a: Array = self.get_variable("lora", "a").astype(self.dtype)
             b: Array = self.get_variable("lora", "b")

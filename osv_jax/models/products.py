@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float
 
 
@@ -129,6 +130,8 @@ def convolve_doubled(
 
 # Padding of an image by one pixel on each side.
 _ONE = ((1, 1), (1, 1))
+# The kernel, and the image, where the other one has a gradient.
+_Saved = tuple[Array | None, Array | None]
 
 
 def double(x: Float[Array, "*batch h w c"]) -> Float[Array, "*batch 2*h 2*w c"]:
@@ -136,16 +139,23 @@ def double(x: Float[Array, "*batch h w c"]) -> Float[Array, "*batch 2*h 2*w c"]:
     return x.repeat(2, axis=-3).repeat(2, axis=-2)
 
 
-def _doubled_forward(x: Array, kernel: Array, dtype: Any) -> tuple[Array, tuple[Array, Array]]:
-    return convolve_doubled(x, kernel, dtype), (x, kernel)
+def _doubled_forward(x: CustomVJPPrimal, kernel: CustomVJPPrimal, dtype: Any) -> tuple[Array, _Saved]:
+    # What is frozen has no gradient that a compiler would have to find unused.
+    saved = kernel.value if x.perturbed else None, x.value if kernel.perturbed else None
+    return convolve_doubled(x.value, kernel.value, dtype), saved
 
 
-def _doubled_backward(dtype: Any, saved: tuple[Array, Array], dy: Array) -> tuple[Array, Array]:
-    x, kernel = saved
-    dy = dy.astype(x.dtype)
-    (dx,) = jax.linear_transpose(lambda x: convolve(double(x), kernel, 1, _ONE), x)(dy)
-    (dkernel,) = jax.linear_transpose(lambda kernel: convolve(double(x), kernel, 1, _ONE), kernel)(dy)
+def _doubled_backward(dtype: Any, saved: _Saved, dy: Array) -> tuple[Array | None, Array | None]:
+    kernel, x = saved
+    dx = dkernel = None
+    if kernel is not None:
+        *batch, height, width, _ = dy.shape
+        like = jax.ShapeDtypeStruct((*batch, height // 2, width // 2, kernel.shape[2]), kernel.dtype)
+        (dx,) = jax.linear_transpose(lambda x: convolve(double(x), kernel, 1, _ONE), like)(dy.astype(kernel.dtype))
+    if x is not None:
+        like = jax.ShapeDtypeStruct((3, 3, x.shape[-1], dy.shape[-1]), x.dtype)
+        (dkernel,) = jax.linear_transpose(lambda kernel: convolve(double(x), kernel, 1, _ONE), like)(dy.astype(x.dtype))
     return dx, dkernel
 
 
-convolve_doubled.defvjp(_doubled_forward, _doubled_backward)
+convolve_doubled.defvjp(_doubled_forward, _doubled_backward, symbolic_zeros=True)
