@@ -5,7 +5,7 @@ VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 COMPILE := $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 
-.PHONY: demo test test-integration test-slow test-portable lint clean
+.PHONY: demo test test-integration test-slow test-portable docs lint clean
 
 # XLA's other way to multiply matrices on a CPU takes 1.6 times as long for networks of this kind. The others are for
 # compiling, which is a third of the demo: less optimisation, and no pass that splits every sum of a parameter in two.
@@ -47,12 +47,20 @@ lint: $(VENV)/.test
 	if test -e .git; then $(VENV)/bin/pre-commit run --all-files --show-diff-on-failure; \
 	else $(VENV)/bin/ruff check && $(VENV)/bin/ruff format --check && $(VENV)/bin/mypy; fi
 
+# The pages as a site, in build/site; a link that leads nowhere is an error.
+docs: $(VENV)/.docs
+	NO_MKDOCS_2_WARNING=1 $(VENV)/bin/mkdocs build --strict --quiet
+
 clean:
 	rm -rf $(VENV) .cache runs/demo
 
 $(VENV)/bin/python:
 	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11) and "osv_jax needs Python 3.11 or newer: make PYTHON=...")'
 	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[docs]'
+	touch $@
 
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[demo]'

@@ -92,10 +92,8 @@ class Step:
     @property
     def command(self) -> str:
         """As one would give it."""
-        program = (
-            f"tools/convert_weights.py {self.program}" if self.program == "merge" else f"-m osv_jax.{self.program}"
-        )
-        return f"python {program} {shlex.join(self.arguments)}"
+        program = "convert_weights merge" if self.program == "merge" else self.program
+        return f"python -m osv_jax.{program} {shlex.join(self.arguments)}"
 
 
 def plan_steps(size: Size, output: pathlib.Path) -> list[Step]:
@@ -210,7 +208,7 @@ def _train(arguments: Sequence[str]) -> None:
 
 def _merge(arguments: Sequence[str]) -> None:
     # On its own, for it keeps JAX from using any accelerator.
-    subprocess.run([sys.executable, str(ROOT / "tools" / "convert_weights.py"), "merge", *arguments], check=True)
+    subprocess.run([sys.executable, "-m", "osv_jax.convert_weights", "merge", *arguments], check=True)
 
 
 PROGRAMS = {"prepare": _prepare, "train": _train, "merge": _merge}

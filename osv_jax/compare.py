@@ -115,7 +115,7 @@ def draw(plan: Plan) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = arguments.Parser("compare", __doc__)
     add = parser.add_argument
-    add("--weights", required=True, help="the teacher: folder that tools/convert_weights.py wrote, or `miniature`")
+    add("--weights", required=True, help="the teacher: folder that osv_jax.convert_weights wrote, or `miniature`")
     add("--lora", required=True, nargs="+", metavar="PATH", help="a student: workdir, PEFT folder or LoRA .safetensors")
     add("--videos", required=True, help="folder of videos; `demo`; or `miniature`, whose film nothing here was shown")
     add("--output", required=True, metavar="FOLDER", help="to write to")

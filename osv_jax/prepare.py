@@ -43,7 +43,7 @@ def _parser() -> argparse.ArgumentParser:
     add("--merge", nargs="+", metavar="PART", help="outputs of all shards, to be joined in --output")
     add("--inspect", metavar="DATASET", help="report on a dataset; with --weights, draw samples")
     add("--output", metavar="DIR", help="folder of the dataset")
-    add("--weights", metavar="DIR", help="folder that tools/convert_weights.py wrote, or `miniature`")
+    add("--weights", metavar="DIR", help="folder that osv_jax.convert_weights wrote, or `miniature`")
     add(
         "--config",
         metavar="FILE",
@@ -85,10 +85,10 @@ def _parser() -> argparse.ArgumentParser:
 
 def run() -> None:
     """The program; for how it ends see `ending.exit_status`."""
+    if folder := compilation_cache():
+        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
     ending.run(main)
 
 
 if __name__ == "__main__":
-    if folder := compilation_cache():
-        os.environ.setdefault("JAX_COMPILATION_CACHE_DIR", folder)
     run()

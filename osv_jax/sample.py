@@ -196,7 +196,7 @@ def _parser() -> argparse.ArgumentParser:
     add = parser.add_argument
     add("--image", nargs="+", required=True, metavar="FILE", help="image files, or folders of them")
     add("--output", required=True, help="NAME.mp4, NAME.gif, or a folder for PNG pictures; {name}: the image's name")
-    add("--weights", required=True, help="folder that tools/convert_weights.py wrote, or `miniature`")
+    add("--weights", required=True, help="folder that osv_jax.convert_weights wrote, or `miniature`")
     add("--lora", metavar="PATH", help="workdir of a training run, PEFT folder or LoRA .safetensors, merged before use")
     add("--sampler", choices=SAMPLERS, default="tts", help="%(choices)s (default %(default)s)")
     add("--steps", type=int, help="steps of the sampler (default 1; euler: 25)")

@@ -20,6 +20,7 @@ os.environ["XLA_FLAGS"] = f"{_FLAGS} {os.environ.get('XLA_FLAGS', '')}".strip()
 
 import flax.struct  # noqa: E402
 import jax  # noqa: E402
+import jax.numpy as jnp  # noqa: E402
 import jaxtyping  # noqa: E402
 import numpy as np  # noqa: E402
 import pytest  # noqa: E402
@@ -94,6 +95,15 @@ def small_disk(tmp_path, request) -> pathlib.Path:
         pytest.skip("mounting a small disk needs root on Linux; test_ending.py has the errors of a full one")
     yield disk
     subprocess.run(["umount", "--lazy", str(disk)], check=True)
+
+
+@pytest.fixture(scope="session")
+def float16():
+    """Skips where XLA has none."""
+    try:
+        return jax.jit(lambda x: x.astype(jnp.float16))(jnp.ones(3)).dtype
+    except jax.errors.JaxRuntimeError:
+        pytest.skip("XLA has no float16 on a processor without instructions for it; bfloat16 is tested there")
 
 
 @pytest.fixture

@@ -16,7 +16,7 @@ import tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
-from osv_jax.convert import exporters, i3d, importers, lora_files, tiny_decoder, videomae, weights
+from osv_jax.convert import exporters, i3d, importers, lora_files, single_file, tiny_decoder, videomae, weights
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.convert.naming import to_torch, torch_name
 from osv_jax.convert.readers import Reader
@@ -93,6 +93,8 @@ def make_checkpoints(target: pathlib.Path) -> None:
     save_file(_hub(dinov2), target / "dinov2.safetensors")
     save_file(_torch_tensors("videomae", VIDEOMAE, np.float16), target / "videomae.safetensors")
     save_file(_torch_tensors("tiny_decoder", TINY_DECODER, np.float16), target / "taesdv.safetensors")
+    params = unflatten_dict(_random("vae", VAE))
+    single_file.write_single_file(target / "svd.safetensors", {"vae": (VAE, params)}, "float16")
     params = unflatten_dict(_random("dinov2", DINOV2))
     weights.save_packed(target / "ours" / "dinov2", "dinov2", DINOV2, params, target)
 
@@ -107,6 +109,8 @@ def use_checkpoints(source: pathlib.Path, damaged: str) -> Iterator[str]:
         return iter(())
     if damaged.startswith("vae"):
         (plan,) = importers.plan_svd(source, ["vae"])
+    elif damaged.startswith("svd"):
+        (plan,) = single_file.plan_single_file(source / damaged, ["vae"])
     elif damaged.startswith("dinov2"):
         plan = importers.plan_dinov2(source / damaged)
     elif damaged.startswith("taesdv"):
@@ -126,7 +130,7 @@ def check_plan(plan: importers.Plan) -> None:
 
 
 def make_loras(target: pathlib.Path) -> None:
-    """PEFT's folder, diffusers' file, one with alphas, and one with diffusers' metadata."""
+    """PEFT's folder, diffusers' file, one with alphas, one with diffusers' metadata, and kohya's."""
     rng = np.random.default_rng(0)
     lora = {}
     for path, leaf in LORA_SHAPES.items():
@@ -135,7 +139,8 @@ def make_loras(target: pathlib.Path) -> None:
         lora[(*path[:-1], "a")] = rng.standard_normal((*leaf.shape[:-1], _RANK), np.float32)
         lora[(*path[:-1], "b")] = rng.standard_normal((_RANK, leaf.shape[-1]), np.float32)
     lora = unflatten_dict(lora)
-    exporters.export_peft(lora, target / "peft")
+    exporters.export_lora("peft", lora, target / "peft")
+    lora_files.write_kohya(target / "kohya.safetensors", lora)
     config = json.loads((target / "peft" / lora_files.PEFT_CONFIG).read_text())
     more = {"rank_pattern": {"proj_in": _RANK}, "alpha_pattern": {"conv.*": 3}, "use_rslora": True}
     more |= {"exclude_modules": ["nothing"], "layers_to_transform": None, "layers_pattern": None, "use_dora": False}

@@ -1,5 +1,6 @@
 """What pages name exists: files, modules, links, targets of make, keys of configurations, functions, tests."""
 
+import ast
 import pathlib
 import re
 import runpy
@@ -15,6 +16,7 @@ from osv_jax.training.config import check_config, default_config
 ROOT = pathlib.Path(__file__).parents[1]
 PAGES = [
     ROOT / "README.md",
+    ROOT / "CHANGELOG.md",
     ROOT / "CONTRIBUTING.md",
     *sorted((ROOT / "docs").glob("*.md")),
     ROOT / "benchmarks/RESULTS.md",
@@ -75,6 +77,28 @@ def test_what_a_page_names_exists(page):
     }
     missing += set(TEST.findall(text)) - tests
     assert missing == []
+
+
+def test_every_page_is_in_the_sites_menu():
+    menu = re.search(r"^nav:\n(.*)", (ROOT / "mkdocs.yml").read_text(), re.MULTILINE | re.DOTALL)[1]
+    assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"[\w-]+\.md", menu))
+
+
+def texts():
+    """Every text in the package, with a 0 where a value is put in."""
+    for file in sorted((ROOT / "osv_jax").rglob("*.py")):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.JoinedStr):
+                yield "".join(part.value if isinstance(part, ast.Constant) else "\0" for part in node.values)
+            elif isinstance(node, ast.Constant) and isinstance(node.value, str):
+                yield node.value
+
+
+def test_messages_in_troubleshooting_are_those_of_the_programs():
+    rows = re.findall(r"^\| `([^`]+)` \|", (ROOT / "docs" / "troubleshooting.md").read_text(), re.MULTILINE)
+    known = "\n".join(texts())
+    assert len(rows) > 20
+    assert [row for row in rows for part in row.split("...") if part.strip() not in known] == []
 
 
 def test_keys_that_pages_name_exist():

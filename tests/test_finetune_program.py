@@ -207,7 +207,7 @@ def test_distillation_does_not_continue_finetuning_but_says_what_to_do(straight,
     config = micro_stage1.get_config()
     config.init_from = str(straight)
     sentence = refused(config, tmp_path / "run")
-    assert f"tools/convert_weights.py merge {straight} OUTPUT" in sentence and "config.weights" in sentence
+    assert f"osv_jax.convert_weights merge {straight} OUTPUT" in sentence and "config.weights" in sentence
 
 
 def denoise_with(params, lora=None):

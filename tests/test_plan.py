@@ -45,6 +45,22 @@ def test_operations_of_a_kernel_count_for_all_its_blocks_and_devices(sizes):
     assert counts == [2 * 2 * 8 * 2 * 256 * 256 * 64] * 2
 
 
+def test_operations_of_cudnns_attention_are_those_of_its_products(monkeypatch):
+    for requirement in ("check_cudnn_version", "check_compute_capability"):
+        monkeypatch.setattr(f"jax._src.cudnn.fused_attention_stablehlo.{requirement}", lambda *_: 99_000)
+    q, k = (jnp.ones((2, length, 3, 64), jnp.bfloat16) for length in (256, 128))
+
+    def count(function):
+        return hlo.operations(jax.make_jaxpr(function)(q).jaxpr)
+
+    def attend(q):
+        return attention.dot_product_attention(q, k, k, "cudnn").astype(jnp.float32).sum()
+
+    product = 2 * 2 * 3 * 256 * 128 * 64
+    assert count(attend) == 2 * product
+    assert count(jax.grad(attend)) == (2 + 5) * product
+
+
 def test_collectives_are_counted_by_kind_with_their_bytes():
     devices = mesh.make_mesh(2, 4)
     rows, whole = NamedSharding(devices, PartitionSpec("fsdp")), NamedSharding(devices, PartitionSpec())

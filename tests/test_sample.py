@@ -19,7 +19,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 
 from osv_jax import sample
+from osv_jax.convert import time_travel_scheduler
+from osv_jax.convert.time_travel_scheduler import TimeTravelScheduler
 from osv_jax.data.video import cover
+from osv_jax.diffusion import samplers
 from osv_jax.diffusion.conditioning import Conditioning
 from osv_jax.diffusion.edm import EDMBackbone
 from osv_jax.errors import UserError
@@ -135,6 +138,57 @@ def test_euler_is_the_pipeline_of_diffusers(reference, model, picture):
     assert np.abs(to_uint8(ours) - (255 * finished).round()).max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("sampler", "steps", "boundary", "evaluations"),
+    [("consistency", 1, "svd", 1), ("consistency", 2, "svd", 2), ("tts", 1, "svd", 2), ("tts", 2, "exact", 4)],
+)
+def test_the_scheduler_for_diffusers_is_our_sampler(
+    reference, model, picture, monkeypatch, sampler, steps, boundary, evaluations
+):
+    """The student's own number of noise levels and boundary are in both."""
+    ours = copy.copy(model)
+    ours.boundary, ours.num_levels = boundary, 10
+    given = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES, "fps": 9, "noise_aug_strength": 0.0}
+    options = ours.complete(Options(sampler=sampler, steps=steps, **given))
+    noise = ours.noise(jax.random.key(0)[None], options)
+    expected = ours.sample(picture[None], noise, options)
+
+    theirs = copy.copy(reference)
+    theirs.scheduler = TimeTravelScheduler.from_config(
+        TimeTravelScheduler(sampler=sampler, boundary=boundary, num_levels=10).config
+    )
+    # The pipeline's own noise is made of the seed; the fresh noise is what ours draws.
+    fresh = jax.random.normal(noise.keys[0], (1, *noise.latents.shape[1:]))
+    monkeypatch.setattr(time_travel_scheduler, "randn_tensor", lambda *_, **__: channels_first(fresh))
+    calls = []
+    with theirs.unet.register_forward_pre_hook(lambda *_: calls.append(1)):
+        latents = theirs(
+            Image.fromarray(picture),
+            num_inference_steps=steps,
+            max_guidance_scale=1.0,
+            latents=channels_first(noise.latents),
+            output_type="latent",
+            **given,
+        ).frames
+    assert relative_error(latents.permute(0, 1, 3, 4, 2), expected) <= 1e-3
+    assert len(calls) == evaluations == samplers.num_evaluations(sampler, steps)
+
+
+def test_the_scheduler_refuses_what_our_sampler_refuses():
+    with pytest.raises(ValueError, match="'euler'"):
+        TimeTravelScheduler(sampler="euler")
+    with pytest.raises(ValueError, match="'none'"):
+        TimeTravelScheduler(boundary="none")
+    for steps in (0, 11):
+        with pytest.raises(ValueError, match="10 noise levels"):
+            TimeTravelScheduler(num_levels=10).set_timesteps(steps)
+
+
+def channels_first(latents):
+    """For diffusers, [b f c h w]."""
+    return torch.tensor(np.asarray(latents)).permute(0, 1, 4, 2, 3)
+
+
 def test_clip_sees_the_whole_image_as_in_diffusers_and_the_vae_what_covers_the_video(reference, model, monkeypatch):
     """Of images of two other shapes, for which no other program is compiled."""
     monkeypatch.setattr(pipeline, "_PROGRAMS", {})
@@ -177,11 +231,15 @@ def test_the_decoder_has_a_dtype_of_its_own(model, weights):
     assert (chosen.codec.vae.dtype, chosen.unet.dtype) == (jnp.float16, jnp.bfloat16)
     held = {name: {str(leaf.dtype) for leaf in jax.tree.leaves(tree)} for name, tree in chosen.params.items()}
     assert held == {"unet": {"bfloat16"}, "vae": {"float32"}, "image_encoder": {"bfloat16"}}
+    with pytest.raises(UserError, match="decode_dtype 'int8' is not one of bfloat16, float32, float16"):
+        ImageToVideo.load(weights, decode_dtype="int8")
+
+
+def test_decoding_in_float16_is_nearly_that_in_float32(model, weights, float16):
+    chosen = ImageToVideo.load(weights, decode_dtype="float16")
     latents = jax.random.normal(jax.random.key(0), (1, 2, HEIGHT // 2, WIDTH // 2, 4))
     error = relative_error(chosen.decode(latents, 2), model.decode(latents, 2))
     assert 0 < error < 0.01
-    with pytest.raises(UserError, match="decode_dtype 'int8' is not one of bfloat16, float32, float16"):
-        ImageToVideo.load(weights, decode_dtype="int8")
 
 
 @pytest.fixture(scope="module")
@@ -403,9 +461,9 @@ def test_a_folders_images_are_its_files_that_are_not_hidden(images, tmp_path):
         (["--sampler=ddim"], ["ddim", "tts", "euler"]),
         (["--decode_dtype=int8"], ["int8", "float16"]),
         (["--decoder=small"], ["small", "tiny"]),
-        (["--decoder=tiny"], ["tiny_decoder does not exist", "tools/convert_weights.py tiny-decoder TAESDV_PTH"]),
+        (["--decoder=tiny"], ["tiny_decoder does not exist", "osv_jax.convert_weights tiny-decoder TAESDV_PTH"]),
         (["--no_such_flag=1"], ["no_such_flag"]),
-        (["--weights=nowhere"], ["tools/convert_weights.py svd"]),
+        (["--weights=nowhere"], ["osv_jax.convert_weights svd"]),
         (["--lora=nowhere"], ["nowhere does not exist"]),
         (["--lora=empty"], ["empty holds no LoRA", "adapter_config.json"]),
         (["--lora=good.png", "--ema"], ["--ema"]),

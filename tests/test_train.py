@@ -237,7 +237,7 @@ def test_a_clip_s_rows_must_split_over_the_context(tmp_path):
 def test_missing_weights_name_the_command_that_makes_them(tmp_path):
     config = micro_stage1.get_config()
     config.random_networks, config.weights = {}, str(tmp_path / "nowhere")
-    assert "tools/convert_weights.py svd" in refused(config, tmp_path / "run")
+    assert "osv_jax.convert_weights svd" in refused(config, tmp_path / "run")
 
 
 def test_a_folder_that_holds_no_weights_is_refused(tmp_path):

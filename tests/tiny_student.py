@@ -24,4 +24,4 @@ def save(folder: pathlib.Path, video: dict, loras: tuple[str, ...]) -> None:
     rng = np.random.default_rng(0)
     for name in loras:
         drawn = {path: 0.3 * rng.standard_normal(leaf.shape, np.float32) for path, leaf in lora.items()}
-        exporters.export_peft(unflatten_dict(drawn), folder / name)
+        exporters.export_lora("peft", unflatten_dict(drawn), folder / name)

@@ -1,13 +1,9 @@
-"""tools/convert_weights.py as a function of its arguments."""
+"""osv_jax.convert_weights as a function of its arguments."""
 
-import pathlib
-import runpy
-
+from osv_jax import convert_weights
 from osv_jax.runtime import ending
-
-_main = runpy.run_path(str(pathlib.Path(__file__).parents[1] / "tools" / "convert_weights.py"))["main"]
 
 
 def convert(arguments: list[str]) -> int:
     """Converts; returns the exit status."""
-    return ending.exit_status(lambda: _main(arguments))
+    return ending.exit_status(lambda: convert_weights.main(arguments))

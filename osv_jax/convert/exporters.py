@@ -1,4 +1,4 @@
-"""What a run trained, as PyTorch programs load it: a PEFT adapter, a file with diffusers' keys, or a merged UNet."""
+"""What a run trained, for PyTorch: a LoRA in one of four spellings, the UNet, or all of SVD in one file."""
 
 from __future__ import annotations
 
@@ -15,43 +15,56 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors.numpy import save_file
 
 from osv_jax.convert import lora_files
+from osv_jax.convert.architectures import Config, expected_params
 from osv_jax.convert.importers import DTYPES
+from osv_jax.convert.model_card import Card
 from osv_jax.convert.naming import to_torch
+from osv_jax.convert.single_file import write_single_file
 from osv_jax.convert.weights import cast, locate
 from osv_jax.errors import UserError
 from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.runtime import paths
 from osv_jax.runtime.paths import as_path
 
-FORMATS = ("peft", "diffusers", "unet")
+LORA_FORMATS = ("peft", "diffusers", "kohya", "comfyui")
+FORMATS = (*LORA_FORMATS, "unet", "single-file")
 
 Params = Mapping[str, Any]
 
 
-def export_peft(lora: Params, output: str | os.PathLike, dtype: str = "float32", overwrite: bool = False) -> None:
-    """Writes a PEFT adapter folder; see `lora_files.write_peft`.
+def export_lora(
+    kind: str,
+    lora: Params,
+    output: str | os.PathLike,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    config: UNetConfig | None = None,
+    card: Card | None = None,
+) -> None:
+    """Writes a folder with a LoRA in one of `LORA_FORMATS`; see the functions of `lora_files` with these names.
+
+    The files of kohya and ComfyUI are called as the folder.
 
     Args:
         dtype: stored dtype: "bfloat16", "float32" or "float16".
+        config: of the UNet that it is for, which ComfyUI's names depend on; by default the released one.
+        card: what its README.md says, if it is to have one.
 
     Raises:
         UserError: if `output` exists, unless it may be overwritten, or cannot be written; also a value beyond `dtype`.
     """
+    stored, file = _stored(lora, dtype), f"{as_path(output).name}.safetensors"
     with new_folder(output, overwrite) as folder:
-        lora_files.write_peft(folder, _stored(lora, dtype))
-
-
-def export_diffusers(lora: Params, output: str | os.PathLike, dtype: str = "float32", overwrite: bool = False) -> None:
-    """Writes a folder with `pytorch_lora_weights.safetensors`; see `lora_files.write_diffusers`.
-
-    Args:
-        dtype: stored dtype: "bfloat16", "float32" or "float16".
-
-    Raises:
-        UserError: as `export_peft`.
-    """
-    with new_folder(output, overwrite) as folder:
-        lora_files.write_diffusers(folder / lora_files.DIFFUSERS_WEIGHTS, _stored(lora, dtype))
+        if kind == "peft":
+            lora_files.write_peft(folder, stored)
+        elif kind == "diffusers":
+            lora_files.write_diffusers(folder / lora_files.DIFFUSERS_WEIGHTS, stored)
+        elif kind == "kohya":
+            lora_files.write_kohya(folder / file, stored)
+        else:
+            lora_files.write_comfyui(folder / file, stored, expected_params("unet", config or UNetConfig()))
+        if card:
+            card.write(folder, kind, file)
 
 
 def _stored(lora: Params, dtype: str) -> Params:
@@ -60,17 +73,22 @@ def _stored(lora: Params, dtype: str) -> Params:
 
 
 def export_unet(
-    config: UNetConfig, params: Params, output: str | os.PathLike, dtype: str = "float32", overwrite: bool = False
+    config: UNetConfig,
+    params: Params,
+    output: str | os.PathLike,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    card: Card | None = None,
 ) -> None:
     """Writes a folder that diffusers' `UNetSpatioTemporalConditionModel.from_pretrained` opens.
 
     Args:
         config: the architecture.
         params: all parameters of the UNet, LoRA merged.
-        dtype: stored dtype: "bfloat16", "float32" or "float16".
+        dtype, card: see `export_lora`.
 
     Raises:
-        UserError: as `export_peft`; also a value beyond `dtype`.
+        UserError: as `export_lora`.
     """
     tensors = {}
     for path, array in flatten_dict(params).items():
@@ -79,6 +97,30 @@ def export_unet(
     with new_folder(output, overwrite) as folder:
         (folder / "config.json").write_text(json.dumps(unet_json(config), indent=2) + "\n")
         save_file(tensors, folder / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        if card:
+            card.write(folder, "unet")
+
+
+def export_single_file(
+    networks: Mapping[str, tuple[Config, Params]],
+    output: str | os.PathLike,
+    dtype: str = "float32",
+    overwrite: bool = False,
+    card: Card | None = None,
+) -> None:
+    """Writes a folder with all of SVD in one file, called as the folder; see `single_file.write_single_file`.
+
+    Args:
+        dtype, card: see `export_lora`.
+
+    Raises:
+        UserError: as `export_lora`.
+    """
+    file = f"{as_path(output).name}.safetensors"
+    with new_folder(output, overwrite) as folder:
+        write_single_file(folder / file, networks, dtype)
+        if card:
+            card.write(folder, "single-file", file)
 
 
 def check_output(output: str | os.PathLike, overwrite: bool, *sources: str | os.PathLike) -> None:

@@ -1,7 +1,8 @@
 """LoRA files of PyTorch programs for the SVD UNet, read and written.
 
-Read: a PEFT adapter folder, or a bare safetensors file with diffusers' or PEFT's keys. Written: the same two, always
-with alpha = rank and the scale folded into B, because what loads a bare file drops alpha without a word.
+Read: a PEFT adapter folder, or a bare safetensors file with the keys of diffusers, PEFT, kohya or ComfyUI. Written: the
+same, always with alpha = rank and the scale folded into B, because some of what loads a bare file drops alpha without a
+word.
 """
 
 from __future__ import annotations
@@ -12,7 +13,7 @@ import json
 import os
 import pathlib
 import re
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import numpy as np
@@ -21,8 +22,9 @@ from safetensors.numpy import save_file
 
 from osv_jax.convert.adapter_config import AdapterConfig, parse_adapter_config
 from osv_jax.convert.json_files import parse_json, read_json
-from osv_jax.convert.naming import Path, flax_shape_to_torch, module_path, to_flax, to_torch, torch_module
+from osv_jax.convert.naming import Path, flax_shape_to_torch, module_path, to_flax, to_torch, torch_module, torch_name
 from osv_jax.convert.readers import Reader, open_weights, read_floats, safetensors_metadata
+from osv_jax.convert.stability_names import unet_names
 from osv_jax.convert.weights import locate
 from osv_jax.errors import UserError
 from osv_jax.runtime import paths
@@ -103,8 +105,9 @@ def read_lora(path: str | os.PathLike, shapes: Mapping[Path, Any]) -> LoraFile:
     """Reads a PEFT adapter folder or a LoRA safetensors file for the UNet whose parameters are `shapes` (by path).
 
     Keys may be `<module>.lora_A.weight` and `.lora_B.weight`, or `.lora.down` and `.lora.up`, with or without the
-    prefixes `base_model.model.` and `unet.`; alpha is taken from adapter_config.json, from `<module>.alpha`, or from
-    the metadata that diffusers writes, and is the rank where none of them has it.
+    prefixes `base_model.model.` and `unet.`; or have modules as kohya and ComfyUI write them (`write_kohya`,
+    `write_comfyui`). Alpha is taken from adapter_config.json, from `<module>.alpha`, or from the metadata that
+    diffusers writes, and is the rank where none of them has it.
 
     Raises:
         UserError: nothing to read there; another kind of adapter, or one that is more than its A and B (see
@@ -114,13 +117,15 @@ def read_lora(path: str | os.PathLike, shapes: Mapping[Path, Any]) -> LoraFile:
     file, config = _locate(path)
     reader = open_weights(file)
     halves: dict[str, dict[str, str]] = collections.defaultdict(dict)
-    unknown = []
+    unknown, spelled = [], _spellings(shapes)
     for name in reader.names():
         match = _KEY.fullmatch(name)
-        if match is None or (*module_path(match["module"]), "kernel") not in shapes:
+        half = "a" if match and match["a"] else "alpha" if match and match["alpha"] else "b"
+        module = spelled.get(match["module"]) if match else None
+        if module is None or half in halves[module]:
             unknown.append(name)
         else:
-            halves[match["module"]]["a" if match["a"] else "alpha" if match["alpha"] else "b"] = name
+            halves[module][half] = name
     incomplete = [module for module, names in halves.items() if not {"a", "b"} <= names.keys()]
     _complain(path, {"keys that match nothing in this UNet": unknown, "modules with only one of A and B": incomplete})
     if not halves:
@@ -214,6 +219,57 @@ def write_diffusers(file: pathlib.Path, lora: Params) -> None:
     """Writes one safetensors file with diffusers' keys `unet.<module>.lora_A.weight`, `unet.<module>.lora_B.weight`."""
     tensors = {f"unet.{name}": array for name, array in torch_tensors(lora).items()}
     save_file(tensors, file, {"format": "pt"})
+
+
+def write_kohya(file: pathlib.Path, lora: Params) -> None:
+    """Writes one safetensors file with the keys of kohya's scripts, made of diffusers' names of the modules.
+
+    They are `lora_unet_<module with _ for .>.lora_down.weight`, `.lora_up.weight` and `.alpha`.
+    """
+    _write_down_up(file, lora, lambda module: module)
+
+
+def write_comfyui(file: pathlib.Path, lora: Params, shapes: Mapping[Path, Any]) -> None:
+    """The same with Stability's names of the modules, which ComfyUI has for all of SVD's.
+
+    (Of diffusers' names it knows those of the layers that SVD shares with Stable Diffusion.)
+
+    Args:
+        shapes: the UNet's parameters (or their shapes) by path.
+    """
+    modules = _stability_modules(shapes)
+    _write_down_up(file, lora, modules.__getitem__)
+
+
+def _write_down_up(file: pathlib.Path, lora: Params, spell: Callable[[str], str]) -> None:
+    tensors = {}
+    for name, array in torch_tensors(lora).items():
+        module, half, _ = name.rsplit(".", 2)
+        spelled = f"lora_unet_{spell(module).replace('.', '_')}"
+        tensors[f"{spelled}.{'lora_down' if half == 'lora_A' else 'lora_up'}.weight"] = array
+        if half == "lora_A":
+            tensors[f"{spelled}.alpha"] = np.asarray(len(array), array.dtype)
+    rank = str(max(ranks(lora).values()))
+    # What programs show of a file, and merging tools go by.
+    metadata = {"ss_network_module": "networks.lora", "ss_network_dim": rank, "ss_network_alpha": rank}
+    save_file(tensors, file, {"format": "pt", **metadata})
+
+
+def _stability_modules(shapes: Mapping[Path, Any]) -> dict[str, str]:
+    """diffusers' names of the modules that have a kernel -> Stability's."""
+    renamed = unet_names(map(torch_name, shapes))
+    kernels = [torch_name(path) for path in shapes if path[-1] == "kernel"]
+    return {name.removesuffix(".weight"): renamed[name].removesuffix(".weight") for name in kernels}
+
+
+def _spellings(shapes: Mapping[Path, Any]) -> dict[str, str]:
+    """Every way in which the files that are read write a module -> its name in diffusers."""
+    spelled = {}
+    for module, theirs in _stability_modules(shapes).items():
+        for way in (module, f"lora_unet_{module.replace('.', '_')}", f"lora_unet_{theirs.replace('.', '_')}"):
+            spelled[way] = module
+        spelled[f"diffusion_model.{theirs}"] = module
+    return spelled
 
 
 def torch_tensors(lora: Params) -> dict[str, np.ndarray]:

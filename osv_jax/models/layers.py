@@ -16,7 +16,15 @@ import jax.numpy as jnp
 from jax import lax
 from jaxtyping import Array, Float
 
-from osv_jax.models.products import add_lora, convolve, convolve_widely, multiply, multiply_widely
+from osv_jax.models.products import (
+    add_lora,
+    at_least_float32,
+    convolve,
+    convolve_doubled,
+    convolve_widely,
+    multiply,
+    multiply_widely,
+)
 
 Dtype = Any
 
@@ -101,6 +109,11 @@ class Conv(nn.Module):
     [*window, in, rank] is convolved like the kernel, `b` [rank, features] is pointwise.
 
     `padding` is one number for both ends of every axis, or a (low, high) pair per axis; by default it keeps the size.
+
+    `scale` multiplies the output; it is multiplied into the parameters instead, which are much smaller. `residual`, of
+    the output's shape, is added to it: here, for a GPU's kernel adds both it and the bias before it writes the output.
+
+    With `doubled` the image is that of twice the size, by nearest neighbour.
     """
 
     features: int
@@ -108,11 +121,17 @@ class Conv(nn.Module):
     strides: int = 1
     padding: int | Sequence[tuple[int, int]] | None = None
     use_bias: bool = True
+    doubled: bool = False
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
 
     @nn.compact
-    def __call__(self, x: Float[Array, "*batch c"]) -> Float[Array, "*out features"]:
+    def __call__(
+        self, x: Float[Array, "*batch c"], scale: Float[Array, "1"] | None = None, residual: Array | None = None
+    ) -> Float[Array, "*out features"]:
+        def scaled(value: Array) -> Array:
+            return (value if scale is None else at_least_float32(value) * scale).astype(self.dtype)
+
         window = tuple(self.window)
         if self.padding is None:
             padding = tuple((size // 2, size // 2) for size in window)
@@ -123,19 +142,35 @@ class Conv(nn.Module):
         kernel = parameter(
             self, "kernel", nn.initializers.lecun_normal(), (*window, x.shape[-1], self.features), self.param_dtype
         )
-        x = x.astype(self.dtype)
-        y = convolve(x, kernel.astype(self.dtype), self.strides, padding)
+        x, pixels = x.astype(self.dtype), x.shape[-3:-1]
+        if len(window) == 3:
+            # Only (k, 1, 1) occurs in SVD: fold the two pointwise axes into one and stay with a 2-D convolution, which
+            # every backend has a fast kernel for.
+            if window[1:] != (1, 1) or self.strides != 1:
+                raise ValueError(
+                    f"3-D convolutions must have window (k, 1, 1) and stride 1, got {window}, {self.strides}."
+                )
+            x, residual = _fold(x), None if residual is None else _fold(residual)
+            kernel, padding = kernel.squeeze(-3), padding[:2]
+        y = convolve_doubled(x, scaled(kernel)) if self.doubled else convolve(x, scaled(kernel), self.strides, padding)
         if self.has_variable("lora", "a"):
-            a: Array = self.get_variable("lora", "a")
+            a: Array = self.get_variable("lora", "a").astype(self.dtype)
             b: Array = self.get_variable("lora", "b")
-            y = add_lora(y, convolve_widely(x, a.astype(self.dtype), self.strides, padding), b)
+            a = a.squeeze(-3) if len(window) == 3 else a
+            if self.doubled:
+                low_rank = convolve_doubled(x, a, jnp.float32)
+            else:
+                low_rank = convolve_widely(x, a, self.strides, padding)
+            y = add_lora(y, low_rank, scaled(b))
         if self.use_bias:
-            y += parameter(self, "bias", nn.initializers.zeros, (self.features,), self.param_dtype).astype(self.dtype)
-        return y
+            y += scaled(parameter(self, "bias", nn.initializers.zeros, (self.features,), self.param_dtype))
+        if residual is not None:
+            y += residual
+        return y.reshape(*y.shape[:-2], *pixels, self.features) if len(window) == 3 else y
 
 
-def at_least_float32(x: Array) -> Array:
-    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
+def _fold(x: Float[Array, "*batch h w c"]) -> Float[Array, "*batch hw c"]:
+    return x.reshape(*x.shape[:-3], -1, x.shape[-1])
 
 
 def timestep_embedding(timesteps: Float[Array, " n"], dim: int) -> Float[Array, "n dim"]:

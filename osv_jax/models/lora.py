@@ -111,3 +111,33 @@ def truncate_lora(lora: Params, rank: int) -> tuple[dict[str, Any], float]:
         smaller[(*path, "b")] = new_b.astype(b.dtype)
         lost, whole = lost + (values[kept:] ** 2).sum(), whole + (values**2).sum()
     return unflatten_dict(smaller), math.sqrt(lost / whole) if whole else 0.0
+
+
+def closest_lora(changes: Mapping[Path, np.ndarray], rank: int) -> tuple[dict[str, Any], float]:
+    """The LoRA of a rank whose products are closest to changes of whole kernels, alpha = rank.
+
+    Args:
+        changes: by the module's path, [*window, in, out].
+        rank: where a kernel itself has less, `a` and `b` are filled up with zeros.
+
+    Returns:
+        The LoRA, float32 NumPy arrays, and the norm of what is left of the changes without it.
+    """
+    found, left = {}, 0.0
+    for path, change in changes.items():
+        matrix = change.reshape(-1, change.shape[-1]).astype(np.float64)
+        wide = matrix.shape[0] < matrix.shape[1]
+        matrix = matrix if wide else matrix.T
+        # Of the shorter side, many times smaller than the kernel: singular vectors, the largest last.
+        squares, vectors = np.linalg.eigh(matrix @ matrix.T)
+        kept = min(rank, len(squares))
+        vectors = vectors[:, ::-1][:, :kept]
+        # Halves of equal size, so that neither is beyond a stored dtype.
+        root = np.sqrt(np.sqrt(np.maximum(squares[::-1][:kept], 0)))
+        short, long = vectors * root, (vectors.T @ matrix) / np.where(root > 0, root, 1)[:, None]
+        short, long = np.pad(short, ((0, 0), (0, rank - kept))), np.pad(long, ((0, rank - kept), (0, 0)))
+        a, b = (short, long) if wide else (long.T, short.T)
+        found[(*path, "a")] = a.reshape(*change.shape[:-1], rank).astype(np.float32)
+        found[(*path, "b")] = b.astype(np.float32)
+        left += max(squares[: len(squares) - kept].sum(), 0.0)
+    return unflatten_dict(found), math.sqrt(left)

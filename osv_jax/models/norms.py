@@ -10,7 +10,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from osv_jax.models.layers import Dtype, at_least_float32, parameter
+from osv_jax.models.layers import Dtype, parameter
+from osv_jax.models.products import at_least_float32
 
 
 class GroupNorm(nn.Module):

@@ -9,6 +9,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 from jax import lax
+from jax.custom_derivatives import CustomVJPPrimal
 from jaxtyping import Array, Float
 
 
@@ -21,6 +22,11 @@ def compiled_for() -> str:
 def shares_images() -> bool:
     """Whether each image's rows are shared out to several devices."""
     return jax.sharding.get_abstract_mesh().shape.get("context", 1) > 1
+
+
+def at_least_float32(x: Array) -> Array:
+    """The values, in float32 if their dtype is narrower."""
+    return x.astype(jnp.promote_types(x.dtype, jnp.float32))
 
 
 def add_lora(y: Array, low_rank: Float[Array, "*batch rank"], b: Float[Array, "rank features"]) -> Array:
@@ -43,15 +49,6 @@ def convolve(x: Array, kernel: Array, stride: int, padding: Sequence[tuple[int, 
     window = kernel.shape[:-2]
     if stride == 1 and all(size == 1 for size in window) and not any(map(any, padding)):
         return multiply(x, kernel.reshape(kernel.shape[-2:]), dtype)
-    if len(window) == 3:
-        # Only (k, 1, 1) occurs in SVD: fold the two pointwise axes into one and stay with a 2-D convolution, which
-        # every backend has a fast kernel for.
-        if window[1:] != (1, 1) or stride != 1:
-            raise ValueError(f"3-D convolutions must have window (k, 1, 1) and stride 1, got {window}, {stride}.")
-        *batch, frames, height, width, channels = x.shape
-        folded = x.reshape(-1, frames, height * width, channels)
-        y = convolve(folded, kernel.reshape(window[0], 1, *kernel.shape[-2:]), 1, (padding[0], (0, 0)), dtype)
-        return y.reshape(*batch, y.shape[1], height, width, kernel.shape[-1])
     rank = len(window)
     leading, space = x.shape[: -rank - 1], x.shape[-rank - 1 :]
     letters = "HW"[-rank:]
@@ -104,3 +101,61 @@ def _wide_backward(product: Callable[..., Array], saved: tuple[Array, Array], dy
 
 
 _wide.defvjp(_wide_forward, _wide_backward)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2,))
+def convolve_doubled(
+    x: Float[Array, "*batch h w c"], kernel: Float[Array, "3 3 c o"], dtype: Any = None
+) -> Float[Array, "*batch 2*h 2*w o"]:
+    """The 3x3 convolution of `double(x)`, padded by zeros, in 4/9 of the operations and without that image.
+
+    A pixel of the doubled image has 2 x 2 different pixels of `x` under its window, which are the same for its
+    neighbour on one side. So each of the four kinds of pixels, of even and odd rows and columns, is a 2x2 convolution
+    of `x` with sums of the kernel's weights. `dtype` as of `convolve`, and gradients as of `_wide`, in the plain way:
+    convolutions with windows as large as an image, as the other's gradient has them, are slow on a CPU.
+    """
+    first, middle, last = jnp.split(at_least_float32(kernel), 3, axis=0)
+    rows = jnp.stack([jnp.concatenate([first, middle + last]), jnp.concatenate([first + middle, last])])
+    first, middle, last = jnp.split(rows, 3, axis=2)
+    columns = [jnp.concatenate(pair, axis=2) for pair in ((first, middle + last), (first + middle, last))]
+    # [2 kinds of rows, 2 of columns, 2, 2, c, o] -> [2, 2, c, all four kinds' o]
+    kinds = jnp.stack(columns, axis=1).transpose(2, 3, 4, 0, 1, 5).reshape(2, 2, kernel.shape[2], -1)
+    y = convolve(x, kinds.astype(x.dtype), 1, _ONE, dtype)
+    *batch, height, width = x.shape[:-1]
+    y = y.reshape(*y.shape[:-1], 2, 2, -1)
+    pixels = [[y[..., p : p + height, q : q + width, p, q, :] for q in (0, 1)] for p in (0, 1)]
+    y = jnp.stack([jnp.stack(row, axis=-2) for row in pixels], axis=-4)
+    return y.reshape(*batch, 2 * height, 2 * width, -1)
+
+
+# Padding of an image by one pixel on each side.
+_ONE = ((1, 1), (1, 1))
+# The kernel, and the image, where the other one has a gradient.
+_Saved = tuple[Array | None, Array | None]
+
+
+def double(x: Float[Array, "*batch h w c"]) -> Float[Array, "*batch 2*h 2*w c"]:
+    """The image of twice the size, by nearest neighbour."""
+    return x.repeat(2, axis=-3).repeat(2, axis=-2)
+
+
+def _doubled_forward(x: CustomVJPPrimal, kernel: CustomVJPPrimal, dtype: Any) -> tuple[Array, _Saved]:
+    # What is frozen has no gradient that a compiler would have to find unused.
+    saved = kernel.value if x.perturbed else None, x.value if kernel.perturbed else None
+    return convolve_doubled(x.value, kernel.value, dtype), saved
+
+
+def _doubled_backward(dtype: Any, saved: _Saved, dy: Array) -> tuple[Array | None, Array | None]:
+    kernel, x = saved
+    dx = dkernel = None
+    if kernel is not None:
+        *batch, height, width, _ = dy.shape
+        like = jax.ShapeDtypeStruct((*batch, height // 2, width // 2, kernel.shape[2]), kernel.dtype)
+        (dx,) = jax.linear_transpose(lambda x: convolve(double(x), kernel, 1, _ONE), like)(dy.astype(kernel.dtype))
+    if x is not None:
+        like = jax.ShapeDtypeStruct((3, 3, x.shape[-1], dy.shape[-1]), x.dtype)
+        (dkernel,) = jax.linear_transpose(lambda kernel: convolve(double(x), kernel, 1, _ONE), like)(dy.astype(x.dtype))
+    return dx, dkernel
+
+
+convolve_doubled.defvjp(_doubled_forward, _doubled_backward, symbolic_zeros=True)

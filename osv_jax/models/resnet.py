@@ -10,6 +10,7 @@ from jaxtyping import Array, Float
 
 from osv_jax.models.layers import Conv, Dense, Dtype
 from osv_jax.models.norms import GroupNorm
+from osv_jax.models.products import double, shares_images
 
 
 class SpatialResBlock(nn.Module):
@@ -27,16 +28,18 @@ class SpatialResBlock(nn.Module):
 
     @nn.compact
     def __call__(self, x: Float[Array, "n h w c"], temb: Float[Array, "n t"] | None = None) -> Float[Array, "n h w o"]:
-        y = _residual_branch(self, x, temb, self.out_channels, (3, 3))
+        shortcut = x
         if x.shape[-1] != self.out_channels:
-            x = Conv(self.out_channels, (1, 1), dtype=self.dtype, param_dtype=self.param_dtype, name="conv_shortcut")(x)
-        return x + y
+            dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+            shortcut = Conv(self.out_channels, (1, 1), name="conv_shortcut", **dtypes)(x)
+        return _add_branch(self, x, shortcut, temb, (3, 3))
 
 
 class TemporalResBlock(nn.Module):
     """The same block with (3, 1, 1) convolutions: along the frames, statistics over the whole clip, width unchanged.
 
-    `temb` is one embedding a clip, added to all of its frames. Reference: diffusers `TemporalResnetBlock`.
+    `temb` is one embedding a clip, added to all of its frames. `share` multiplies what the block adds to its input.
+    Reference: diffusers `TemporalResnetBlock`.
     """
 
     epsilon: float
@@ -46,14 +49,21 @@ class TemporalResBlock(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: Float[Array, "b f h w c"], temb: Float[Array, "b t"] | None = None
+        self, x: Float[Array, "b f h w c"], temb: Float[Array, "b t"] | None, share: Float[Array, "1"]
     ) -> Float[Array, "b f h w c"]:
-        return x + _residual_branch(self, x, temb, x.shape[-1], (3, 1, 1))
+        return _add_branch(self, x, x, temb, (3, 1, 1), share)
 
 
-def _residual_branch(
-    block: SpatialResBlock | TemporalResBlock, x: Array, temb: Array | None, features: int, window: Sequence[int]
+def _add_branch(
+    block: SpatialResBlock | TemporalResBlock,
+    x: Array,
+    shortcut: Array,
+    temb: Array | None,
+    window: Sequence[int],
+    scale: Array | None = None,
 ) -> Array:
+    """`shortcut`, and the residual branch of `x` times `scale`."""
+    features = shortcut.shape[-1]
     dtypes = {"dtype": block.dtype, "param_dtype": block.param_dtype}
     y = nn.silu(GroupNorm(block.epsilon, block.num_groups, name="norm1", **dtypes)(x))
     y = Conv(features, window, name="conv1", **dtypes)(y)
@@ -61,7 +71,7 @@ def _residual_branch(
         shift = Dense(features, name="time_emb_proj", **dtypes)(nn.silu(temb))
         y += jnp.expand_dims(shift, range(1, y.ndim - 1))
     y = nn.silu(GroupNorm(block.epsilon, block.num_groups, name="norm2", **dtypes)(y))
-    return Conv(features, window, name="conv2", **dtypes)(y)
+    return Conv(features, window, name="conv2", **dtypes)(y, scale, shortcut)
 
 
 class TimeMixer(nn.Module):
@@ -70,20 +80,26 @@ class TimeMixer(nn.Module):
     switch_mix: bool = False
     param_dtype: Dtype = jnp.float32
 
-    @nn.compact
-    def __call__(self, spatial: Array, temporal: Array) -> Array:
+    def setup(self) -> None:
         # diffusers starts the UNet's factors at 0.5 and the VAE's at 0.
         start = nn.initializers.constant(0.0 if self.switch_mix else 0.5)
-        alpha = nn.sigmoid(self.param("mix_factor", start, (1,), self.param_dtype).astype(jnp.float32))
-        if self.switch_mix:
-            alpha = 1 - alpha
-        return (alpha * spatial + (1 - alpha) * temporal).astype(spatial.dtype)
+        self.mix_factor = self.param("mix_factor", start, (1,), self.param_dtype)
+
+    def temporal_share(self) -> Float[Array, "1"]:
+        """The weight of the temporal path, in float32; that of the spatial path is the rest."""
+        share = nn.sigmoid(self.mix_factor.astype(jnp.float32))
+        return share if self.switch_mix else 1 - share
+
+    def __call__(self, spatial: Array, temporal: Array) -> Array:
+        share = self.temporal_share()
+        return ((1 - share) * spatial + share * temporal).astype(spatial.dtype)
 
 
 class SpatioTemporalResBlock(nn.Module):
     """A spatial block on every frame, a temporal block on its output, and a learned blend of the two.
 
-    The blend is `a * spatial + (1 - a) * temporal` with `a = sigmoid(mix_factor)`. Reference: diffusers
+    The blend is `a * spatial + (1 - a) * temporal` with `a = sigmoid(mix_factor)`. As `temporal` is `spatial` and what
+    the temporal block adds to it, that sum is scaled instead, and nothing is blended. Reference: diffusers
     `SpatioTemporalResBlock`.
 
     Args (attributes):
@@ -113,8 +129,8 @@ class SpatioTemporalResBlock(nn.Module):
             None if temb is None else jnp.repeat(temb, frames, axis=0),
         ).reshape(batch, frames, height, width, self.out_channels)
         epsilon = self.epsilon if self.temporal_epsilon is None else self.temporal_epsilon
-        temporal = TemporalResBlock(epsilon, name="temporal_res_block", **options)(spatial, temb)
-        return TimeMixer(self.switch_mix, self.param_dtype, name="time_mixer")(spatial, temporal)
+        share = TimeMixer(self.switch_mix, self.param_dtype, name="time_mixer").temporal_share()
+        return TemporalResBlock(epsilon, name="temporal_res_block", **options)(spatial, temb, share)
 
 
 class Upsample(nn.Module):
@@ -130,10 +146,14 @@ class Upsample(nn.Module):
     def __call__(
         self, x: Float[Array, "*batch h w c"], size: tuple[int, int] | None = None
     ) -> Float[Array, "*batch h2 w2 c"]:
-        x = x.repeat(2, axis=-3).repeat(2, axis=-2)
-        if size is not None:
-            x = x[..., : size[0], : size[1], :]
-        return Conv(x.shape[-1], (3, 3), dtype=self.dtype, param_dtype=self.param_dtype, name="conv")(x)
+        height, width, channels = x.shape[-3:]
+        # Where devices share an image's rows, one more row than they have would be moved about between them.
+        doubled = size in (None, (2 * height, 2 * width)) and not shares_images()
+        if not doubled:
+            x = double(x)
+            x = x if size is None else x[..., : size[0], : size[1], :]
+        options = {"dtype": self.dtype, "param_dtype": self.param_dtype}
+        return Conv(channels, (3, 3), doubled=doubled, name="conv", **options)(x)
 
 
 class Downsample(nn.Module):

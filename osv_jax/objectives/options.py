@@ -169,7 +169,7 @@ class EvaluationOptions:
         clips: at most so many, evenly spread.
         teacher_steps: Euler steps of the teacher's samples, to which `eval_mse` is measured.
         protocol: of FVD, see docs/evaluation.md.
-        fvd_weights: a folder with i3d or videomae, that tools/convert_weights.py wrote; empty: no FVD.
+        fvd_weights: a folder with i3d or videomae, that osv_jax.convert_weights wrote; empty: no FVD.
         bootstrap: draws for FVD's interval.
     """
 
@@ -190,7 +190,7 @@ class RunOptions:
         seed: of all randomness.
         init_from: a workdir whose student (and discriminator) this run starts from, or a LoRA trained elsewhere (PEFT
             folder or .safetensors); empty: from the teacher.
-        weights: a folder that tools/convert_weights.py wrote: unet/, vae/, image_encoder/, dinov2/.
+        weights: a folder that osv_jax.convert_weights wrote: unet/, vae/, image_encoder/, dinov2/.
         random_networks: architectures to fill with random parameters, instead of `weights` or of some networks there.
         data: the clips.
         batch_size: clips in a step, over all devices.

@@ -42,8 +42,14 @@ class Plan:
         return self.arguments + self.temporaries + self.results
 
 
+# Of jax.nn.dot_product_attention, whose arrays are [batch, length, heads, dim].
+_CUDNN_PRODUCTS = {"dot_product_attention_fwd_wrapper": 2, "dot_product_attention_bwd_wrapper": 5}
+
+
 def operations(jaxpr: Jaxpr) -> float:
     """Multiplications and additions of all matrix products and convolutions, those in loops as often as they run.
+
+    Attention's kernel by cuDNN is two products of queries with all keys, and its gradient five, one of them again.
 
     XLA's own count has the body of a loop once, and stage 2's solver is one.
     """
@@ -63,6 +69,9 @@ def operations(jaxpr: Jaxpr) -> float:
         elif equation.primitive.name == "conv_general_dilated":
             kernel, numbers = _array(equation.invars[1]).shape, equation.params["dimension_numbers"]
             inner = 2.0 * _array(equation.outvars[0]).size * np.prod(kernel) / kernel[numbers.rhs_spec[0]]
+        elif (products := _CUDNN_PRODUCTS.get(equation.primitive.name)) is not None:
+            queries, keys = (_array(variable) for variable in equation.invars[:2])
+            inner = 2.0 * products * queries.size * keys.shape[1]
         total += inner
     return total
 

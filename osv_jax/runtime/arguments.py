@@ -9,6 +9,10 @@ from typing import Any, NoReturn
 from osv_jax.errors import UserError
 from osv_jax.runtime.paths import as_path, user_cache
 
+# Those that come with the package: of an installed one, of a checkout.
+_PACKAGE = pathlib.Path(__file__).parents[1]
+_CONFIGS = (_PACKAGE / "configs", _PACKAGE.parent / "configs")
+
 
 def compilation_cache() -> str | None:
     """The folder for compiled programs where JAX_COMPILATION_CACHE_DIR names none, so that the next start has them.
@@ -35,10 +39,20 @@ class Parser(argparse.ArgumentParser):
 def config_file(name: str) -> pathlib.Path:
     """A configuration file, which is Python code.
 
+    Args:
+        name: its path; or, where nothing has that, the name of one that comes with osv_jax, such as `stage1` or
+            `configs/stage1.py`.
+
     Raises:
         UserError: there is none of that name.
     """
     file = as_path(name)
-    if not file.is_file():
-        raise UserError(f"The configuration file {file} does not exist; see the folder configs/.")
-    return file
+    if file.is_file():
+        return file
+    known = {path.stem: path for folder in _CONFIGS for path in sorted(folder.glob("*.py"))}
+    parts = pathlib.PurePath(name).parts
+    if parts[:-1] in ((), ("configs",)) and parts and (found := known.get(parts[-1].removesuffix(".py"))):
+        return found
+    raise UserError(
+        f"The configuration file {file} does not exist; give the path of yours, or one of {', '.join(known)}."
+    )

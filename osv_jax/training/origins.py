@@ -147,7 +147,7 @@ def check_origin(workdir: Path, config: ConfigDict) -> None:
     if not find(config.objective).may_start_from(before.get("objective", "")):
         raise UserError(
             f"config.init_from={workdir} is a run of {before.get('objective')}, which {config.objective} cannot"
-            f" continue; `python tools/convert_weights.py merge {workdir} OUTPUT` makes weights of it to start"
+            f" continue; `python -m osv_jax.convert_weights merge {workdir} OUTPUT` makes weights of it to start"
             " from, with config.weights=OUTPUT."
         )
     keys = ["weights", "random_networks"]

@@ -14,14 +14,17 @@ import tiny_pipeline
 from conftest import relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
+from safetensors.numpy import load_file
 from tool import convert
 from torch_forward import run_flax, run_torch
 
 from osv_jax.convert import exporters
 from osv_jax.convert.architectures import ARCHITECTURES, expected_params
 from osv_jax.convert.lora_files import ranks, read_lora
-from osv_jax.convert.weights import load_params
+from osv_jax.convert.single_file import write_single_file
+from osv_jax.convert.weights import load_config, load_params
 from osv_jax.errors import UserError
+from osv_jax.models import groups
 from osv_jax.models.lora import merge_lora, scale_lora, truncate_lora
 from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.objectives.players import Player, Student, TrainState
@@ -84,9 +87,10 @@ def state(home):
 @pytest.fixture(scope="module")
 def tuned_run(home, state):
     """The same run, as if it had trained the temporal transformers of one block as well."""
-    kernels = {path: leaf for path, leaf in SHAPES.items() if "mid_block" in path and "_blocks_0" in path[2]}
+    trainable = flatten_dict(groups.select(unflatten_dict(SHAPES), ["temporal_transformer"]))
+    shapes = {path: leaf.shape for path, leaf in trainable.items() if "mid_block" in path}
     rng = np.random.default_rng(3)
-    tuned = {path: 0.1 * rng.standard_normal(leaf.shape, np.float32) for path, leaf in kernels.items()}
+    tuned = {path: 0.1 * rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
     student = Student(lora=state["params"]["lora"], tuned=unflatten_dict(tuned))
     workdir = home / "runs" / "tuned"
     checkpoint.write_config(workdir, json.loads((home / "runs" / "stage2" / "config.json").read_text()))
@@ -100,26 +104,19 @@ def export(source, output, kind, *options):
     return convert(["export-lora", str(source), str(output), f"--format={kind}", *options])
 
 
-def documented_lines(heading, page="README.md"):
-    """The Python lines of a page after the line that begins with `heading`."""
-    text = (ROOT / page).read_text()
-    return re.search(rf"^{heading}.*?^```python\n(.*?)^```", text, re.MULTILINE | re.DOTALL)[1]
+def python_lines(page):
+    """The Python lines of a page, by block."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
-LINES = {
-    "peft": "The PEFT folder",
-    "diffusers": "The file with diffusers' keys",
-    "unet": "The merged UNet",
-}
-
-
-@pytest.mark.parametrize("kind", exporters.FORMATS)
+@pytest.mark.parametrize("kind", ["peft", "diffusers", "unet"])
 @pytest.mark.parametrize("part", ["params", "ema"])
-def test_the_documented_lines_load_the_student(home, base, state, kind, part, capsys):
-    assert export("runs/stage2", f"exported/{kind}", kind, "--overwrite", *["--ema"] * (part == "ema")) == 0
+def test_the_lines_on_the_card_load_the_student(home, base, state, kind, part, capsys, monkeypatch):
+    assert export("runs/stage2", kind, kind, "--overwrite", *["--ema"] * (part == "ema")) == 0
     assert "the EMA of step" in capsys.readouterr().out or part == "params"
     loaded = {}
-    exec(documented_lines(LINES[kind]), loaded)
+    unet_lines, _ = python_lines(pathlib.Path(kind, "README.md"))
+    exec(unet_lines, loaded)
     student = run_flax({"params": base, "lora": scale_lora(state[part]["lora"], SCALE)})
     assert relative_error(run_torch(loaded["unet"]), student) <= 1e-4
     assert relative_error(run_flax({"params": base}), student) > 1e-2
@@ -142,7 +139,7 @@ def test_every_kind_of_module_matters(base, state):
 def test_the_documented_lines_make_a_video(home):
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (50, 60, 3), np.uint8)).save("cat.png")
     lines = {}
-    exec(documented_lines("The same in Python", "docs/sampling.md"), lines)
+    exec(python_lines(ROOT / "docs" / "sampling.md")[0], lines)
     # The size that the run was trained at.
     assert lines["frames"].shape == (3, 16, 24, 3) and lines["frames"].std() > 1
     assert pathlib.Path("cat.mp4").stat().st_size > 500
@@ -195,6 +192,120 @@ def test_tuned_layers_are_in_the_merged_unet_and_their_absence_elsewhere_is_said
         told = capsys.readouterr().out
         size = sum(leaf.size for leaf in jax.tree.leaves(student.tuned))
         assert "only the LoRA part" in told and f"{size:,} base parameters" in told and "--format=unet" in told
+        assert told.split(". ", 1)[1].strip() in pathlib.Path(f"exported/tuned_{kind}", "README.md").read_text()
+
+
+def test_what_was_tuned_becomes_a_lora_of_the_rank_that_is_asked_for(base, tuned_run, capsys):
+    """By singular values: of full rank all but what is no kernel, of rank 3 the best there is."""
+    workdir, student = tuned_run
+    whole = student.variables(base, SCALE)
+    merged, plain = (flatten_dict(tree) for tree in (merge_lora(whole["params"], whole["lora"]), base))
+    changes = {path: merged[path] - leaf for path, leaf in plain.items() if np.any(merged[path] != leaf)}
+    squares = {path: np.square(change, dtype=np.float64).sum() for path, change in changes.items()}
+    errors = []
+    for rank in (64, 3):
+        assert export(workdir, "exported/closest", "peft", f"--rank={rank}", "--overwrite") == 0
+        read = read_lora("exported/closest", SHAPES).lora
+        assert set(ranks(read).values()) == {rank}
+        products, lost = flatten_dict(merge_lora(jax.tree.map(np.zeros_like, base), read)), 0.0
+        for path, change in changes.items():
+            if path[-1] != "kernel":
+                lost += squares[path]
+                continue
+            values = np.linalg.svd(change.reshape(-1, change.shape[-1]).astype(np.float64), compute_uv=False)
+            best = np.square(values[rank:]).sum()
+            left = np.square(products[path] - change, dtype=np.float64).sum()
+            assert left <= best + 1e-6 * squares[path], path
+            lost += left
+        errors.append(np.sqrt(lost / sum(squares.values())))
+        assert f"of which it lacks {100 * errors[-1]:.2g} %" in capsys.readouterr().out
+    of_no_kernels = sum(square for path, square in squares.items() if path[-1] != "kernel")
+    assert errors[0] == pytest.approx(np.sqrt(of_no_kernels / sum(squares.values())), rel=1e-3)
+    assert errors[1] > 1.2 * errors[0]
+
+
+def test_the_card_says_where_the_weights_come_from_and_makes_a_video(home, tuned_run):
+    """The lines of the sampler are run as they stand, and the folder is all that a hub needs."""
+    Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)).save("cat.png")
+    assert export("runs/stage2", "carded", "unet", "--ema") == 0
+    files = {file.name for file in pathlib.Path("carded").iterdir()}
+    weights = {"config.json", "diffusion_pytorch_model.safetensors"}
+    assert files == {"README.md", "training_config.json", "time_travel_scheduler.py", *weights}
+    card = pathlib.Path("carded/README.md").read_text()
+    config = json.loads(pathlib.Path("runs/stage2/config.json").read_text())
+    assert card.startswith("---\nlicense: other\n") and "pipeline_tag: image-to-video" in card
+    for fact in (
+        "# carded",
+        "the EMA of its student after 3 steps",
+        "`stage1`",
+        config["weights"],
+        "rank 2, alpha 6",
+    ):
+        assert fact in card, fact
+    assert json.loads(pathlib.Path("carded/training_config.json").read_text()) == config
+    unet_lines, sampler_lines = python_lines(pathlib.Path("carded/README.md"))
+    loaded = {}
+    exec(unet_lines, loaded)
+    exec(sampler_lines, loaded)
+    with Image.open("cat.gif") as made:
+        assert made.size == (24, 16) and made.n_frames == 3
+
+
+@pytest.mark.parametrize("kind", ["kohya", "comfyui"])
+def test_a_lora_for_other_programs_is_the_students(state, kind, capsys):
+    expected = flatten_dict(scale_lora(state["params"]["lora"], SCALE))
+    assert export("runs/stage2", f"exported/{kind}", kind, "--overwrite") == 0
+    (file,) = pathlib.Path("exported", kind).glob("*.safetensors")
+    assert file.stem == kind and f"`{file.name}`" in (file.parent / "README.md").read_text()
+    actual = flatten_dict(read_lora(file, SHAPES).lora)
+    assert actual.keys() == expected.keys()
+    assert all(np.array_equal(actual[path], leaf) for path, leaf in expected.items())
+    names = {
+        "kohya": "lora_unet_down_blocks_0_attentions_0_temporal_transformer_blocks_0_attn1_to_out_0",
+        "comfyui": "lora_unet_input_blocks_1_1_time_stack_0_attn1_to_out_0",
+    }
+    tensors = load_file(file)
+    assert f"{names[kind]}.lora_down.weight" in tensors and tensors[f"{names[kind]}.alpha"] == 2
+    assert len(tensors) == 3 * len(expected) // 2
+
+
+def comfyui_patched(state_dict, lora):
+    """A UNet's tensors with a LoRA added as ComfyUI does it: by the names of the tensors that a checkpoint has."""
+    patched = dict(state_dict)
+    modules = {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}": name for name in state_dict}
+    for name in [name for name in lora if name.endswith(".lora_up.weight")]:
+        module = name.removesuffix(".lora_up.weight")
+        up, down, alpha = (lora[f"{module}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
+        target = modules[module]
+        product = up.reshape(len(up), -1) @ down.reshape(len(down), -1) * (alpha / len(down))
+        patched[target] = patched[target] + product.reshape(patched[target].shape)
+    return patched
+
+
+def test_a_single_file_holds_the_student_and_comes_back(home, base, state, tmp_path, capsys):
+    """As does the teacher's with the LoRA for ComfyUI on it; and VAE and image encoder are what they were."""
+    assert export("runs/stage2", "student", "single-file") == 0
+    assert "unet, vae, image_encoder in one file" in capsys.readouterr().out
+    assert convert(["svd", "student/student.safetensors", str(tmp_path / "back"), "--dtype=float32"]) == 0
+    merged = merge_lora(base, scale_lora(state["params"]["lora"], SCALE))
+    for component, expected in (("unet", merged), *((name, None) for name in ("vae", "image_encoder"))):
+        assert load_config(tmp_path / "back", component) == load_config("weights/svd", component)
+        expected = flatten_dict(expected or load_params("weights/svd", component))
+        found = flatten_dict(load_params(tmp_path / "back", component))
+        assert found.keys() == expected.keys()
+        for path, leaf in expected.items():
+            np.testing.assert_array_equal(found[path], leaf)
+
+    export("runs/stage2", "exported/comfyui", "comfyui", "--overwrite")
+    student, prefix = load_file("student/student.safetensors"), "model.diffusion_model."
+    unet = {name.removeprefix(prefix): x for name, x in student.items() if name.startswith(prefix)}
+    networks = {"unet": (load_config("weights/svd", "unet"), base)}
+    write_single_file(tmp_path / "teacher.safetensors", networks, "float32")
+    teacher = {name.removeprefix(prefix): x for name, x in load_file(tmp_path / "teacher.safetensors").items()}
+    patched = comfyui_patched(teacher, load_file("exported/comfyui/comfyui.safetensors"))
+    assert patched.keys() == unet.keys()
+    for name, tensor in unet.items():
+        assert relative_error(patched[name], tensor) <= 1e-5, name
 
 
 def test_the_merged_unet_is_the_base_where_nothing_was_trained(base, state, tmp_path):
@@ -265,11 +376,13 @@ def test_values_that_are_not_finite_are_refused(home, tmp_path, monkeypatch, cap
         (["nowhere", "out", "--format=peft", "--rank=0"], ["--rank=0 must be a whole number of at least 1"]),
         (["runs/stage2", "out", "--format=peft", "--rank=3"], ["--rank=3 must lie in 1 .. 2"]),
         (["runs/stage2", "out", "--format=unet", "--rank=1"], ["--rank is of a LoRA", "--format=unet"]),
+        (["runs/stage2", "out", "--format=single-file", "--rank=1"], ["--rank is of a LoRA", "--format=single-file"]),
+        (["runs/homeless", "out", "--format=comfyui"], ["--weights"]),
         (["runs/empty", "out", "--format=peft"], ["runs/empty has no checkpoint"]),
         (["runs/broken", "out", "--format=peft"], ["runs/broken/checkpoints/3 is damaged"]),
         (["runs/garbled", "out", "--format=peft"], ["config.json is damaged"]),
         (["runs/rankless", "out", "--format=peft"], ["runs/rankless/config.json: lora.rank=0 must be a whole number"]),
-        (["runs/stage2", "out", "--format=unet", "--weights=nowhere"], ["tools/convert_weights.py svd"]),
+        (["runs/stage2", "out", "--format=unet", "--weights=nowhere"], ["osv_jax.convert_weights svd"]),
         (["runs/homeless", "out", "--format=unet"], ["--weights"]),
         (["runs/stage2", "out", "--format=unet", "--weights=weights/other"], ["runs/stage2 does not fit", "sizes"]),
     ],

@@ -100,7 +100,8 @@ def test_features_are_compared_over_all_frames_and_blocks(rng):
     np.testing.assert_allclose(
         measures.feature_mse(backbone, {}, blocks, frames, condition), expected(condition), rtol=1e-5
     )
-    assert measures.feature_mse(backbone, {}, blocks, frames, frames).tolist() == [0, 0]
+    # (Two calls are two programs where compilers optimise: they may round differently.)
+    np.testing.assert_allclose(measures.feature_mse(backbone, {}, blocks, frames, frames), 0, atol=1e-12)
 
 
 def test_latents_go_from_the_least_to_the_largest_of_their_clip():

@@ -210,6 +210,21 @@ def test_resamplers_undo_each_other_like_diffusers(rng, size):
     assert relative_error(large, from_torch(up(expected, output_size=size), (2, 3))) < TOLERANCE
 
 
+def test_gradients_through_upsampling_match_torch(rng):
+    x, seen = (rng.standard_normal(shape).astype(np.float32) for shape in ((2, 3, 5, 7, 32), (2, 3, 10, 14, 32)))
+    params = random_params(Upsample(), x)
+    torch_x = to_torch(x).requires_grad_()
+    up = Upsample2D(32, use_conv=True)
+    up.load_state_dict(torch_state(params), strict=True)
+    (up(torch_x) * to_torch(seen)).sum().backward()
+    x_bar, params_bar = jax.jit(
+        jax.grad(lambda x, params: (Upsample().apply({"params": params}, x) * seen).sum(), argnums=(0, 1))
+    )(x, params)
+    assert relative_error(x_bar, from_torch(torch_x.grad, (2, 3))) < TOLERANCE
+    for name, gradient in torch_state(params_bar).items():
+        assert relative_error(gradient, up.get_parameter(name).grad) < TOLERANCE, name
+
+
 def test_foreign_configs_are_refused():
     with pytest.raises(UserError, match="layers_per_block is 1"):
         VAEConfig(layers_per_block=1)

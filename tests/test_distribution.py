@@ -1,0 +1,68 @@
+"""What is installed from a wheel: commands, and the configurations under their names wherever one stands."""
+
+import importlib
+import pathlib
+import shutil
+import subprocess
+import sys
+import tomllib
+import zipfile
+
+import pytest
+
+from osv_jax.errors import UserError
+from osv_jax.runtime import arguments
+from osv_jax.training.config import read_config
+
+ROOT = pathlib.Path(__file__).parents[1]
+SCRIPTS = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]["scripts"]
+
+
+def test_every_program_is_a_command():
+    programs = {path.stem for path in (ROOT / "osv_jax").glob("*.py") if "\ndef run()" in path.read_text()}
+    assert {target.removeprefix("osv_jax.").removesuffix(":run") for target in SCRIPTS.values()} == programs
+    for command, target in SCRIPTS.items():
+        module, function = target.split(":")
+        assert callable(getattr(importlib.import_module(module), function))
+        assert command == f"osv-{module.removeprefix('osv_jax.').replace('_', '-')}" or command == "osv-convert"
+
+
+@pytest.mark.parametrize("name", ["stage2", "stage2.py", "configs/stage2", "configs/stage2.py"])
+def test_configurations_are_found_by_name_from_anywhere(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    assert arguments.config_file(name) == ROOT / "configs" / "stage2.py"
+    assert read_config(f"{name}:tiny").objective == "stage2"
+
+
+def test_a_file_of_ones_own_comes_first(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    pathlib.Path("stage2").write_text("")
+    assert arguments.config_file("stage2") == pathlib.Path("stage2")
+
+
+@pytest.mark.parametrize("name", ["stage3", "elsewhere/stage2.py", "../configs/stage2.py", "", "configs"])
+def test_other_names_are_refused_with_those_there_are(name, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(UserError, match=r"does not exist; give the path of yours, or one of add, .*stage1, stage2"):
+        arguments.config_file(name)
+
+
+@pytest.mark.integration
+def test_the_wheel_holds_all_that_is_used(tmp_path):
+    """Built of a copy, for a build leaves folders behind."""
+    ignored = shutil.ignore_patterns(
+        ".git", ".venv", ".cache", ".ruff_cache", "runs", "build", "*.egg-info", "__pycache__"
+    )
+    shutil.copytree(ROOT, tmp_path / "osv_jax", ignore=ignored)
+    options = ["--no-deps", "--no-build-isolation", "--quiet", f"--wheel-dir={tmp_path}"]
+    subprocess.run([sys.executable, "-m", "pip", "wheel", *options, tmp_path / "osv_jax"], check=True, timeout=300)
+    (wheel,) = tmp_path.glob("*.whl")
+    with zipfile.ZipFile(wheel) as opened:
+        names = set(opened.namelist())
+        (listed,) = (name for name in names if name.endswith("entry_points.txt"))
+        commands = opened.read(listed).decode()
+    used = [path for path in (ROOT / "osv_jax").rglob("*") if path.is_file() and path.suffix != ".pyc"]
+    wanted = {path.relative_to(ROOT).as_posix() for path in used}
+    wanted |= {f"osv_jax/configs/{path.name}" for path in (ROOT / "configs").glob("*.py")}
+    assert {name for name in names if ".dist-info/" not in name} == wanted
+    assert all(f"{command} = {target}" in commands for command, target in SCRIPTS.items())
