@@ -224,6 +224,7 @@ def test_what_was_tuned_becomes_a_lora_of_the_rank_that_is_asked_for(base, tuned
     assert errors[1] > 1.2 * errors[0]
 
 
+@pytest.mark.integration
 def test_the_card_says_where_the_weights_come_from_and_makes_a_video(home, tuned_run):
     """The lines of the sampler are run as they stand, and the folder is all that a hub needs."""
     Image.fromarray(np.random.default_rng(0).integers(0, 256, (16, 24, 3), np.uint8)).save("cat.png")
