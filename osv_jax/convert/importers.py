@@ -31,10 +31,18 @@ from osv_jax.runtime.paths import as_path
 SVD_COMPONENTS = ("unet", "vae", "image_encoder")
 DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.float16}
 # To round these to bfloat16 would change every latent and every embedding.
-_KEPT = frozenset({"vae", "image_encoder"})
+_KEPT = frozenset({"vae", "image_encoder", "image_vae", "text_encoder"})
 
 # Tensors that released checkpoints carry and no forward pass uses.
-IGNORED = frozenset({"mask_token", "embeddings.mask_token", "position_ids", "vision_model.embeddings.position_ids"})
+IGNORED = frozenset(
+    {
+        "mask_token",
+        "embeddings.mask_token",
+        "position_ids",
+        "vision_model.embeddings.position_ids",
+        "text_model.embeddings.position_ids",
+    }
+)
 
 # A translation maps a tensor's name on disk to the names of its equal parts along axis 0, usually one, or to none where
 # no forward pass uses it.
@@ -153,7 +161,7 @@ def plan_svd(folder: str | os.PathLike, components: Sequence[str] = SVD_COMPONEN
     plans = []
     for component in components:
         config = read_config(component, folder / component / "config.json")
-        translate = _new_attention_name if component == "vae" else _same_name
+        translate = new_attention_name if component == "vae" else same_name
         plans.append(make_plan(component, config, open_weights(folder / component), translate))
     return plans
 
@@ -169,7 +177,7 @@ def plan_dinov2(path: str | os.PathLike) -> Plan:
         if not (path / "config.json").is_file():
             raise UserError(f"{path} has no config.json: expected a transformers DINOv2 folder, or give a .pth file.")
         config = read_config("dinov2", path / "config.json")
-        return make_plan("dinov2", config, open_weights(path), _same_name)
+        return make_plan("dinov2", config, open_weights(path), same_name)
     reader = open_weights(path)
     return make_plan("dinov2", _hub_config(reader), reader, _from_hub_name)
 
@@ -296,11 +304,12 @@ def read_config(component: str, file: paths.Path) -> Config:
     return parse_config(component, fields)
 
 
-def _same_name(name: str) -> Sequence[str]:
+def same_name(name: str) -> Sequence[str]:
+    """For networks whose names are the checkpoint's."""
     return (name,)
 
 
-def _new_attention_name(name: str) -> Sequence[str]:
+def new_attention_name(name: str) -> Sequence[str]:
     """The VAE's attention as diffusers named it before 0.15 -> as it is named now."""
     match = re.fullmatch(r"(.*\.attentions\.\d+\.)(\w+)(\.\w+)", name)
     if match and match[2] in _OLD_ATTENTION:

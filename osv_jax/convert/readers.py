@@ -84,7 +84,7 @@ def open_weights(path: str | os.PathLike) -> Reader:
     files = _weight_files(path) if path.is_dir() else [path]
     if files[0].suffix == ".safetensors":
         return SafetensorsReader(path, files)
-    if files[0].suffix in (".bin", ".pth", ".pt"):
+    if files[0].suffix in (".bin", ".pth", ".pt", ".ckpt"):
         return PickleReader(path, files)
     raise UserError(f"{path} is not a weights file: give a folder, or a .safetensors, .bin or .pth file.")
 

@@ -476,8 +476,8 @@ def test_loading_what_is_not_there(weights, tmp_path):
         load_params(tmp_path / "none", "unet")
     with pytest.raises(UserError, match=r"python -m osv_jax\.convert_weights dinov2 DINOV2_FOLDER_OR_PTH"):
         load_config(tmp_path / "none", "dinov2")
-    with pytest.raises(UserError, match="no component 'text_encoder'"):
-        load_config(weights, "text_encoder")
+    with pytest.raises(UserError, match="no component 'tokenizer'"):
+        load_config(weights, "tokenizer")
     with pytest.raises(UserError, match="is one component: give the folder that contains it"):
         load_params(weights / "vae", "vae")
     shutil.copytree(weights / "vae", tmp_path / "unet")

@@ -240,9 +240,9 @@ def test_folders_without_weights(tmp_path):
         open_weights(tmp_path)
     with pytest.raises(UserError, match="does not exist"):
         open_weights(tmp_path / "nothing.safetensors")
-    (tmp_path / "model.ckpt").write_bytes(b"x")
+    (tmp_path / "model.gguf").write_bytes(b"x")
     with pytest.raises(UserError, match="is not a weights file"):
-        open_weights(tmp_path / "model.ckpt")
+        open_weights(tmp_path / "model.gguf")
 
 
 @pytest.mark.parametrize(
