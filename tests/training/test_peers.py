@@ -69,4 +69,7 @@ def test_a_stopped_run_continues_bit_for_bit_its_loss_has_fallen_and_its_student
     for path, leaf in flatten_dict(trained.student.tuned).items():
         np.testing.assert_array_equal(merged[path], leaf)
     assert adapter == (0 if name == "add" else 2)
-    assert ("trained no LoRA: export the whole UNet with --format=unet" in capsys.readouterr().err) == (name != "add")
+    assert (
+        "trained no LoRA: export the closest one with --rank, or the whole UNet with --format=unet"
+        in capsys.readouterr().err
+    ) == (name != "add")
