@@ -23,7 +23,7 @@ demo: $(VENV)/.demo
 # A process waits for the disk and for its children now and then: three keep two cores busy. A file stays in one, for its
 # fixtures, and the shortest files come last, so that all end together.
 PYTEST := $(VENV)/bin/pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
-test: $(VENV)/.test lint
+test: $(VENV)/.test
 	$(PYTEST) tests/objectives tests/test_*.py tests/models tests/convert tests/diffusion tests/data tests/training \
 	    tests/evaluation tests/runtime
 

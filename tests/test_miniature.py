@@ -115,6 +115,7 @@ def sampled():
     return clips[1], teacher, latents
 
 
+@pytest.mark.integration
 def test_the_teacher_keeps_its_picture(sampled):
     """Few steps from noise, for a frame of the film that was not trained on."""
     clip, teacher, latents = sampled
@@ -122,12 +123,14 @@ def test_the_teacher_keeps_its_picture(sampled):
     assert float(frame_psnr(first, to_float(clip[None, :1])).mean()) > 18
 
 
+@pytest.mark.integration
 def test_the_stored_student_comes_to_its_teacher_in_one_step(sampled):
     _, _, latents = sampled
     error = {name: ((made - latents["teacher"]) ** 2).mean() for name, made in latents.items()}
     assert error["one step"] < error["untrained"] / 1.5
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("way", MEASURED)
 def test_every_sampler_makes_of_the_stored_weights_what_it_made_of_them(sampled, way):
     """A tolerance of 1e-4: what tells time travel's mean of two noises from either of them alone is five times that."""

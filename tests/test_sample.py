@@ -254,6 +254,7 @@ def one_step(model):
     return one_step
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("ema", [False, True])
 def test_a_workdir_is_merged_before_sampling(model, weights, workdir, picture, one_step, ema):
     folder, state = workdir
@@ -365,6 +366,7 @@ def decoded(path):
         return float(stream.average_rate), np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)])
 
 
+@pytest.mark.integration
 def test_the_program_makes_a_video_of_every_image(weights, images, tmp_path, capsys, monkeypatch):
     kept = {key: program for key, program in pipeline._PROGRAMS.items() if key[0] != "decode"}
     monkeypatch.setattr(pipeline, "_PROGRAMS", kept)

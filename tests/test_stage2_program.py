@@ -92,6 +92,7 @@ def test_state_carries_over_to_the_second_resolution(straight):
     assert 0 < max(np.abs(new[path] - old[path]).max() for path in new) < 0.02
 
 
+@pytest.mark.integration
 def test_nothing_is_compiled_after_the_first_step(stage1, tmp_path, monkeypatch):
     compiled, at_steps = [], []
     compile_step = loop.compile_step

@@ -164,6 +164,7 @@ def test_what_is_written_loads_and_gives_latents_unit_variance(videos, images, c
     assert weights.load_config(clips, "vae") == config
 
 
+@pytest.mark.integration
 def test_weights_that_are_not_finite_are_not_trained_on(videos, images, tmp_path, monkeypatch):
     params = weights.load_params(images, "vae")
     params["quant_conv"]["bias"] = params["quant_conv"]["bias"].at[0].set(np.nan)
@@ -172,6 +173,7 @@ def test_weights_that_are_not_finite_are_not_trained_on(videos, images, tmp_path
         train_vae.train_vae(vae_config(init_from=str(images), **{"data.videos": str(videos)}), tmp_path / "run")
 
 
+@pytest.mark.integration
 def test_latents_that_are_all_equal_have_no_factor(videos, images, monkeypatch):
     monkeypatch.setattr(train_vae, "_encode", lambda vae, params, pixels: np.ones((1, 4, 4, 4)))
     index = pixels.index_clips(videos, 1, 7.0, 8, 12)

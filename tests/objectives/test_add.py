@@ -55,6 +55,7 @@ def dinov2_of(networks, frozen, latents, blocks, read):
     return [x.reshape(*latents.shape[:2], *x.shape[1:]) for x in features]
 
 
+@pytest.mark.integration
 def test_step_is_a_conditioned_hinge_r1_of_features_and_score_distillation(toy):
     objective, frozen, batch, state = toy
     networks, cond = objective.networks, batch.cond

@@ -332,6 +332,7 @@ def test_half_precision_step_is_finite_and_multiplies_no_float32(state):
     }
 
 
+@pytest.mark.integration
 def test_real_configuration_traces():
     """Everything that configs/stage1.py does in a step, at its sizes; nothing is computed.
 
