@@ -125,8 +125,6 @@ def _parser() -> argparse.ArgumentParser:
         " LoRA merged; single-file: all of SVD with Stability's names, as ComfyUI loads it",
     )
     export.add_argument("--rank", type=int, help="export the closest LoRA of this rank, of tuned layers too")
-    export.add_argument("--ema", action="store_true", help="export the student's EMA instead of the student")
-    export.add_argument("--weights", help="the base's weights folder (default: the run's own)")
     export.add_argument("--dtype", default="float32", choices=importers.DTYPES, help="stored dtype (%(default)s)")
     lora = commands.add_parser("import-lora", help="a LoRA trained elsewhere, to start training from or to sample with")
     lora.add_argument("source", metavar="LORA", help="PEFT adapter folder or LoRA .safetensors file")
@@ -135,13 +133,14 @@ def _parser() -> argparse.ArgumentParser:
     merge = commands.add_parser("merge", help="what a run trained, merged into a new weights folder")
     merge.add_argument("source", metavar="WORKDIR", help="the --workdir of a training run")
     merge.add_argument("output", metavar="OUTPUT", help="weights folder to write")
-    merge.add_argument("--ema", action="store_true", help="the student's EMA instead of the student")
-    merge.add_argument("--weights", help="the base's weights folder (default: the run's own)")
     merge.add_argument("--dtype", default="bfloat16", choices=importers.DTYPES, help="of the UNet (%(default)s)")
     pack = commands.add_parser("pack", help="a weights folder with one file a network")
     pack.add_argument("source", metavar="WEIGHTS", help="weights folder")
     pack.add_argument("output", metavar="OUTPUT", help="weights folder to write")
     pack.add_argument("--dtype", default="bfloat16", choices=importers.DTYPES, help="stored dtype (%(default)s)")
+    for command in (export, merge):
+        command.add_argument("--ema", action="store_true", help="the student's EMA instead of the student")
+        command.add_argument("--weights", help="the base's weights folder (default: the run's own)")
     for command in (export, lora, merge, pack):
         command.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
     return parser

@@ -6,7 +6,6 @@ import importlib.util
 import io
 import os
 import pathlib
-import re
 import tarfile
 from collections.abc import Sequence
 
@@ -14,7 +13,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict
 
 from osv_jax.convert.importers import Plan, make_plan
-from osv_jax.convert.naming import to_torch
+from osv_jax.convert.naming import renamed, to_torch
 from osv_jax.convert.readers import Reader, open_weights
 from osv_jax.convert.torchscript import TorchScriptReader, is_torchscript
 from osv_jax.errors import UserError
@@ -132,9 +131,7 @@ def _from_archive(data: bytes) -> bytes:
 
 
 def _our_name(name: str) -> str:
-    for pattern, replacement in _NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return renamed(name, _NAMES)
 
 
 def _translate(name: str) -> Sequence[str]:

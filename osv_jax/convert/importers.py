@@ -21,7 +21,7 @@ from flax.traverse_util import unflatten_dict
 
 from osv_jax.convert.architectures import ARCHITECTURES, Config, expected_params, parse_config
 from osv_jax.convert.json_files import read_json
-from osv_jax.convert.naming import Path, flax_shape_to_torch, to_flax, torch_name
+from osv_jax.convert.naming import Path, flax_shape_to_torch, renamed, to_flax, torch_name
 from osv_jax.convert.readers import Reader, open_weights, read_floats
 from osv_jax.convert.weights import cast, locate, save_component
 from osv_jax.errors import UserError
@@ -318,8 +318,7 @@ def new_attention_name(name: str) -> Sequence[str]:
 
 
 def _from_hub_name(name: str) -> Sequence[str]:
-    for pattern, replacement in _HUB_NAMES:
-        name = re.sub(pattern, replacement, name)
+    name = renamed(name, _HUB_NAMES)
     if ".attn.qkv." in name:
         return tuple(name.replace(".attn.qkv.", f".attention.attention.{part}.") for part in ("query", "key", "value"))
     return (name,)

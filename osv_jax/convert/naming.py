@@ -8,6 +8,7 @@ a PyTorch `weight` is a `kernel`, a norm's `scale` or an `embedding` is decided 
 from __future__ import annotations
 
 import re
+from collections.abc import Iterable
 
 import numpy as np
 
@@ -32,6 +33,13 @@ def module_path(torch_module: str) -> Path:
         else:
             path.append(component)
     return tuple(path)
+
+
+def renamed(name: str, replacements: Iterable[tuple[str, str]]) -> str:
+    """The name after (pattern, replacement) pairs for `re.sub`, in their order."""
+    for pattern, replacement in replacements:
+        name = re.sub(pattern, replacement, name)
+    return name
 
 
 def torch_module(path: Path) -> str:

@@ -17,6 +17,7 @@ import numpy as np
 from osv_jax.convert import tokenizer
 from osv_jax.convert.importers import Plan, existing, make_plan, new_attention_name, read_config, same_name
 from osv_jax.convert.json_files import read_json
+from osv_jax.convert.naming import renamed
 from osv_jax.convert.readers import Reader, open_weights
 from osv_jax.errors import UserError
 from osv_jax.models.clip_text import CLIPTextConfig
@@ -197,9 +198,7 @@ def _with_prefix(name: str) -> Sequence[str]:
 
 
 def _motion_name(name: str) -> str:
-    for pattern, replacement in _ANIMATEDIFF_NAMES:
-        name = re.sub(pattern, replacement, name)
-    return name
+    return renamed(name, _ANIMATEDIFF_NAMES)
 
 
 def _motion_target(name: str) -> Sequence[str]:

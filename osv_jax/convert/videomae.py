@@ -7,6 +7,7 @@ import re
 from collections.abc import Sequence
 
 from osv_jax.convert.importers import Plan, existing, make_plan, read_config
+from osv_jax.convert.naming import renamed
 from osv_jax.convert.readers import Reader, open_weights
 from osv_jax.errors import UserError
 from osv_jax.models.videomae import VideoMAEConfig
@@ -48,8 +49,7 @@ def plan_videomae(path: str | os.PathLike) -> Plan:
 
 
 def _from_transformers_name(name: str) -> Sequence[str]:
-    for pattern, replacement in _TRANSFORMERS_NAMES:
-        name = re.sub(pattern, replacement, name)
+    name = renamed(name, _TRANSFORMERS_NAMES)
     return () if name.startswith("classifier.") else (name,)
 
 

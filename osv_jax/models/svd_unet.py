@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -22,7 +21,7 @@ from osv_jax.models.layers import (
 )
 from osv_jax.models.norms import GroupNorm, LayerNorm
 from osv_jax.models.resnet import SpatioTemporalResBlock, TimeMixer
-from osv_jax.models.unet_blocks import decode, encode
+from osv_jax.models.unet_blocks import Level, decode, encode
 
 # What a discriminator may take from the UNet: SF-V the encoder's blocks, LADD all of them.
 FEATURES = ("encoder", "unet")
@@ -120,25 +119,11 @@ class TransformerSpatioTemporal(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Level:
+class _Level(Level):
     """The layers of one resolution (`unet_blocks.Level`): residual blocks with or without transformers."""
 
     config: UNetConfig
-    level: int
     epsilon: float
-    has_attention: bool
-    attention: str
-    remat: str
-    dtype: Dtype
-    param_dtype: Dtype
-
-    @property
-    def num_layers(self) -> int:
-        return self.config.layers_per_block
-
-    @property
-    def dtypes(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     def resnet(self, i: int, x: Array, temb: Array) -> Array:
         block = rematerialise(SpatioTemporalResBlock, self.remat)
@@ -191,7 +176,8 @@ class SVDUNet(nn.Module):
         """
         config, channels = self.config, self.config.block_out_channels
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        options = {"attention": self.attention, "remat": self.remat, **dtypes}
+        options = {"config": config, "num_layers": config.layers_per_block}
+        options |= {"attention": self.attention, "remat": self.remat, **dtypes}
         last = len(channels) - 1
 
         time_dim = 4 * channels[0]
@@ -205,13 +191,13 @@ class SVDUNet(nn.Module):
         x = Conv(channels[0], (3, 3), name="conv_in", **dtypes)(sample)
         # diffusers gives the down blocks with transformers the smaller epsilon, whatever the config says.
         down = [
-            _Level(config, i, 1e-6 if has_attention else 1e-5, has_attention, **options)
+            _Level(i, has_attention=has_attention, epsilon=1e-6 if has_attention else 1e-5, **options)
             for i, has_attention in enumerate(config.has_attention)
         ]
         encoded, skips = encode(x, temb, context, down, **dtypes)
         if features == "encoder":
             return tuple(encoded)
-        middle = _Level(config, last, 1e-5, True, **options)
+        middle = _Level(last, has_attention=True, epsilon=1e-5, **options)
         up = [dataclasses.replace(level, epsilon=1e-6) for level in reversed(down)]
         decoded = decode(encoded[-1], skips, temb, context, middle, up, **dtypes)
         if features:

@@ -7,7 +7,6 @@ are those of the 2-D UNet and those of a motion adapter, side by side in one tre
 from __future__ import annotations
 
 import dataclasses
-from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -26,7 +25,7 @@ from osv_jax.models.layers import (
 )
 from osv_jax.models.norms import GroupNorm, LayerNorm
 from osv_jax.models.resnet import SpatialResBlock
-from osv_jax.models.unet_blocks import decode, encode
+from osv_jax.models.unet_blocks import Level, decode, encode
 
 
 @dataclasses.dataclass(frozen=True)
@@ -165,25 +164,11 @@ class MotionModule(nn.Module):
 
 
 @dataclasses.dataclass(frozen=True)
-class _Level:
+class _Level(Level):
     """The layers of one resolution (`unet_blocks.Level`): the 2-D UNet's on every frame, then motion modules."""
 
     config: TextUNetConfig
     motion: MotionConfig | None
-    level: int
-    has_attention: bool
-    attention: str
-    remat: str
-    dtype: Dtype
-    param_dtype: Dtype
-
-    @property
-    def num_layers(self) -> int:
-        return self.config.layers_per_block
-
-    @property
-    def dtypes(self) -> dict[str, Any]:
-        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
     def resnet(self, i: int, x: Array, temb: Array) -> Array:
         config, frames = self.config, x.reshape(-1, *x.shape[2:])
@@ -254,7 +239,8 @@ class TextUNet(nn.Module):
             raise ValueError(f"The motion adapter {motion} is not made for the UNet {config}.")
         channels, last = config.block_out_channels, len(config.block_out_channels) - 1
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        options = {"attention": self.attention, "remat": self.remat, **dtypes}
+        options = {"config": config, "num_layers": config.layers_per_block}
+        options |= {"attention": self.attention, "remat": self.remat, **dtypes}
 
         time_dim = 4 * channels[0]
         temb = TimestepEmbedding(time_dim, time_dim, name="time_embedding", **dtypes)(
@@ -262,9 +248,9 @@ class TextUNet(nn.Module):
         )
         context = context.astype(self.dtype)
         x = Conv(channels[0], (3, 3), name="conv_in", **dtypes)(sample)
-        down = [_Level(config, motion, i, has, **options) for i, has in enumerate(config.has_attention)]
+        down = [_Level(i, has_attention=has, motion=motion, **options) for i, has in enumerate(config.has_attention)]
         middle_motion = motion if motion is not None and motion.use_motion_mid_block else None
-        middle = _Level(config, middle_motion, last, True, **options)
+        middle = _Level(last, has_attention=True, motion=middle_motion, **options)
         encoded, skips = encode(x, temb, context, down, **dtypes)
         x = decode(encoded[-1], skips, temb, context, middle, down[::-1], **dtypes)[-1]
         frames = x.reshape(-1, *x.shape[2:])

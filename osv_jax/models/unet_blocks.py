@@ -6,8 +6,10 @@ are called: `resnets_0`, `downsamplers_0`, ... under `down_blocks_0`, `mid_block
 
 from __future__ import annotations
 
+import abc
+import dataclasses
 from collections.abc import Sequence
-from typing import Protocol, runtime_checkable
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -17,17 +19,35 @@ from osv_jax.models.layers import Dtype
 from osv_jax.models.resnet import Downsample, Upsample
 
 
-@runtime_checkable
-class Level(Protocol):
-    """The layers of one resolution, on x [b f h w c]; they become submodules of the block that calls them."""
+@dataclasses.dataclass(frozen=True)
+class Level(abc.ABC):
+    """The layers of one resolution, on x [b f h w c]; they become submodules of the block that calls them.
+
+    Attributes:
+        level: its number, from the finest, 0.
+        num_layers: in the first half; the second has one more.
+        has_attention: whether there are transformers.
+        attention, remat, dtype, param_dtype: the UNet's.
+    """
+
+    level: int
+    num_layers: int
+    has_attention: bool
+    attention: str
+    remat: str
+    dtype: Dtype
+    param_dtype: Dtype
 
     @property
-    def num_layers(self) -> int:
-        """In the first half; the second has one more."""
+    def dtypes(self) -> dict[str, Any]:
+        """Those of a layer's options."""
+        return {"dtype": self.dtype, "param_dtype": self.param_dtype}
 
+    @abc.abstractmethod
     def resnet(self, i: int, x: Array, temb: Array) -> Array:
         """The i-th residual block, `resnets_<i>`; temb [b t] is one embedding a clip."""
 
+    @abc.abstractmethod
     def attend(self, i: int, x: Array, context: Array) -> Array:
         """The transformers after it, if this level has any; `context` is what they look at, by clip."""
 
