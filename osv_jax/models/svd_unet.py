@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -176,7 +177,7 @@ class SVDUNet(nn.Module):
         """
         config, channels = self.config, self.config.block_out_channels
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        options = {"config": config, "num_layers": config.layers_per_block}
+        options: dict[str, Any] = {"config": config, "num_layers": config.layers_per_block}
         options |= {"attention": self.attention, "remat": self.remat, **dtypes}
         last = len(channels) - 1
 

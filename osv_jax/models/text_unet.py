@@ -7,6 +7,7 @@ are those of the 2-D UNet and those of a motion adapter, side by side in one tre
 from __future__ import annotations
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax.numpy as jnp
@@ -239,7 +240,7 @@ class TextUNet(nn.Module):
             raise ValueError(f"The motion adapter {motion} is not made for the UNet {config}.")
         channels, last = config.block_out_channels, len(config.block_out_channels) - 1
         dtypes = {"dtype": self.dtype, "param_dtype": self.param_dtype}
-        options = {"config": config, "num_layers": config.layers_per_block}
+        options: dict[str, Any] = {"config": config, "num_layers": config.layers_per_block}
         options |= {"attention": self.attention, "remat": self.remat, **dtypes}
 
         time_dim = 4 * channels[0]
