@@ -11,7 +11,9 @@ BENCHMARK = pathlib.Path(__file__).parents[1] / "benchmarks" / "beside_pytorch.p
 
 @pytest.fixture(scope="module")
 def benchmark():
-    return runpy.run_path(str(BENCHMARK))
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(BENCHMARK.parent)
+        return runpy.run_path(str(BENCHMARK))
 
 
 def test_both_sides_are_compared_and_timed(benchmark, tmp_path, capsys):

@@ -4,14 +4,15 @@ import json
 import pathlib
 import re
 
+import exported_runs
 import jax
 import jax.numpy as jnp
-import micro_stage1
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
 import tiny_pipeline
 from conftest import relative_error
+from exported_runs import SCALE, SHAPES
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 from safetensors.numpy import load_file
@@ -19,51 +20,21 @@ from tool import convert
 from torch_forward import run_flax, run_torch
 
 from osv_jax.convert import exporters
-from osv_jax.convert.architectures import ARCHITECTURES, expected_params
+from osv_jax.convert.architectures import ARCHITECTURES
 from osv_jax.convert.lora_files import ranks, read_lora
 from osv_jax.convert.single_file import write_single_file
 from osv_jax.convert.weights import load_config, load_params
 from osv_jax.errors import UserError
-from osv_jax.models import groups
 from osv_jax.models.lora import merge_lora, scale_lora, truncate_lora
 from osv_jax.models.svd_unet import UNetConfig
-from osv_jax.objectives.players import Player, Student, TrainState
 from osv_jax.runtime import checkpoint
-from osv_jax.training import setup
 
 ROOT = pathlib.Path(__file__).parents[2]
-SHAPES = expected_params("unet", tiny_pipeline.UNET)
-SCALE = 3.0
 
 
 @pytest.fixture(scope="module")
 def home(tmp_path_factory):
-    """A folder as the README has it: `svd`, `weights/svd`, and `runs/stage2`, a run's last checkpoint.
-
-    LoRA is on every kind of module, alpha is not the rank, and every leaf of the student and of its EMA is random:
-    what a run has trained has no zeros either.
-    """
-    home = tmp_path_factory.mktemp("home")
-    tiny_pipeline.save_pipeline(home / "svd")
-    tiny_pipeline.save_dinov2(home / "svd" / "dinov2")
-    tiny_pipeline.import_all(home / "svd", home / "weights" / "svd")
-    config = micro_stage1.get_config()
-    config.weights, config.random_networks = str(home / "weights" / "svd"), {}
-    config.lora.targets, config.lora.rank, config.lora.alpha = "all", 2, 2 * SCALE
-    init = setup.make_init(setup.objective_of(config, setup.networks_of(config)))
-    rng = np.random.default_rng(0)
-
-    def drawn(leaf):
-        return jnp.asarray(0.1 * rng.standard_normal(leaf.shape, np.float32))
-
-    state = jax.jit(init)(jax.random.key(0), {"unet": load_params(config.weights, "unet")})
-    student = state.players["student"]
-    student = student.replace(params=jax.tree.map(drawn, student.params), ema=jax.tree.map(drawn, student.ema))
-    state = state.replace(players=state.players | {"student": student})
-    checkpoint.write_config(home / "runs" / "stage2", config.to_dict())
-    with checkpoint.open_checkpoints(home / "runs" / "stage2", 1) as checkpoints:
-        checkpoint.save(checkpoints, 3, state, {})
-    return home
+    return exported_runs.make_home(tmp_path_factory.mktemp("home"))
 
 
 @pytest.fixture(autouse=True)
@@ -86,18 +57,7 @@ def state(home):
 
 @pytest.fixture(scope="module")
 def tuned_run(home, state):
-    """The same run, as if it had trained the temporal transformers of one block as well."""
-    trainable = flatten_dict(groups.select(unflatten_dict(SHAPES), ["temporal_transformer"]))
-    shapes = {path: leaf.shape for path, leaf in trainable.items() if "mid_block" in path}
-    rng = np.random.default_rng(3)
-    tuned = {path: 0.1 * rng.standard_normal(shape, np.float32) for path, shape in shapes.items()}
-    student = Student(lora=state["params"]["lora"], tuned=unflatten_dict(tuned))
-    workdir = home / "runs" / "tuned"
-    checkpoint.write_config(workdir, json.loads((home / "runs" / "stage2" / "config.json").read_text()))
-    with checkpoint.open_checkpoints(workdir, 1) as checkpoints:
-        players = {"student": Player(student, {}, (), student)}
-        checkpoint.save(checkpoints, 5, TrainState(np.int32(5), players), {})
-    return workdir, student
+    return exported_runs.make_tuned_run(home, state)
 
 
 def export(source, output, kind, *options):
@@ -270,19 +230,6 @@ def test_a_lora_for_other_programs_is_the_students(state, kind, capsys):
     assert len(tensors) == 3 * len(expected) // 2
 
 
-def comfyui_patched(state_dict, lora):
-    """A UNet's tensors with a LoRA added as ComfyUI does it: by the names of the tensors that a checkpoint has."""
-    patched = dict(state_dict)
-    modules = {f"lora_unet_{name.removesuffix('.weight').replace('.', '_')}": name for name in state_dict}
-    for name in [name for name in lora if name.endswith(".lora_up.weight")]:
-        module = name.removesuffix(".lora_up.weight")
-        up, down, alpha = (lora[f"{module}.{part}"] for part in ("lora_up.weight", "lora_down.weight", "alpha"))
-        target = modules[module]
-        product = up.reshape(len(up), -1) @ down.reshape(len(down), -1) * (alpha / len(down))
-        patched[target] = patched[target] + product.reshape(patched[target].shape)
-    return patched
-
-
 def test_a_single_file_holds_the_student_and_comes_back(home, base, state, tmp_path, capsys):
     """As does the teacher's with the LoRA for ComfyUI on it; and VAE and image encoder are what they were."""
     assert export("runs/stage2", "student", "single-file") == 0
@@ -303,7 +250,7 @@ def test_a_single_file_holds_the_student_and_comes_back(home, base, state, tmp_p
     networks = {"unet": (load_config("weights/svd", "unet"), base)}
     write_single_file(tmp_path / "teacher.safetensors", networks, "float32")
     teacher = {name.removeprefix(prefix): x for name, x in load_file(tmp_path / "teacher.safetensors").items()}
-    patched = comfyui_patched(teacher, load_file("exported/comfyui/comfyui.safetensors"))
+    patched = exported_runs.comfyui_patched(teacher, load_file("exported/comfyui/comfyui.safetensors"))
     assert patched.keys() == unet.keys()
     for name, tensor in unet.items():
         assert relative_error(patched[name], tensor) <= 1e-5, name
@@ -402,7 +349,7 @@ def test_bad_requests_are_one_line(home, state, arguments, words, capsys):
     if not pathlib.Path("runs/homeless/checkpoints").exists():
         pathlib.Path("runs/homeless/checkpoints").symlink_to(home / "runs" / "stage2" / "checkpoints")
     if "--weights=weights/other" in arguments:
-        _other_weights(pathlib.Path("weights/other"))
+        exported_runs.save_other_weights(pathlib.Path("weights/other"))
     assert convert(["export-lora", *arguments]) == 2
     told = capsys.readouterr()
     assert all(word in told.err for word in words), told.err
@@ -439,15 +386,3 @@ def test_no_command_overwrites_what_it_reads(home, arguments, words, capsys):
     told = capsys.readouterr()
     assert words in told.err and told.err.count("\n") == 1, told.err
     assert sorted(home.rglob("*")) == before
-
-
-def _other_weights(folder):
-    """A UNet with another width."""
-    import dataclasses
-
-    from osv_jax.convert.weights import save_component
-    from osv_jax.objectives.random_networks import random_params
-
-    config = dataclasses.replace(tiny_pipeline.UNET, block_out_channels=(32, 64))
-    params = random_params(unflatten_dict(expected_params("unet", config)), 0, np.float32)
-    save_component(folder / "unet", "unet", config, params, folder)

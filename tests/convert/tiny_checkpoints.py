@@ -2,6 +2,7 @@
 
 import json
 import pathlib
+import tempfile
 
 import numpy as np
 import torch
@@ -15,6 +16,8 @@ from transformers import (
     Dinov2WithRegistersConfig,
     Dinov2WithRegistersModel,
 )
+
+from osv_jax.convert import importers
 
 
 def unet():
@@ -77,6 +80,15 @@ def save_svd(folder: pathlib.Path, **options) -> None:
     """A whole SVD folder, as `from_pretrained` would take it."""
     for component in (unet, vae, image_encoder):
         component().save_pretrained(folder / component.__name__, **options)
+
+
+def import_all(svd: pathlib.Path, output: pathlib.Path) -> pathlib.Path:
+    """`output`, with an SVD folder's networks and a DINOv2, imported in float32."""
+    importers.import_svd(svd, output, dtype="float32")
+    with tempfile.TemporaryDirectory() as folder:
+        dinov2().save_pretrained(folder)
+        importers.write([importers.plan_dinov2(folder)], output, dtype="float32")
+    return output
 
 
 def on_disk(folder: pathlib.Path) -> dict[str, np.ndarray]:

@@ -14,7 +14,6 @@ import pytest
 from PIL import Image, ImageFile, features
 
 from osv_jax.data.image import read_image
-from osv_jax.data.video import cover
 from osv_jax.errors import UserError
 
 H, W = 16, 24
@@ -397,9 +396,3 @@ def test_arrays_of_every_kind(values, expected):
 )
 def test_other_arrays_are_refused_with_their_shape_and_dtype(values, words):
     assert words in refusal(values)
-
-
-@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 70_001)])
-def test_extreme_shapes_cover_a_video(size):
-    image = read_image(np.full((*size, 3), 77, np.uint8))
-    np.testing.assert_array_equal(cover(image, 64, 96), np.full((64, 96, 3), 77))

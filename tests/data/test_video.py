@@ -10,6 +10,7 @@ import pytest
 import synthetic_video
 
 from osv_jax.data import video
+from osv_jax.data.image import read_image
 
 SIZE = {"height": 24, "width": 32}
 
@@ -316,3 +317,9 @@ def test_the_first_frames_at_the_size_in_which_they_are_shown(tmp_path):
         video.read_frames(file, 21)
     with pytest.raises(video.VideoError, match="has 10 frames at 5 fps, and 11 are wanted"):
         video.read_frames(file, 11, fps=5)
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5000), (5000, 1), (3, 70_001)])
+def test_extreme_shapes_cover_a_video(size):
+    image = read_image(np.full((*size, 3), 77, np.uint8))
+    np.testing.assert_array_equal(video.cover(image, 64, 96), np.full((64, 96, 3), 77))

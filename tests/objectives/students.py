@@ -161,3 +161,29 @@ def assert_about_the_same_step(before, half, full):
 def nonzero_leaves(tree):
     """The names of the leaves that are not all zero."""
     return [jax.tree_util.keystr(path) for path, leaf in jax.tree.leaves_with_path(tree) if np.any(leaf)]
+
+
+class ApartStage2(Stage2):
+    """The teacher's parameters, which are the student's base too, as something of their own, and so the EMA."""
+
+    def example(self, state, frozen, batch, draws):
+        state = with_student(state, student_of(state), frozen["ema"])
+        return super().example(state, frozen | {"unet": frozen["teacher"]}, batch, draws)
+
+
+def gradients_of_inputs(networks, frozen, batch, state, wanted, **options):
+    """d(loss_student + loss_disc) with respect to each input by itself."""
+    objective = ApartStage2(networks, Stage2Options(**options), SGD)
+
+    def total(inputs, key):
+        _, metrics = objective.step(state, frozen | inputs, batch, key)
+        return metrics["loss_student"] + metrics["loss_disc"]
+
+    inputs = {"teacher": frozen["unet"], "dinov2": frozen["dinov2"], "vae": frozen["vae"], "ema": ema_of(state)}
+
+    @jax.jit
+    def run(inputs, key):
+        of = {name: inputs[name] for name in wanted}
+        return jax.grad(lambda of: total(inputs | of, key))(of)
+
+    return run(inputs, jax.random.key(3))

@@ -13,12 +13,12 @@ from flax.traverse_util import flatten_dict
 from students import (
     GRADIENT,
     RATES,
-    SGD,
     TRAINABLE,
     assert_about_the_same_step,
     differences,
     disc_of,
     ema_of,
+    gradients_of_inputs,
     nonzero_leaves,
     one_level_networks_and_frozen,
     perturbed,
@@ -26,7 +26,6 @@ from students import (
     student_of,
     toy_networks_and_frozen,
     trained_state,
-    with_student,
 )
 
 from osv_jax.diffusion.edm import EDMBackbone
@@ -142,32 +141,6 @@ def test_what_is_selected_learns_and_nothing_else(real, real_step):
     base = flatten_dict(frozen["unet"])
     changed = {path for path in base if not np.array_equal(base[path], variables[path])}
     assert variables.keys() == base.keys() and changed == flatten_dict(selected).keys()
-
-
-class ApartStage2(osv_stage2.Stage2):
-    """The teacher's parameters, which are the student's base too, as something of their own, and so the EMA."""
-
-    def example(self, state, frozen, batch, draws):
-        state = with_student(state, student_of(state), frozen["ema"])
-        return super().example(state, frozen | {"unet": frozen["teacher"]}, batch, draws)
-
-
-def gradients_of_inputs(networks, frozen, batch, state, wanted, **options):
-    """d(loss_student + loss_disc) with respect to each input by itself."""
-    objective = ApartStage2(networks, Stage2Options(**options), SGD)
-
-    def total(inputs, key):
-        _, metrics = objective.step(state, frozen | inputs, batch, key)
-        return metrics["loss_student"] + metrics["loss_disc"]
-
-    inputs = {"teacher": frozen["unet"], "dinov2": frozen["dinov2"], "vae": frozen["vae"], "ema": ema_of(state)}
-
-    @jax.jit
-    def run(inputs, key):
-        of = {name: inputs[name] for name in wanted}
-        return jax.grad(lambda of: total(inputs | of, key))(of)
-
-    return run(inputs, jax.random.key(3))
 
 
 def test_no_gradient_reaches_teacher_target_and_dinov2(real):
