@@ -44,6 +44,7 @@ class Size:
 
     Attributes:
         height, width: of frames [pixels]; latents are smaller by the VAE's factor.
+        discriminator_blocks: of DINOv2, whose features the discriminator sees.
     """
 
     unet: UNetConfig
@@ -53,6 +54,7 @@ class Size:
     num_frames: int
     height: int
     width: int
+    discriminator_blocks: tuple[int, ...] = (2, 5, 8, 11)
 
     @property
     def latents(self) -> tuple[int, int, int, int]:
@@ -76,6 +78,7 @@ SIZES = {
         num_frames=4,
         height=32,
         width=48,
+        discriminator_blocks=(0, 1),
     ),
     # 137 M parameters: what a CPU can be measured with.
     "small": Size(
@@ -91,9 +94,17 @@ SIZES = {
         num_frames=14,
         height=128,
         width=192,
+        discriminator_blocks=(0, 2, 4, 5),
     ),
     "full": Size(UNetConfig(), VAEConfig(), Dinov2Config(), CLIPVisionConfig(), num_frames=14, height=576, width=1024),
 }
+
+
+def as_array(value: Any) -> np.ndarray:
+    """A result of ours: an array, or gradients by path, in the order of their paths."""
+    if isinstance(value, dict):
+        return np.concatenate([np.asarray(value[path], np.float32).ravel() for path in sorted(value)])
+    return np.asarray(value, np.float32)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -104,15 +115,17 @@ class Pair:
         ours: a jitted function; its result is compared with the reference's.
         arguments: of `ours`.
         theirs: the reference, without arguments.
-        compare: the reference's result in our layout, as NumPy.
+        compare: the reference's result in our layout, as NumPy; parts that are compared one by one, by name.
         finish: what the host does with either result, if that is to be timed, too.
+        read: our result as NumPy, as `compare` has the reference's.
     """
 
     ours: Any
     arguments: tuple[Any, ...]
     theirs: Callable[[], Any]
-    compare: Callable[[Any], np.ndarray]
+    compare: Callable[[Any], Any]
     finish: Callable[[np.ndarray], None] | None = None
+    read: Callable[[Any], Any] = as_array
 
 
 def state_dict(params: Mapping[str, Any]) -> dict[str, torch.Tensor]:
@@ -183,12 +196,36 @@ class Bench:
         arguments_of_ours = (self.on_device(params), *map(jnp.asarray, inputs))
         return Pair(ours, arguments_of_ours, lambda: model(*arguments).sample, lambda y: numpy(y.movedim(2, -1)))
 
+    def torch_student(self, params: Mapping[str, Any], lora: Mapping[str, Any]) -> tuple[Any, dict[Any, Any]]:
+        """The reference with PEFT's LoRA, not compiled, and the LoRA's matrices, float32, by our paths."""
+        model = self.torch_unet(params)
+        # Of a compiled module PEFT would wrap what is compiled: first PEFT, then the compiler.
+        bare = getattr(model, "_orig_mod", model)
+        student = peft.get_peft_model(bare, peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TORCH_TARGETS))
+        parameters = dict(student.named_parameters())
+        named = {
+            path: parameters[
+                f"base_model.model.{naming.torch_module(path[:-1])}.lora_{path[-1].upper()}.default.weight"
+            ]
+            for path in flatten_dict(lora)
+        }
+        for path, leaf in flatten_dict(lora).items():
+            named[path].data = torch.tensor(np.asarray(leaf).T.copy(), device=self.device)
+        return student, named
+
+    def student_lora(self, params: Mapping[str, Any]) -> Any:
+        """Matrices of which none is zero, so that both of a pair have a gradient."""
+        lora = init_lora(jax.random.key(0), params, RANK, target_modules(params, "attention"))
+        return jax.tree.map(lambda leaf: jnp.asarray(self.normal(*leaf.shape) * leaf.shape[0] ** -0.5), lora)
+
+    def autocast(self) -> Any:
+        return torch.autocast(self.device, self.torch_dtype, self.torch_dtype != torch.float32)
+
     def student(self) -> Pair:
         """The network with LoRA on attention, and the LoRA's gradient."""
         params, inputs = weights("unet", self.size.unet), self.unet_inputs()
         network = SVDUNet(self.size.unet, **self.dtypes())
-        lora = init_lora(jax.random.key(0), params, RANK, target_modules(params, "attention"))
-        lora = jax.tree.map(lambda leaf: jnp.asarray(self.normal(*leaf.shape) * leaf.shape[0] ** -0.5), lora)
+        lora = self.student_lora(params)
 
         def loss(lora: Any, params: Any, *inputs: Any) -> Any:
             y = apply(network, {"params": params, "lora": lora}, *inputs)
@@ -196,25 +233,15 @@ class Bench:
 
         gradient = jax.grad(loss)
         ours = jax.jit(lambda *arguments: flatten_dict(gradient(*arguments)))
-        model = self.torch_unet(params)
-        # Of a compiled module PEFT would wrap what is compiled: first PEFT, then the compiler.
-        bare = getattr(model, "_orig_mod", model)
-        options = peft.LoraConfig(r=RANK, lora_alpha=RANK, target_modules=TORCH_TARGETS)
-        student = peft.get_peft_model(bare, options)
-        named = dict(student.named_parameters())
+        student, named = self.torch_student(params, lora)
         # In the order in which `as_array` has our gradients.
-        adapters = [
-            named[f"base_model.model.{naming.torch_module(path[:-1])}.lora_{path[-1].upper()}.default.weight"]
-            for path in sorted(flatten_dict(lora))
-        ]
-        for adapter, (_, leaf) in zip(adapters, sorted(flatten_dict(lora).items()), strict=True):
-            adapter.data = torch.tensor(np.asarray(leaf).T.copy(), device=self.device)
+        adapters = [named[path] for path in sorted(named)]
         run = torch.compile(student) if self.compile_reference else student
         arguments = self.unet_arguments(inputs)
 
         def theirs() -> list[torch.Tensor]:
             student.zero_grad(set_to_none=True)
-            with torch.enable_grad(), torch.autocast(self.device, self.torch_dtype, self.torch_dtype != torch.float32):
+            with torch.enable_grad(), self.autocast():
                 run(*arguments).sample.float().square().mean().backward()
             return adapters
 
@@ -252,6 +279,12 @@ class Bench:
         theirs = lambda: model.decode(x, num_frames=self.size.num_frames).sample  # noqa: E731
         return Pair(ours, (self.on_device(params), jnp.asarray(latents)), theirs, lambda y: numpy(y.movedim(1, -1)))
 
+    def torch_dinov2(self, params: Mapping[str, Any]) -> Any:
+        config = self.size.dinov2
+        unused = {"embeddings.mask_token": torch.zeros(1, config.hidden_size)}
+        original = transformers.Dinov2Config(**dataclasses.asdict(config))
+        return self.through_checkpoint(transformers.Dinov2Model, original, state_dict(params) | unused)
+
     def dinov2(self) -> Pair:
         """The discriminator's backbone on every frame: patch tokens of the last block."""
         config = self.size.dinov2
@@ -259,9 +292,7 @@ class Bench:
         side = max(1, round(self.size.height / 14)) * 14, max(1, round(self.size.width / 14)) * 14
         images, block = self.normal(self.size.num_frames, *side, 3), config.num_hidden_layers - 1
         ours = jax.jit(lambda params, x: network.apply({"params": params}, x, (block,))[0])
-        unused = {"embeddings.mask_token": torch.zeros(1, config.hidden_size)}
-        original = transformers.Dinov2Config(**dataclasses.asdict(config))
-        model = self.through_checkpoint(transformers.Dinov2Model, original, state_dict(params) | unused)
+        model = self.torch_dinov2(params)
         x = self.on_torch(images).movedim(-1, 1).contiguous()
         theirs = lambda: model(x, output_hidden_states=True).hidden_states[-1]  # noqa: E731
         return Pair(ours, (self.on_device(params), jnp.asarray(images)), theirs, lambda y: numpy(y[:, 1:]))
@@ -333,9 +364,6 @@ class Bench:
 
         arguments = (held, jnp.asarray(pixels), jnp.asarray(image), jnp.asarray(noise))
         return Pair(jax.jit(run), arguments, theirs, numpy)
-
-
-PARTS = ("unet", "student", "vae_encode", "vae_decode", "dinov2", "image_to_latents", "image_to_mp4")
 
 
 def numpy(value: torch.Tensor) -> np.ndarray:
