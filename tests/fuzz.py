@@ -25,6 +25,7 @@ from collections.abc import Callable, Iterator
 import damage
 import fuzz_media
 import fuzz_runs
+import fuzz_texts
 import fuzz_weights
 
 from osv_jax.errors import UserError
@@ -52,6 +53,7 @@ KINDS = {
     "archives": Kind(fuzz_media.make_archives, fuzz_media.use_archives),
     "checkpoints": Kind(fuzz_weights.make_checkpoints, fuzz_weights.use_checkpoints),
     "loras": Kind(fuzz_weights.make_loras, fuzz_weights.use_lora),
+    "texts": Kind(fuzz_texts.make_texts, fuzz_texts.use_texts),
     "configs": Kind(fuzz_weights.make_configs, fuzz_weights.use_config),
     "pickles": Kind(fuzz_weights.make_pickles, fuzz_weights.use_pickle),
     "datasets": Kind(fuzz_runs.make_datasets, fuzz_runs.use_dataset),

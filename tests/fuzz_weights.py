@@ -50,7 +50,7 @@ def _random(component: str, config: object) -> dict:
     return {path: rng.standard_normal(leaf.shape, np.float32) for path, leaf in shapes.items()}
 
 
-def _torch_tensors(component: str, config: object, dtype: type) -> dict[str, np.ndarray]:
+def torch_tensors(component: str, config: object, dtype: type) -> dict[str, np.ndarray]:
     tensors = dict(to_torch(path, array) for path, array in _random(component, config).items())
     return {name: np.ascontiguousarray(array).astype(dtype) for name, array in tensors.items()}
 
@@ -78,7 +78,7 @@ def _hub(tensors: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
 
 def make_checkpoints(target: pathlib.Path) -> None:
     """A network's folder in shards with an index, files that tell sizes by their shapes, and a weights folder."""
-    vae = _torch_tensors("vae", VAE, np.float16)
+    vae = torch_tensors("vae", VAE, np.float16)
     (target / "vae").mkdir()
     config = {name: value for name, value in dataclasses.asdict(VAE).items() if name != "norm_num_groups"}
     config |= {"_class_name": "AutoencoderKLTemporalDecoder"}
@@ -89,10 +89,10 @@ def make_checkpoints(target: pathlib.Path) -> None:
         save_file({name: vae[name] for name in part}, target / "vae" / f"part{number}.safetensors")
     index = {"weight_map": {name: f"part{number % 2}.safetensors" for number, name in enumerate(names)}}
     (target / "vae" / "diffusion_pytorch_model.safetensors.index.json").write_text(json.dumps(index))
-    dinov2 = _torch_tensors("dinov2", DINOV2, np.float16)
+    dinov2 = torch_tensors("dinov2", DINOV2, np.float16)
     save_file(_hub(dinov2), target / "dinov2.safetensors")
-    save_file(_torch_tensors("videomae", VIDEOMAE, np.float16), target / "videomae.safetensors")
-    save_file(_torch_tensors("tiny_decoder", TINY_DECODER, np.float16), target / "taesdv.safetensors")
+    save_file(torch_tensors("videomae", VIDEOMAE, np.float16), target / "videomae.safetensors")
+    save_file(torch_tensors("tiny_decoder", TINY_DECODER, np.float16), target / "taesdv.safetensors")
     params = unflatten_dict(_random("vae", VAE))
     single_file.write_single_file(target / "svd.safetensors", {"vae": (VAE, params)}, "float16")
     params = unflatten_dict(_random("dinov2", DINOV2))
