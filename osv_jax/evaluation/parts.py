@@ -1,4 +1,4 @@
-"""Files of what is kept of a few clips: whole or not there."""
+"""Files of what is kept of a few clips, or of all of a method: whole or not there."""
 
 from __future__ import annotations
 
@@ -10,6 +10,7 @@ from osv_jax.runtime.paths import Path, new_file
 
 # What is kept: measures [n], by name; `features` [n c] of FVD's network; frames of the clips that are `shown`
 # [k f h w 3]; `first` frames [n h w 3] of real clips, `latents` [n f h w c] of the target.
+# Or the numbers of a `frechet.Score`, by name.
 Part = dict[str, np.ndarray]
 
 

@@ -105,6 +105,11 @@ class Plan:
         films = [number for number in numbers if number < self.options.films]
         return self.output / _PARTS / f"{fingerprint([_FORMAT, made, self.measured_with, films, clips])}.npz"
 
+    def score_file(self, method: Method) -> Path:
+        """Where the FVD of a method is kept, once all its clips are."""
+        files = [self.file(made, numbers).name for made in (None, method) for numbers in self.batches()]
+        return self.output / _PARTS / f"{fingerprint([files, self.options.bootstrap, self.options.seed])}.npz"
+
     def fingerprint(self) -> str:
         """Of all that the table depends on."""
         kept = [self.file(method, numbers).name for method in (None, *self.methods) for numbers in self.batches()]

@@ -24,7 +24,9 @@ from osv_jax.evaluation.features import resize
 from osv_jax.evaluation.frechet import frechet_distance
 from osv_jax.evaluation.networks import load_network
 from osv_jax.evaluation.options import default_methods, methods_of, read_options
+from osv_jax.evaluation.parts import save_part
 from osv_jax.evaluation.protocols import PROTOCOLS
+from osv_jax.evaluation.table import make_rows
 from osv_jax.inference.options import Options
 from osv_jax.inference.pipeline import ImageToVideo
 from osv_jax.preparation import shards
@@ -197,6 +199,36 @@ def test_what_is_kept_depends_on_what_it_is_made_of(folder, tmp_path):
     lora.touch()
     changed = files()
     assert [a == b for a, b in zip(changed, kept, strict=True)] == [True, True, False, False]
+
+
+def test_finished_rows_are_not_drawn_again(folder, tmp_path, rng):
+    """The bootstrap of a row takes long: a run that was stopped after it, or has another row more, reads its result."""
+
+    def rows_and_draws(**changes):
+        plan, drawn = plan_of(config_of(folder, tmp_path, **changes)), []
+        for method in (None, *plan.methods):
+            for numbers in plan.batches():
+                names = ("motion", "flicker", "mse", "seconds", "first_frame_psnr")
+                values = {name: np.ones(len(numbers)) for name in names}
+                made_with = np.array(json.dumps({"network": "videomae"}))
+                features = rng.standard_normal((len(numbers), 4))
+                if not plan.file(method, numbers).exists():
+                    save_part(plan.file(method, numbers), values | {"features": features, "made_with": made_with})
+        rows = make_rows(plan, lambda draws: drawn.extend(draws) or draws)
+        return rows, len(drawn), plan
+
+    rows, draws, plan = rows_and_draws()
+    assert draws == 3 * len(METHODS) and all(row["fvd_low"] <= row["fvd"] <= row["fvd_high"] for row in rows[1:])
+    assert rows_and_draws()[:2] == (rows, 0)
+    # One is damaged.
+    plan.score_file(plan.methods[1]).write_bytes(b"PK")
+    assert rows_and_draws()[:2] == (rows, 3)
+    # Other intervals of the same distances; and none.
+    other, draws, _ = rows_and_draws(bootstrap=5)
+    assert draws == 5 * len(METHODS) and [row.get("fvd") for row in other] == [row.get("fvd") for row in rows]
+    for _ in range(2):
+        without, draws, _ = rows_and_draws(bootstrap=0)
+        assert draws == 0 and all(row["fvd_low"] is None for row in without[1:])
 
 
 @pytest.mark.integration
