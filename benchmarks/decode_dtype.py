@@ -17,7 +17,7 @@ import numpy as np
 
 from osv_jax.convert import weights
 from osv_jax.data import demo, pixels
-from osv_jax.inference.pipeline import DECODE_DTYPES
+from osv_jax.inference.programs import DECODE_DTYPES
 from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.objectives.autoencoder import frame_psnr
 from osv_jax.runtime.media import to_float, to_uint8

@@ -9,13 +9,14 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-from jaxtyping import Array, Float, Num, UInt8
+from jaxtyping import Array, Float, Int, Num, UInt8
 
 from osv_jax.diffusion.conditioning import Conditioning, clip_pixels, condition_on_image
 from osv_jax.errors import UserError
+from osv_jax.models.clip_text import CLIPText
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.layers import apply
-from osv_jax.models.svd_vae import SVDVAE, VAEConfig
+from osv_jax.models.svd_vae import SVDVAE, ImageVAE, VAEConfig
 from osv_jax.models.tiny_decoder import Memory, TinyDecoder, TinyDecoderConfig
 from osv_jax.runtime.media import to_float
 
@@ -28,9 +29,9 @@ DECODERS = ("vae", "tiny")
 def parameter_dtype(network: str, dtype: Any) -> jnp.dtype:
     """What a network's parameters are held in where the networks compute in `dtype`.
 
-    The VAE's are float32, because its encoder computes in float32: rounded before, they would change all latents.
+    A VAE's are float32, because its encoder computes in float32: rounded before, they would change all latents.
     """
-    return jnp.dtype(jnp.float32 if network == "vae" else dtype)
+    return jnp.dtype(jnp.float32 if network in ("vae", "image_vae") else dtype)
 
 
 def check_tiny_decoder(tiny: TinyDecoderConfig, vae: VAEConfig) -> None:
@@ -43,29 +44,14 @@ def check_tiny_decoder(tiny: TinyDecoderConfig, vae: VAEConfig) -> None:
 
 
 @dataclasses.dataclass(frozen=True)
-class Codec:
-    """Between pixels and what the UNet sees; results are float32.
+class LatentCodec:
+    """Between pixels and scaled latents; results are float32.
 
     Attributes:
-        vae, image_encoder: modules without parameters; each method is given the parameters it needs.
-        tiny_decoder: what decodes fast, or None.
+        vae: a module without parameters, which each method is given.
     """
 
-    vae: SVDVAE
-    image_encoder: CLIPVision
-    tiny_decoder: TinyDecoder | None = None
-
-    def embed_image(self, clip_params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b c"]:
-        """CLIP embeddings of images in [-1, 1] of any size."""
-        return self.embed_pixels(clip_params, self.clip_pixels(images))
-
-    def clip_pixels(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b size size 3"]:
-        """What CLIP takes of images in [-1, 1]: the whole of them, at its own size; see `conditioning.clip_pixels`."""
-        return clip_pixels(images, self.image_encoder.config.image_size)
-
-    def embed_pixels(self, clip_params: Params, pixels: Float[Array, "b size size 3"]) -> Float[Array, "b c"]:
-        """CLIP embeddings of what `clip_pixels` makes."""
-        return apply(self.image_encoder, {"params": clip_params}, pixels).astype(jnp.float32)
+    vae: SVDVAE | ImageVAE
 
     def encode_mode(self, vae_params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b latent_h latent_w c"]:
         """The mode of the posterior of images in [-1, 1], NOT scaled: what SVD is conditioned on."""
@@ -91,7 +77,36 @@ class Codec:
     ) -> Float[Array, "b f h w 3"]:
         """Frames, about in [-1, 1], of SCALED latents."""
         unscaled = latents / self.vae.config.scaling_factor
+        if not self.vae.temporal:
+            images = unscaled.reshape(-1, *unscaled.shape[2:])
+            frames = apply(self.vae, {"params": vae_params}, images, method="decode").astype(jnp.float32)
+            return frames.reshape(*latents.shape[:2], *frames.shape[1:])
         return apply(self.vae, {"params": vae_params}, unscaled, method="decode").astype(jnp.float32)
+
+
+@dataclasses.dataclass(frozen=True)
+class Codec(LatentCodec):
+    """Between pixels and what SVD's UNet sees; results are float32.
+
+    Attributes:
+        image_encoder: as `vae`.
+        tiny_decoder: what decodes fast, or None.
+    """
+
+    image_encoder: CLIPVision
+    tiny_decoder: TinyDecoder | None = None
+
+    def embed_image(self, clip_params: Params, images: Float[Array, "b h w 3"]) -> Float[Array, "b c"]:
+        """CLIP embeddings of images in [-1, 1] of any size."""
+        return self.embed_pixels(clip_params, self.clip_pixels(images))
+
+    def clip_pixels(self, images: Float[Array, "b h w 3"]) -> Float[Array, "b size size 3"]:
+        """What CLIP takes of images in [-1, 1]: the whole of them, at its own size; see `conditioning.clip_pixels`."""
+        return clip_pixels(images, self.image_encoder.config.image_size)
+
+    def embed_pixels(self, clip_params: Params, pixels: Float[Array, "b size size 3"]) -> Float[Array, "b c"]:
+        """CLIP embeddings of what `clip_pixels` makes."""
+        return apply(self.image_encoder, {"params": clip_params}, pixels).astype(jnp.float32)
 
     def decode_fast(
         self, tiny_params: Params, latents: Float[Array, "b f latent_h latent_w c"], memory: Memory
@@ -126,3 +141,18 @@ class Codec:
             motion_bucket_id,
             clip_size=self.image_encoder.config.image_size,
         )
+
+
+@dataclasses.dataclass(frozen=True)
+class TextCodec(LatentCodec):
+    """Between pixels, prompts and what AnimateDiff's UNet sees; results are float32.
+
+    Attributes:
+        text_encoder: CLIP's text tower, as `vae`.
+    """
+
+    text_encoder: CLIPText
+
+    def embed_text(self, text_params: Params, tokens: Int[Array, "b t"]) -> Float[Array, "b t d"]:
+        """What cross-attention looks at, of the tokens of `tokenizer.Tokenizer`."""
+        return apply(self.text_encoder, {"params": text_params}, tokens).astype(jnp.float32)

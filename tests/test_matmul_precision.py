@@ -13,7 +13,7 @@ import tiny
 from osv_jax import train, train_vae
 from osv_jax.codec import Codec
 from osv_jax.data.latents import Schema
-from osv_jax.inference import pipeline
+from osv_jax.inference import pipeline, programs
 from osv_jax.inference.pipeline import ImageToVideo
 from osv_jax.inference.trained import Trained
 from osv_jax.objectives.players import Student
@@ -77,7 +77,7 @@ def test_the_vae_of_a_run_is_held_in_float32(dtype, expected):
 
 
 def test_sample_and_compare(dtype, expected, monkeypatch):
-    monkeypatch.setattr(pipeline, "_PROGRAMS", {})
+    monkeypatch.setattr(programs, "_PROGRAMS", {})
     monkeypatch.setattr(Codec, "decode_video", stop)
     params = {name: {"x": jnp.ones(1)} for name in pipeline.COMPONENTS}
     model = ImageToVideo(tiny.CONFIGS, params, Trained(Student(lora={}, tuned={})), jnp.dtype(dtype))

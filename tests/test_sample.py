@@ -22,7 +22,7 @@ from osv_jax.diffusion import samplers
 from osv_jax.diffusion.conditioning import Conditioning
 from osv_jax.diffusion.edm import EDMBackbone
 from osv_jax.errors import UserError
-from osv_jax.inference import pipeline
+from osv_jax.inference import programs
 from osv_jax.inference.options import Options
 from osv_jax.inference.pipeline import ImageToVideo, Noise
 from osv_jax.inference.trained import load_trained
@@ -177,7 +177,7 @@ def channels_first(latents):
 
 def test_clip_sees_the_whole_image_as_in_diffusers_and_the_vae_what_covers_the_video(reference, model, monkeypatch):
     """Of images of two other shapes, for which no other program is compiled."""
-    monkeypatch.setattr(pipeline, "_PROGRAMS", {})
+    monkeypatch.setattr(programs, "_PROGRAMS", {})
     watched, seen = copy.copy(model), {}
 
     class Enough(Exception):
@@ -205,7 +205,7 @@ def test_clip_sees_the_whole_image_as_in_diffusers_and_the_vae_what_covers_the_v
         assert relative_error(seen["CLIP"], whole) <= 2e-5
         assert relative_error(seen["CLIP"], crop) > 1e-2
         assert relative_error(seen["VAE encode"], latents.permute(0, 2, 3, 1)) <= 1e-4
-    assert [part for part, *_ in pipeline._PROGRAMS] == ["CLIP", "VAE encode"]
+    assert [part for part, *_ in programs._PROGRAMS] == ["CLIP", "VAE encode"]
 
 
 def test_the_decoder_has_a_dtype_of_its_own(model, weights):
@@ -288,7 +288,7 @@ def test_the_default_is_one_step_of_time_travel(model, picture):
 
 
 def test_one_program_serves_any_number_of_steps_and_every_student_alike(weights, workdir, picture, monkeypatch):
-    monkeypatch.setattr(pipeline, "_PROGRAMS", {})
+    monkeypatch.setattr(programs, "_PROGRAMS", {})
     run, _ = workdir
     teacher, student, again = (ImageToVideo.load(weights, lora) for lora in (None, run, run))
     size = {"height": HEIGHT, "width": WIDTH, "num_frames": FRAMES}
@@ -347,8 +347,8 @@ def decoded(path):
 
 @pytest.mark.integration
 def test_the_program_makes_a_video_of_every_image(weights, images, tmp_path, capsys, monkeypatch):
-    kept = {key: program for key, program in pipeline._PROGRAMS.items() if key[0] != "decode"}
-    monkeypatch.setattr(pipeline, "_PROGRAMS", kept)
+    kept = {key: program for key, program in programs._PROGRAMS.items() if key[0] != "decode"}
+    monkeypatch.setattr(programs, "_PROGRAMS", kept)
     arguments = [f"--weights={weights}", *SIZE, "--fps=8", "--seed=3", "--decode_dtype=bfloat16"]
     sample.main([*arguments, f"--image={images}", f"--output={tmp_path}/clips/{{name}}.mp4"])
     output = capsys.readouterr().out

@@ -1,4 +1,4 @@
-"""LoRA files of PyTorch programs for the SVD UNet, read and written.
+"""LoRA files of PyTorch programs for the UNets of SVD and AnimateDiff, read and written.
 
 Read: a PEFT adapter folder, or a bare safetensors file with the keys of diffusers, PEFT, kohya or ComfyUI. Written: the
 same, always with alpha = rank and the scale folded into B, because some of what loads a bare file drops alpha without a
@@ -27,6 +27,7 @@ from osv_jax.convert.readers import Reader, open_weights, read_floats, safetenso
 from osv_jax.convert.stability_names import unet_names
 from osv_jax.convert.weights import locate
 from osv_jax.errors import UserError
+from osv_jax.models.lora import without_effect
 from osv_jax.runtime import paths
 from osv_jax.runtime.finite import check_finite
 from osv_jax.runtime.ranges import POSITIVE
@@ -39,7 +40,6 @@ _KEY = re.compile(
     r"(?:base_model\.model\.)?(?:unet\.)?(?P<module>.+?)\."
     r"(?:(?:(?P<a>lora_A|lora\.down|lora_down)|lora_B|lora\.up|lora_up)(?:\.default)?\.weight|(?P<alpha>alpha))"
 )
-_NO_EFFECT = re.compile(r"attn2/to_[qk]$")
 _SHOWN = 10
 
 Params = Mapping[str, Any]
@@ -134,6 +134,7 @@ def read_lora(path: str | os.PathLike, shapes: Mapping[Path, Any]) -> LoraFile:
         )
 
     lora, dropped, misshapen, uncovered = {}, [], [], []
+    idle = without_effect(path[:-1] for path in shapes)
     for module, names in sorted(halves.items()):
         target = module_path(module)
         a, b = reader.shape(names["a"]), reader.shape(names["b"])
@@ -150,7 +151,7 @@ def read_lora(path: str | os.PathLike, shapes: Mapping[Path, Any]) -> LoraFile:
             misshapen.append(module)
         elif config is not None and not config.covers(module):
             uncovered.append(module)
-        elif _NO_EFFECT.search("/".join(target)):
+        elif target in idle:
             dropped.append(module)
         else:
             scale = _scale(reader, names, module, rank, config)
@@ -339,4 +340,4 @@ def _complain(source: Any, complaints: Mapping[str, list[str]]) -> None:
         if names
     ]
     if told:
-        raise UserError(f"{source} does not fit: it has {'; '.join(told)}. Expected a LoRA for this SVD UNet.")
+        raise UserError(f"{source} does not fit: it has {'; '.join(told)}. Expected a LoRA for this UNet.")

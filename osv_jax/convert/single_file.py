@@ -1,6 +1,6 @@
-"""Stable Video Diffusion in one file with Stability's names, as svd.safetensors is, read and written.
+"""Stable Video Diffusion in one file with Stability's names, read and written, and Stable Diffusion 1.5, read.
 
-The file has two encoders: the condition's (`conditioner.embedders.3`), which is what diffusers has, and the first
+SVD's file has two encoders: the condition's (`conditioner.embedders.3`), which is what diffusers has, and the first
 stage's, whose `quant_conv` is part of its last convolution. Only the first is read; both are written.
 """
 
@@ -28,6 +28,7 @@ from osv_jax.convert.stability_names import (
     CLIP_PREFIX,
     ENCODER_PREFIX,
     FIRST_STAGE_PREFIX,
+    TEXT_PREFIX,
     UNET_PREFIX,
     file_names,
 )
@@ -40,7 +41,11 @@ _PREFIXES = {
     "unet": (UNET_PREFIX,),
     "vae": (f"{ENCODER_PREFIX}encoder.", f"{ENCODER_PREFIX}quant_conv.", f"{FIRST_STAGE_PREFIX}decoder."),
     "image_encoder": (CLIP_PREFIX,),
+    "unet_2d": (UNET_PREFIX,),
+    "image_vae": (FIRST_STAGE_PREFIX,),
+    "text_encoder": (TEXT_PREFIX,),
 }
+SD_COMPONENTS = ("unet_2d", "image_vae", "text_encoder")
 # The sizes of networks that are not the released ones, in the metadata of files written here.
 _SIZES = "osv_jax"
 # Products with vectors that are convolutions of one pixel there, and one that is stored the other way round.
@@ -59,10 +64,26 @@ def plan_single_file(path: str | os.PathLike, components: Sequence[str] = SVD_CO
     Raises:
         UserError: as `importers.plan_svd`; a file without one of the components.
     """
-    path = existing(path, "stabilityai/stable-video-diffusion-img2vid")
-    unknown = [component for component in components if component not in SVD_COMPONENTS]
+    return _plan(path, components, SVD_COMPONENTS, "stabilityai/stable-video-diffusion-img2vid", "svd.safetensors")
+
+
+def plan_sd_file(path: str | os.PathLike, components: Sequence[str] = SD_COMPONENTS) -> list[Plan]:
+    """Plans the import of Stable Diffusion 1.5, or a model made from it, from a single file in LDM's naming.
+
+    The networks have the released sizes, unless the file's metadata says others as `write_single_file` does. A
+    tokenizer is not in such files.
+
+    Raises:
+        UserError: as `importers.plan_svd`; a file without one of the components, or of another Stable Diffusion.
+    """
+    return _plan(path, components, SD_COMPONENTS, "stable-diffusion-v1-5/stable-diffusion-v1-5", "v1-5-pruned.ckpt")
+
+
+def _plan(path: str | os.PathLike, components: Sequence[str], known: Sequence[str], hub: str, file: str) -> list[Plan]:
+    path = existing(path, hub)
+    unknown = [component for component in components if component not in known]
     if unknown:
-        raise UserError(f"There is no component {unknown[0]!r} in SVD: expected some of {', '.join(SVD_COMPONENTS)}.")
+        raise UserError(f"There is no component {unknown[0]!r} in {file}: expected some of {', '.join(known)}.")
     reader = open_weights(path)
     metadata = safetensors_metadata(path) if path.suffix == ".safetensors" else {}
     stored = parse_json(metadata[_SIZES], f"{path}: {_SIZES}") if _SIZES in metadata else {}
@@ -71,8 +92,8 @@ def plan_single_file(path: str | os.PathLike, components: Sequence[str] = SVD_CO
         part = _OneNetwork(reader, _PREFIXES[component])
         if not part.names():
             raise UserError(
-                f"{path} has no {component}: expected tensors called {_PREFIXES[component][0]}..., as in"
-                " svd.safetensors; choose what it has with --components."
+                f"{path} has no {component}: expected tensors called {_PREFIXES[component][0]}..., as in {file};"
+                " choose what it has with --components."
             )
         config = _config(component, stored, path)
         where = file_names(component, map(torch_name, expected_params(component, config)))
@@ -84,7 +105,8 @@ def plan_single_file(path: str | os.PathLike, components: Sequence[str] = SVD_CO
 
 
 def _targets(known: Mapping[str, Sequence[str]], name: str) -> Sequence[str]:
-    return known.get(name, [name])
+    # (The text encoder's indices of positions are known by their own name.)
+    return known.get(name, [name.removeprefix(TEXT_PREFIX)])
 
 
 def _config(component: str, stored: Mapping[str, Any], path: Any) -> Config:

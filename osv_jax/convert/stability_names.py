@@ -1,4 +1,4 @@
-"""The names that Stability's code (sgm) gives to SVD's tensors, for which ComfyUI and others have the same.
+"""The names that Stability's code (sgm, LDM) gives to tensors of SVD and Stable Diffusion 1.5; ComfyUI has the same.
 
 Here they are made from PyTorch names of diffusers and transformers (see `naming`), of networks of any size.
 """
@@ -15,6 +15,8 @@ UNET_PREFIX = "model.diffusion_model."
 # The VAE's encoder and quant_conv; its decoder is the first stage's, which has an encoder of its own.
 ENCODER_PREFIX = "conditioner.embedders.3.encoder."
 FIRST_STAGE_PREFIX = "first_stage_model."
+# Stable Diffusion 1.5's text encoder, under transformers' names.
+TEXT_PREFIX = "cond_stage_model.transformer."
 CLIP_PREFIX = "conditioner.embedders.0.open_clip.model.visual."
 
 _RESNET = {
@@ -74,7 +76,9 @@ _BLOCK = re.compile(
 
 
 def unet_names(names: Iterable[str]) -> dict[str, str]:
-    """Names of diffusers' SVD UNet -> Stability's, both without a prefix.
+    """Names of diffusers' SVD or Stable Diffusion UNet -> Stability's, both without a prefix.
+
+    Motion modules keep theirs: no file of Stability's has any.
 
     Args:
         names: all of one UNet, whose sizes they tell.
@@ -89,6 +93,8 @@ def unet_names(names: Iterable[str]) -> dict[str, str]:
         match = _BLOCK.fullmatch(name)
         if match is None:
             return _replace(name, _TOP_OF_UNET)
+        if match["kind"] == "motion_modules":
+            return name
         level, number, rest = int(match["level"] or 0) * len(numbers), int(match["number"]), match["in"]
         if match["kind"] == "downsamplers":
             return f"input_blocks.{level + len(numbers)}.0.{rest.replace('conv', 'op')}"
@@ -110,29 +116,32 @@ def unet_names(names: Iterable[str]) -> dict[str, str]:
 
 
 def file_names(component: str, names: Iterable[str]) -> Names:
-    """Where the tensors of a network are in a single file such as svd.safetensors.
+    """Where the tensors of a network are in a single file such as svd.safetensors or v1-5-pruned.safetensors.
 
     Args:
-        component: `unet`, `vae` or `image_encoder`.
+        component: `unet`, `vae` or `image_encoder`; of Stable Diffusion 1.5 `unet_2d`, `image_vae`, `text_encoder`.
         names: all of the network, of diffusers or transformers.
     """
     names = list(names)
-    if component == "unet":
+    if component in ("unet", "unet_2d"):
         return {name: (UNET_PREFIX + target, 0, 1) for name, target in unet_names(names).items()}
-    if component == "vae":
+    if component in ("vae", "image_vae"):
         levels = len({name.split(".")[2] for name in names if name.startswith("decoder.up_blocks.")})
-        return {name: (_vae_name(name, levels), 0, 1) for name in names}
+        encoder = ENCODER_PREFIX if component == "vae" else FIRST_STAGE_PREFIX
+        return {name: (_vae_name(name, levels, encoder), 0, 1) for name in names}
+    if component == "text_encoder":
+        return {name: (TEXT_PREFIX + name, 0, 1) for name in names}
     return {name: _clip_name(name) for name in names}
 
 
-def _vae_name(name: str, levels: int) -> str:
+def _vae_name(name: str, levels: int, encoder: str) -> str:
     # Its highest level is the last here, and the first there.
     name = re.sub(r"up_blocks\.(\d+)", lambda match: f"up.{levels - 1 - int(match[1])}", name)
     name = _replace(name.replace("down_blocks", "down"), _IN_VAE).replace("spatial_res_block.", "")
     if ".temporal_res_block." in name:
         block, rest = name.split(".temporal_res_block.")
         name = f"{block}.time_stack.{_replace(rest, _RESNET)}"
-    prefix = FIRST_STAGE_PREFIX if name.startswith("decoder.") else ENCODER_PREFIX
+    prefix = FIRST_STAGE_PREFIX if name.startswith("decoder.") else encoder
     return prefix + name.replace("time_mixer.", "")
 
 

@@ -9,16 +9,21 @@ from __future__ import annotations
 import os
 import re
 import shutil
-from collections.abc import Sequence
-from typing import cast
+from collections.abc import Mapping, Sequence
+from typing import Any, cast
 
+import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from osv_jax.convert import tokenizer
+from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.importers import Plan, existing, make_plan, new_attention_name, read_config, same_name
 from osv_jax.convert.json_files import read_json
+from osv_jax.convert.naming import Path as NamePath
 from osv_jax.convert.naming import renamed
 from osv_jax.convert.readers import Reader, open_weights
+from osv_jax.convert.weights import locate
 from osv_jax.errors import UserError
 from osv_jax.models.clip_text import CLIPTextConfig
 from osv_jax.models.text_unet import MotionConfig, TextUNetConfig, frame_positions
@@ -71,6 +76,9 @@ def plan_stable_diffusion(folder: str | os.PathLike, components: Sequence[str] =
         config = read_config(component, source / "config.json")
         translate = {"image_vae": new_attention_name, "text_encoder": _with_prefix}.get(component, same_name)
         plans.append(make_plan(component, config, open_weights(source), translate))
+    made = {plan.component: plan.config for plan in plans}
+    if {"unet_2d", "text_encoder"} <= made.keys():
+        check_text_fits(cast(CLIPTextConfig, made["text_encoder"]), cast(TextUNetConfig, made["unet_2d"]), folder)
     if TOKENIZER in components:
         _check_tokenizer(folder, [plan.config for plan in plans])
     return plans
@@ -122,7 +130,7 @@ def check_tokenizer_output(output: str | os.PathLike, overwrite: bool) -> None:
 
 def tokenizer_of(weights: str | os.PathLike) -> Path:
     """A weights folder's tokenizer, for `tokenizer.Tokenizer`."""
-    return paths.as_path(weights) / TOKENIZER
+    return locate(weights) / TOKENIZER
 
 
 def plan_motion_adapter(path: str | os.PathLike) -> Plan:
@@ -190,6 +198,25 @@ def check_motion_fits(motion: MotionConfig, unet: TextUNetConfig, where: object)
             f"{where}: the motion adapter is for a UNet with block_out_channels = {theirs[0]} and layers_per_block ="
             f" {theirs[1]}, and unet_2d has {ours[0]} and {ours[1]}: use one for Stable Diffusion 1.5 (v1, v2, v3)."
         )
+
+
+def check_text_fits(text: CLIPTextConfig, unet: TextUNetConfig, where: object) -> None:
+    """Raises UserError unless the UNet attends to states such as this text encoder's; `where` is what has both."""
+    if text.hidden_size != unet.cross_attention_dim:
+        raise UserError(
+            f"{where}: the UNet attends to texts of {unet.cross_attention_dim} channels, and the text encoder's have"
+            f" {text.hidden_size}: they are not of one model; use a model made from Stable Diffusion 1.5, all of it."
+        )
+
+
+def video_unet(unet_2d: Mapping[str, Any], motion_adapter: Mapping[str, Any]) -> dict[str, Any]:
+    """Parameters of the video UNet: those of the 2-D UNet and of the adapter, side by side in one tree."""
+    return unflatten_dict(flatten_dict(unet_2d) | flatten_dict(motion_adapter))
+
+
+def video_unet_shapes(unet: TextUNetConfig, motion: MotionConfig) -> dict[NamePath, jax.ShapeDtypeStruct]:
+    """The parameters that `video_unet` gives, by path."""
+    return expected_params("unet_2d", unet) | expected_params("motion_adapter", motion)
 
 
 def _with_prefix(name: str) -> Sequence[str]:

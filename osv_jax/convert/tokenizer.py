@@ -49,6 +49,7 @@ class Tokenizer:
             UserError: a file that is missing or damaged, or no package to encode with.
         """
         vocabulary, merges = read_files(folder)
+        _check_bytes(folder, vocabulary)
         self.vocab_size = len(vocabulary)
         self._end = vocabulary[END]
         self._encoder = _encoder(vocabulary, merges)
@@ -101,6 +102,19 @@ def _read_merges(file: Path, vocabulary: dict[str, int]) -> list[tuple[str, str]
             " of tokens there; download both again."
         )
     return [(first, second) for first, second in known]
+
+
+def _check_bytes(folder: Path, vocabulary: dict[str, int]) -> None:
+    """What a text is made of must all have tokens, alone and at the end of a word: else words would end a prompt."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    # GPT-2's letters for bytes: those that are visible stand for themselves, the others are the next 68 from 256 on.
+    letters = [*map(chr, visible), *(chr(256 + i) for i in range(256 - len(visible)))]
+    missing = [token for letter in letters for token in (letter, f"{letter}</w>") if token not in vocabulary]
+    if missing:
+        raise UserError(
+            f"{folder / FILES[0]} has no token for {len(missing)} of the letters that texts are made of (first:"
+            f" {missing[0]!r}), so prompts would have unknown tokens: download it again."
+        )
 
 
 def _encoder(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Any:

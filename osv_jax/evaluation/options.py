@@ -12,7 +12,7 @@ from osv_jax.diffusion.samplers import SAMPLERS
 from osv_jax.errors import UserError
 from osv_jax.evaluation.protocols import PROTOCOLS
 from osv_jax.inference.options import RANGES
-from osv_jax.inference.pipeline import DTYPES
+from osv_jax.inference.programs import DTYPES
 from osv_jax.objectives.options import from_config, setting, to_config
 from osv_jax.runtime.ranges import COUNT, FPS, MOTION_BUCKET_ID, NOT_NEGATIVE, NUM_FRAMES, PIXELS, SEED, WHOLE, Range
 

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 
 from osv_jax.convert import weights
+from osv_jax.convert.architectures import expected_params
 from osv_jax.data import demo, world
 from osv_jax.errors import UserError
 from osv_jax.evaluation import protocols
@@ -19,7 +20,8 @@ from osv_jax.evaluation.options import MethodOptions, TableOptions
 from osv_jax.evaluation.protocols import Protocol
 from osv_jax.evaluation.stamps import fingerprint, stamp
 from osv_jax.inference.options import CompleteOptions, Options, complete, own_video
-from osv_jax.inference.pipeline import COMPONENTS, check_devices
+from osv_jax.inference.pipeline import COMPONENTS
+from osv_jax.inference.programs import check_devices
 from osv_jax.inference.trained import Trained, is_workdir, read_student
 from osv_jax.models.lpips import SMALLEST_SIDE, load_lpips
 from osv_jax.runtime import checkpoint, paths
@@ -137,7 +139,8 @@ def make_plan(options: TableOptions, chosen: Sequence[MethodOptions]) -> Plan:
         )
     _check_apart(output, options.videos)
     configs = {name: weights.load_config(options.weights, name) for name in COMPONENTS}
-    students = {(m.lora, m.ema): read_student(m.lora or None, m.ema, configs["unet"]) for m in chosen}
+    shapes = expected_params("unet", configs["unet"])
+    students = {(m.lora, m.ema): read_student(m.lora or None, m.ema, shapes) for m in chosen}
     stored = weights.load_video(options.weights)
     # A student knows what it was trained on.
     first = next((trained for (lora, _), (trained, _) in students.items() if lora), Trained.none())

@@ -13,6 +13,7 @@ from osv_jax.convert import weights
 from osv_jax.convert.architectures import ARCHITECTURES, Config, expected_params
 from osv_jax.convert.exporters import check_output, new_folder
 from osv_jax.convert.importers import DTYPES
+from osv_jax.convert.text_to_video import TOKENIZER, copy_tokenizer, tokenizer_of
 from osv_jax.errors import UserError
 from osv_jax.inference.trained import Trained
 from osv_jax.objectives.random_networks import random_architecture, random_components, random_frozen
@@ -81,7 +82,7 @@ def pack_weights(
         dtype: stored dtype: "bfloat16", "float32" or "float16".
 
     Returns:
-        The networks that the folder holds.
+        The networks that the folder holds, and `tokenizer` if it has that.
 
     Raises:
         UserError: if `output` exists, unless it may be overwritten, or the source holds no networks.
@@ -96,6 +97,9 @@ def pack_weights(
             params = _cast(weights.load_params(source, name), dtype)
             weights.save_packed(partial / name, name, config, params, as_path(source))
         weights.save_video(partial, weights.load_video(source))
+        if tokenizer_of(source).is_dir():
+            copy_tokenizer(source, partial)
+            components.append(TOKENIZER)
     return components
 
 

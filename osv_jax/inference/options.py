@@ -119,17 +119,21 @@ def complete(
     """
     said = {name: value for name, value in vars(options).items() if value is not None}
     made = CompleteOptions(**({"steps": DEFAULT_STEPS[options.sampler], **own} | said))
-    for name in ("height", "width"):
-        value = getattr(made, name)
-        if value % downscale:
-            raise UserError(f"{name}={value} is not divisible by {downscale}, the VAE's factor: use a multiple of it.")
-    rows = made.height // downscale
-    if rows % context:
-        raise UserError(
-            f"context={context} does not divide the {rows} rows of latents of height={made.height}: use a"
-            f" divisor of {rows}, or another height."
-        )
+    check_size(made.height, made.width, downscale, context)
     most = samplers.max_steps(made.sampler, num_levels)
     if most is not None and made.steps > most:
         raise UserError(f"steps={made.steps} is too many for {made.sampler}: at most {most}.")
     return made
+
+
+def check_size(height: int, width: int, downscale: int, context: int) -> None:
+    """Raises UserError unless the VAE can make such frames, and `context` devices can share them."""
+    for name, value in (("height", height), ("width", width)):
+        if value % downscale:
+            raise UserError(f"{name}={value} is not divisible by {downscale}, the VAE's factor: use a multiple of it.")
+    rows = height // downscale
+    if rows % context:
+        raise UserError(
+            f"context={context} does not divide the {rows} rows of latents of height={height}: use a divisor of {rows},"
+            " or another height."
+        )

@@ -10,51 +10,47 @@
 from __future__ import annotations
 
 import dataclasses
-import functools
 import itertools
 import os
-import time
-from collections.abc import Callable, Hashable, Mapping
+from collections.abc import Hashable, Mapping
 from types import MappingProxyType
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
 from jaxtyping import Array, Float, Key, UInt8
 
 from osv_jax.codec import DECODERS, Codec, check_tiny_decoder, parameter_dtype
 from osv_jax.convert import weights
+from osv_jax.convert.architectures import expected_params
 from osv_jax.data.image import ImageLike, read_image
 from osv_jax.data.video import cover
 from osv_jax.diffusion import samplers
 from osv_jax.diffusion.conditioning import Conditioning, added_time_ids
 from osv_jax.diffusion.edm import EDMBackbone
 from osv_jax.diffusion.ode import guided_denoiser
-from osv_jax.errors import UserError
-from osv_jax.inference.clock import Clock
 from osv_jax.inference.options import CompleteOptions, Options, complete, own_video
+from osv_jax.inference.programs import (
+    DECODE_DTYPES,
+    DTYPES,
+    Pipeline,
+    check_choices,
+    check_devices,
+    default_dtype,
+    normal,
+)
 from osv_jax.inference.trained import Trained, read_student
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.layers import apply
 from osv_jax.models.svd_unet import SVDUNet
 from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.models.tiny_decoder import TinyDecoder
-from osv_jax.runtime.finite import blame_weights
-from osv_jax.runtime.media import to_float, to_uint8
-from osv_jax.runtime.mesh import BATCH_AXES, batch_shardings, make_mesh, replicated
-from osv_jax.runtime.precision import matmul_precision
+from osv_jax.runtime.media import to_float
 from osv_jax.runtime.ranges import SEED
 
 COMPONENTS = ("unet", "vae", "image_encoder")
-DTYPES = ("bfloat16", "float32")
 PARTS = ("compile", "CLIP", "VAE encode", "UNet", "decode")
-# Activations of a decoder fit into float16, which is more exact than bfloat16.
-DECODE_DTYPES = (*DTYPES, "float16")
-
-# Compiled once in a process, and shared by all models of the same networks.
-_PROGRAMS: dict[Hashable, Callable] = {}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -72,17 +68,13 @@ class Noise:
     keys: Key[Array, " b"]
 
 
-class ImageToVideo:
+class ImageToVideo(Pipeline):
     """SVD, or a student of it, ready to make any number of videos of any size.
 
-    Each program is compiled once for each size, for all models of the same networks. Nothing waits for the devices
-    but what returns NumPy arrays, and `wait`.
+    Each program is compiled once for each size, for all models of the same networks.
 
     Attributes:
         notice: a sentence about the LoRA for the user, or empty.
-        seconds: by part, of `PARTS`; what is started from now on adds its time there when it is done. May be replaced.
-        clock: what measures them.
-        on_part: called with the name of each part as it begins; for the UNet, with the number of the evaluation, too.
     """
 
     def __init__(
@@ -105,6 +97,7 @@ class ImageToVideo:
             video: of the clips that the UNet was trained on; see `weights.load_video`.
             context, data, decode_dtype: see `load`.
         """
+        super().__init__(PARTS, params, context, data)
         options = {"dtype": dtype, "param_dtype": dtype, "attention": attention}
         self.unet = SVDUNet(configs["unet"], **options)
         decode_dtype = dtype if decode_dtype is None else decode_dtype
@@ -113,14 +106,9 @@ class ImageToVideo:
         decoder = tiny and TinyDecoder(tiny, decode_dtype, decode_dtype)
         self.codec = Codec(vae, CLIPVision(configs["image_encoder"], **options), decoder)
         self.notice = notice
-        self.devices = make_mesh(data, 1, context, jax.local_devices()[: data * context])
-        self.params = jax.device_put(dict(params), replicated(self.devices))
         self.boundary = trained.config.get("boundary", "svd")
         self.num_levels = trained.config.get("num_levels", 100)
         self._video = own_video(self.unet.config, video, trained)
-        self.seconds = dict.fromkeys(PARTS, 0.0)
-        self.clock = Clock()
-        self.on_part: Callable[[str], None] = lambda part: None
 
     @classmethod
     def load(
@@ -152,23 +140,22 @@ class ImageToVideo:
         Raises:
             UserError: missing or incomplete weights, a LoRA that cannot be read or does not fit, too few devices.
         """
-        dtype = dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
+        dtype = dtype or default_dtype()
         decode_dtype = decode_dtype or dtype
-        choices = (
-            ("dtype", dtype, DTYPES),
-            ("decode_dtype", decode_dtype, DECODE_DTYPES),
-            ("decoder", decoder, DECODERS),
+        check_choices(
+            {
+                "dtype": (dtype, DTYPES),
+                "decode_dtype": (decode_dtype, DECODE_DTYPES),
+                "decoder": (decoder, DECODERS),
+            }
         )
-        for name, chosen, allowed in choices:
-            if chosen not in allowed:
-                raise UserError(f"{name} {chosen!r} is not one of {', '.join(allowed)}.")
         check_devices(context)
         components = (*COMPONENTS, *["tiny_decoder"] * (decoder == "tiny"))
         configs = {name: weights.load_config(weights_folder, name) for name in components}
         if decoder == "tiny":
             check_tiny_decoder(configs["tiny_decoder"], configs["vae"])
         # Before the weights, which take longest.
-        trained, notice = read_student(lora, ema, configs["unet"])
+        trained, notice = read_student(lora, ema, expected_params("unet", configs["unet"]))
         # The UNet as it is stored: LoRAs are merged before it is rounded.
         held = {name: parameter_dtype(name, dtype) for name in COMPONENTS} | {"unet": None}
         held["tiny_decoder"] = jnp.dtype(decode_dtype)
@@ -215,8 +202,8 @@ class ImageToVideo:
         latents = (options.num_frames, options.height // factor, options.width // factor, channels)
         image_keys, latents_keys, sampler_keys = jax.vmap(lambda key: jax.random.split(key, 3), out_axes=1)(keys)
         return Noise(
-            image=_normal(image_keys, (options.height, options.width, 3)),
-            latents=_normal(latents_keys, latents),
+            image=normal(image_keys, (options.height, options.width, 3)),
+            latents=normal(latents_keys, latents),
             keys=sampler_keys,
         )
 
@@ -287,18 +274,12 @@ class ImageToVideo:
         """Pixels of scaled latents; see `start_decoding` and `pixels`."""
         return self.pixels(self.start_decoding(latents, chunk_size))
 
-    def pixels(self, decoded: list[Float[Array, "b _f h w 3"]]) -> UInt8[np.ndarray, "b f h w 3"]:
-        """Waits for what `start_decoding` has started.
+    @property
+    def identity(self) -> Hashable:
+        return self.unet, self.codec, self.boundary
 
-        Raises:
-            UserError: values that are not finite, naming the weights if they are the cause.
-        """
-        with blame_weights(self.params):
-            return to_uint8(np.concatenate([np.asarray(chunk) for chunk in decoded], axis=1))
-
-    def wait(self) -> None:
-        """Until all that has been started is done, and `seconds` has its time."""
-        self.clock.last.result()
+    def dtype_of(self, component: str) -> Any:
+        return self.unet.dtype if component in ("unet", "image_encoder") else self.codec.vae.dtype
 
     def _denoise(self, params: Any, x: Array, sigma: Array, cond: Conditioning, guidance: Array | None) -> Array:
         def network(*inputs: Array) -> Array:
@@ -306,34 +287,3 @@ class ImageToVideo:
 
         backbone = EDMBackbone(network, cond, self.boundary)
         return backbone(x, sigma) if guidance is None else guided_denoiser(backbone, guidance)(x, sigma)
-
-    def _run(self, part: str, component: str, function: Callable, *inputs: Any, progress: str = "") -> Any:
-        """Starts `function(params, *inputs)`, compiled for these shapes, whose time is added up when it is done."""
-        params, inputs = self.params[component], jax.device_put(inputs, batch_shardings(self.devices, inputs))
-        shapes = tuple(leaf.shape for leaf in jax.tree.leaves(inputs))
-        networks = (self.unet, self.codec)
-        program = (part, networks, self.boundary, self.devices, jax.tree.structure(inputs), shapes)
-        if program not in _PROGRAMS:
-            self.on_part(f"compiling {part}")
-            start = time.perf_counter()
-            # Clips stay where they are made; of a clip, every device that shares it has the whole.
-            split = NamedSharding(self.devices, PartitionSpec(BATCH_AXES))
-            dtype = self.unet.dtype if component in ("unet", "image_encoder") else self.codec.vae.dtype
-            with jax.set_mesh(self.devices), matmul_precision(dtype):
-                compiled = jax.jit(function, out_shardings=split).lower(params, *inputs).compile()
-            _PROGRAMS[program] = compiled
-            self.seconds["compile"] += time.perf_counter() - start
-        result = _PROGRAMS[program](params, *inputs)
-        self.clock.add(self.seconds, part, result, functools.partial(self.on_part, part + progress))
-        return result
-
-
-def check_devices(context: int) -> None:
-    """Raises UserError unless this machine has so many devices."""
-    available = jax.local_device_count()
-    if not 1 <= context <= available:
-        raise UserError(f"context={context} must lie in 1 .. {available}, the devices of this machine.")
-
-
-def _normal(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:
-    return jax.vmap(lambda key: jax.random.normal(key, shape))(keys)

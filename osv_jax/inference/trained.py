@@ -14,13 +14,11 @@ import orbax.checkpoint as ocp
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from osv_jax.convert import lora_files
-from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.lora_files import check_lora
 from osv_jax.convert.naming import Path, torch_name
 from osv_jax.convert.weights import locate
 from osv_jax.errors import UserError
 from osv_jax.models.lora import closest_lora, merge_lora, scale_lora
-from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.objectives.objective import find, is_known
 from osv_jax.objectives.options import RunOptions, check_stored
 from osv_jax.objectives.players import Student
@@ -110,19 +108,19 @@ class Trained:
         return lora, (lost / whole) ** 0.5 if whole else 0.0
 
 
-def read_student(path: str | os.PathLike | None, ema: bool, config: UNetConfig) -> tuple[Trained, str]:
+def read_student(path: str | os.PathLike | None, ema: bool, shapes: Mapping[Path, Any]) -> tuple[Trained, str]:
     """What `--lora` names, or of None a student equal to its teacher, and a notice about it.
 
     Args:
         path, ema: see `pipeline.ImageToVideo.load`.
-        config: of the UNet that it is to be merged into.
+        shapes: parameters of the UNet that it is to be merged into, by path; see `architectures.expected_params`.
 
     Raises:
         UserError: it cannot be read, or does not fit.
     """
     if path is None:
         return Trained.none(), ""
-    shapes, path = expected_params("unet", config), locate(path)
+    path = locate(path)
     if is_workdir(path):
         trained = load_trained(path, ema)
         trained.check_fits(shapes, path)

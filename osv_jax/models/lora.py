@@ -1,4 +1,4 @@
-"""LoRA for the SVD UNet: which modules take part, their initial values, merging into the base weights.
+"""LoRA for the UNets of SVD and AnimateDiff: which modules take part, initial values, merging into the base weights.
 
 A LoRA tree mirrors the parameter tree down to the modules it covers; each holds `a` [*window, in, rank] and `b`
 [rank, out] (PEFT's convention: `a` has the base kernel's window, `b` is pointwise). It is passed to the network as the
@@ -21,12 +21,12 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 Params = Mapping[str, Any]
 Path = tuple[str, ...]
 
-_ATTENTION = r"attn1/to_(q|k|v|out_0)|attn2/to_(v|out_0)"
+_ATTENTION = r"attn[12]/to_(q|k|v|out_0)"
 _OTHERS = (
     r"proj_in|proj_out|(ff|ff_in)/(net_0/proj|net_2)|conv1|conv2|conv_shortcut|(down|up)samplers_0/conv|time_emb_proj"
 )
-# Cross-attention's q and k are not among them: with a single key their gradient is identically zero.
 TARGETS = {"attention": rf"(^|/)({_ATTENTION})$", "all": rf"(^|/)({_ATTENTION}|{_OTHERS})$"}
+_QUERY_OR_KEY = re.compile(r"attn2/to_[qk]$")
 
 
 def target_modules(params: Params, targets: str) -> list[Path]:
@@ -34,8 +34,20 @@ def target_modules(params: Params, targets: str) -> list[Path]:
     if targets not in TARGETS:
         raise ValueError(f"LoRA targets must be one of {sorted(TARGETS)}, got {targets!r}.")
     pattern = re.compile(TARGETS[targets])
-    modules = (path[:-1] for path in flatten_dict(params) if path[-1] == "kernel")
-    return sorted(path for path in modules if pattern.search("/".join(path)))
+    modules = [path[:-1] for path in flatten_dict(params) if path[-1] == "kernel"]
+    idle = without_effect(modules)
+    return sorted(path for path in modules if pattern.search("/".join(path)) and path not in idle)
+
+
+def without_effect(modules: Iterable[Path]) -> set[Path]:
+    """Of all modules of a UNet those whose gradient is identically zero: SVD's cross-attention has a single key.
+
+    Its q and k therefore have no effect. AnimateDiff's UNet attends to a text's tokens, and along frames.
+    """
+    modules = list(modules)
+    if not any("temporal_transformer_blocks" in name for path in modules for name in path):
+        return set()
+    return {path for path in modules if _QUERY_OR_KEY.search("/".join(path))}
 
 
 def init_lora(key: jax.Array, params: Params, rank: int, modules: Iterable[Path]) -> dict[str, Any]:

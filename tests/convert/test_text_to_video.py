@@ -5,15 +5,14 @@ import shutil
 import jax
 import numpy as np
 import pytest
-import tiny_tokenizer
+import tiny_animatediff
 import torch
 import transformers
 from conftest import relative_error
-from diffusers import AutoencoderKL, MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from diffusers import UNetMotionModel
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tiny_checkpoints import edit_json
 from tool import convert as main
-from torch_reference import randomise
 
 from osv_jax.convert import text_to_video
 from osv_jax.convert.naming import to_flax, to_torch, torch_name
@@ -23,63 +22,22 @@ from osv_jax.errors import UserError
 from osv_jax.models.clip_text import CLIPText
 from osv_jax.models.text_unet import MotionConfig, TextUNet
 
-WIDTHS = (16, 32)
 # As released, but for the sizes: what a file does not say, heads and groups, is the same in all.
 V1 = MotionConfig((32, 64), motion_layers_per_block=1, motion_max_seq_length=24, use_motion_mid_block=False)
 V2 = MotionConfig((32, 64), motion_layers_per_block=1)
-
-
-def unet_2d():
-    return randomise(
-        UNet2DConditionModel(
-            down_block_types=("CrossAttnDownBlock2D", "DownBlock2D"),
-            up_block_types=("UpBlock2D", "CrossAttnUpBlock2D"),
-            block_out_channels=WIDTHS,
-            layers_per_block=1,
-            attention_head_dim=4,
-            cross_attention_dim=24,
-            norm_num_groups=8,
-        )
-    )
-
-
-def adapter(widths=WIDTHS, **options):
-    return randomise(MotionAdapter(widths, motion_layers_per_block=1, **options))
-
-
-def small_adapter():
-    return adapter(motion_num_attention_heads=4, motion_norm_num_groups=8)
-
-
-def image_vae():
-    blocks = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
-    return randomise(AutoencoderKL(block_out_channels=WIDTHS, layers_per_block=2, norm_num_groups=8, **blocks))
-
-
-def text_encoder(vocab_size):
-    sizes = {"hidden_size": 24, "intermediate_size": 32, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.CLIPTextConfig(vocab_size=vocab_size, eos_token_id=2, **sizes)
-    return randomise(transformers.CLIPTextModel(config))
 
 
 @pytest.fixture(scope="module")
 def checkpoint(tmp_path_factory):
     """Folders `sd` and `motion` in diffusers layout, and the networks in them."""
     folder = tmp_path_factory.mktemp("checkpoint")
-    networks = {"unet": unet_2d(), "vae": image_vae(), "motion": small_adapter()}
-    networks["text_encoder"] = text_encoder(tiny_tokenizer.save(folder / "sd" / "tokenizer"))
-    for name, network in networks.items():
-        network.save_pretrained(folder / name if name == "motion" else folder / "sd" / name)
-    (folder / "sd" / "scheduler").mkdir()
-    (folder / "sd" / "scheduler" / "scheduler_config.json").write_text('{"prediction_type": "epsilon"}')
-    return folder, networks
+    return folder, tiny_animatediff.save_checkpoint(folder)
 
 
 @pytest.fixture(scope="module")
 def weights(checkpoint, tmp_path_factory):
     output = tmp_path_factory.mktemp("weights")
-    assert main(["sd", str(checkpoint[0] / "sd"), str(output), "--dtype=float32"]) == 0
-    assert main(["motion", str(checkpoint[0] / "motion"), str(output), "--dtype=float32"]) == 0
+    tiny_animatediff.import_all(checkpoint[0], output)
     return output
 
 
@@ -130,7 +88,7 @@ def test_animatediffs_own_file_is_the_same_adapter(tmp_path, config):
         "motion_max_seq_length": config.motion_max_seq_length,
         "use_motion_mid_block": config.use_motion_mid_block,
     }
-    state, own = adapter(config.block_out_channels, **options).state_dict(), {}
+    state, own = tiny_animatediff.adapter(config.block_out_channels, **options).state_dict(), {}
     for name, tensor in state.items():
         for new, old in (
             (".transformer_blocks.", ".temporal_transformer.transformer_blocks."),
@@ -210,7 +168,7 @@ def test_an_adapter_of_another_version_is_refused(checkpoint, tmp_path, changes,
 
 
 def test_learned_positions_and_another_unet_are_refused(checkpoint, weights, tmp_path):
-    network = small_adapter()
+    network = tiny_animatediff.small_adapter()
     with torch.no_grad():
         network.down_blocks[0].motion_modules[0].transformer_blocks[0].pos_embed.pe += 1
     network.save_pretrained(tmp_path)
@@ -219,3 +177,20 @@ def test_learned_positions_and_another_unet_are_refused(checkpoint, weights, tmp
     with pytest.raises(UserError, match="use one for Stable Diffusion"):
         config = load_config(weights, "unet_2d")
         text_to_video.check_motion_fits(type(load_config(weights, "motion_adapter"))(), config, tmp_path)
+
+
+def test_a_2d_model_of_other_texts_is_refused(checkpoint, tmp_path):
+    """As of Stable Diffusion 2, whose UNet attends to 1024 channels, beside the text encoder of 1.5."""
+    shutil.copytree(checkpoint[0] / "sd", tmp_path / "sd")
+    other = tiny_animatediff.unet_2d(cross_attention_dim=32)
+    other.save_pretrained(tmp_path / "sd" / "unet")
+    with pytest.raises(UserError, match="attends to texts of 32 channels, and the text encoder's have 24") as caught:
+        text_to_video.plan_stable_diffusion(tmp_path / "sd")
+    assert "\n" not in str(caught.value)
+
+
+def test_packed_weights_have_the_tokenizer(weights, tmp_path, capsys):
+    assert main(["pack", str(weights), str(tmp_path / "packed"), "--dtype=float32"]) == 0
+    assert "motion_adapter, tokenizer as float32" in capsys.readouterr().out
+    packed, stored = (Tokenizer(text_to_video.tokenizer_of(folder)) for folder in (tmp_path / "packed", weights))
+    np.testing.assert_array_equal(packed(["the cat"]).ids, stored(["the cat"]).ids)

@@ -81,6 +81,15 @@ def test_spoilt_files_are_refused_in_one_sentence(tmp_path, spoil, message):
         Tokenizer(tmp_path)
 
 
+def test_a_vocabulary_without_all_letters_would_have_unknown_tokens(folder, tmp_path):
+    vocabulary = json.loads((folder / "vocab.json").read_text())
+    vocabulary["word"] = vocabulary.pop("x</w>")
+    (tmp_path / "vocab.json").write_text(json.dumps(vocabulary))
+    (tmp_path / "merges.txt").write_text((folder / "merges.txt").read_text())
+    with pytest.raises(UserError, match=r"no token for 1 of the letters .*'x</w>'.*unknown tokens"):
+        Tokenizer(tmp_path)
+
+
 def test_without_the_package_it_says_which(folder, monkeypatch):
     monkeypatch.setitem(sys.modules, "tokenizers", None)
     with pytest.raises(UserError, match=r"pip install 'osv_jax\[text\]'"):
