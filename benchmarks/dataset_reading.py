@@ -21,6 +21,7 @@ import numpy as np
 
 from osv_jax.data import latents
 from osv_jax.data.cutting import Location
+from osv_jax.data.schemas import Schema
 from osv_jax.preparation import shards
 from osv_jax.preparation.sources import SourceVideo
 from osv_jax.runtime.ranges import COUNT, WHOLE
@@ -28,7 +29,7 @@ from osv_jax.runtime.ranges import COUNT, WHOLE
 WANTED = 10 * 8 / 0.25
 
 
-def write_dataset(folder: pathlib.Path, schema: latents.Schema, num_records: int, files: int) -> latents.LatentDataset:
+def write_dataset(folder: pathlib.Path, schema: Schema, num_records: int, files: int) -> latents.LatentDataset:
     """A dataset of random records."""
     features, rng = schema.features(), np.random.default_rng(0)
     size = (schema.latent_height, schema.latent_width, schema.latent_channels)
@@ -66,7 +67,7 @@ def main() -> None:
     parser.add_argument("--repeats", type=COUNT, default=3)
     arguments = parser.parse_args()
 
-    schema = latents.Schema(14, arguments.height, arguments.width, 4, 1024, 4)
+    schema = Schema(14, arguments.height, arguments.width, 4, 1024, 4)
     with tempfile.TemporaryDirectory() as folder:
         dataset = write_dataset(pathlib.Path(folder), schema, arguments.num_records, files=4)
         size = sum(os.path.getsize(file) for file, _ in dataset.files)

@@ -43,7 +43,7 @@ from osv_jax.convert.tiny_decoder import plan_tiny_decoder
 from osv_jax.convert.videomae import plan_videomae
 from osv_jax.convert.weights import locate
 from osv_jax.errors import UserError
-from osv_jax.inference import merging
+from osv_jax.inference import bases, merging
 from osv_jax.inference.trained import Trained, load_trained
 from osv_jax.models.lora import truncate_lora
 from osv_jax.models.svd_unet import UNetConfig
@@ -242,7 +242,13 @@ def _export(args: argparse.Namespace) -> None:
 def _export_lora(trained: Trained, args: argparse.Namespace) -> None:
     adapter, tuned, told = trained.student.lora, jax.tree.leaves(trained.student.tuned), ""
     if tuned and args.rank is not None:
-        adapter, error = trained.closest_lora(_base_unet(trained, args)[1], args.rank)
+        is_text = bases.is_text_to_video(trained, args.weights)
+        params = (
+            bases.load_video_base(trained, args.source, args.weights).params
+            if is_text
+            else _base_unet(trained, args)[1]
+        )
+        adapter, error = trained.closest_lora(params, args.rank)
         told = (
             f"It is the closest one of rank {args.rank} to all that was trained, {len(tuned)} tuned arrays too, of"
             f" which it lacks {100 * error:.2g} %."
@@ -263,14 +269,22 @@ def _export_lora(trained: Trained, args: argparse.Namespace) -> None:
             f" {len(tuned)} arrays, without which the LoRA is not the student. Export them with --format=unet, or what"
             " a LoRA can be of them with --rank."
         )
-    config = _base(trained, args)[1] if args.format == "comfyui" else None
-    card = _card(trained, args, told)
+    if bases.is_text_to_video(trained, args.weights):
+        if args.format == "comfyui":
+            raise UserError("--format=comfyui is for SVD: export AnimateDiff's LoRA as peft, diffusers or kohya.")
+        config, card = None, None
+    else:
+        config = _base(trained, args)[1] if args.format == "comfyui" else None
+        card = _card(trained, args, told)
     exporters.export_lora(args.format, adapter, args.output, args.dtype, args.overwrite, config, card)
     modules = len(lora_files.ranks(adapter))
     print(f"{args.output}: the LoRA of {_which(trained, args)}, {modules} modules, alpha = rank. {told}".rstrip())
 
 
 def _export_networks(trained: Trained, args: argparse.Namespace) -> None:
+    if bases.is_text_to_video(trained, args.weights):
+        _export_video_unet(trained, args)
+        return
     config, base = _base_unet(trained, args)
     merged, card, what = trained.merge_into(base), _card(trained, args), "the UNet"
     if args.format == "unet":
@@ -285,6 +299,19 @@ def _export_networks(trained: Trained, args: argparse.Namespace) -> None:
     print(
         f"{args.output}: {what} with {_which(trained, args)}, {modules} LoRA modules and {tuned} tuned arrays merged."
     )
+
+
+def _export_video_unet(trained: Trained, args: argparse.Namespace) -> None:
+    if args.format != "unet":
+        raise UserError(
+            f"--format={args.format} is for SVD, and {args.source} trained AnimateDiff: use --format=unet, which writes"
+            " the 2-D UNet and the motion adapter."
+        )
+    base = bases.load_video_base(trained, args.source, args.weights)
+    exporters.check_output(args.output, args.overwrite, base.folder)
+    merged = trained.merge_into(base.params)
+    exporters.export_video_unet(base.unet, base.motion, merged, args.output, args.dtype, args.overwrite)
+    print(f"{args.output}: unet and motion_adapter with {_which(trained, args)} merged, for diffusers.")
 
 
 def _base_unet(trained: Trained, args: argparse.Namespace) -> tuple[UNetConfig, dict[str, Any]]:

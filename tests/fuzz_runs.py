@@ -10,7 +10,7 @@ from ml_collections import ConfigDict
 
 from osv_jax.data import latents
 from osv_jax.data.cutting import Location
-from osv_jax.data.latents import Schema
+from osv_jax.data.schemas import Schema
 from osv_jax.evaluation.features import Features, check_made_with, load_features, save_features
 from osv_jax.evaluation.fvd import fvd
 from osv_jax.evaluation.protocols import PROTOCOLS

@@ -17,7 +17,7 @@ from workdirs import assert_same, metrics_of, state_of
 
 from osv_jax import prepare, train
 from osv_jax.data import latents
-from osv_jax.data.latents import Schema
+from osv_jax.data.schemas import Schema
 from osv_jax.errors import UserError
 from osv_jax.objectives.batches import batch_of_records
 from osv_jax.preparation import pipeline

@@ -12,7 +12,7 @@ import tiny
 
 from osv_jax import train, train_vae
 from osv_jax.codec import Codec
-from osv_jax.data.latents import Schema
+from osv_jax.data.schemas import Schema
 from osv_jax.inference import pipeline, programs
 from osv_jax.inference.pipeline import ImageToVideo
 from osv_jax.inference.trained import Trained

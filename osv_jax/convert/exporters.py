@@ -1,4 +1,4 @@
-"""What a run trained, for PyTorch: a LoRA in one of four spellings, the UNet, or all of SVD in one file."""
+"""What a run trained, for PyTorch: a LoRA in one of four spellings, UNets, or all of SVD in one file."""
 
 from __future__ import annotations
 
@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from typing import Any
 
 import numpy as np
@@ -18,11 +18,12 @@ from osv_jax.convert import lora_files
 from osv_jax.convert.architectures import Config, expected_params
 from osv_jax.convert.importers import DTYPES
 from osv_jax.convert.model_card import Card
-from osv_jax.convert.naming import to_torch
+from osv_jax.convert.naming import to_torch, torch_module
 from osv_jax.convert.single_file import write_single_file
 from osv_jax.convert.weights import cast, locate
 from osv_jax.errors import UserError
 from osv_jax.models.svd_unet import UNetConfig
+from osv_jax.models.text_unet import MotionConfig, TextUNetConfig, frame_positions
 from osv_jax.runtime import paths
 from osv_jax.runtime.paths import as_path
 
@@ -101,6 +102,52 @@ def export_unet(
             card.write(folder, "unet")
 
 
+def export_video_unet(
+    unet: TextUNetConfig,
+    motion: MotionConfig,
+    params: Params,
+    output: str | os.PathLike,
+    dtype: str = "float32",
+    overwrite: bool = False,
+) -> None:
+    """Writes a folder with `unet` and `motion_adapter`, which diffusers' `from_pretrained` of each opens.
+
+    Args:
+        unet, motion: the architectures.
+        params: all parameters of the video UNet, LoRA merged.
+        dtype: see `export_lora`.
+
+    Raises:
+        UserError: as `export_lora`.
+    """
+    flat = flatten_dict(params)
+    parts = {
+        "unet": (text_unet_json(unet), expected_params("unet_2d", unet)),
+        "motion_adapter": (motion_json(motion), expected_params("motion_adapter", motion)),
+    }
+    with new_folder(output, overwrite) as folder:
+        for part, (config, paths_of) in parts.items():
+            tensors = {}
+            for path in paths_of:
+                name, array = to_torch(path, np.asarray(flat[path]))
+                tensors[name] = cast(array, DTYPES[dtype], name)
+            if part == "motion_adapter":
+                tensors |= {name: cast(array, DTYPES[dtype], name) for name, array in _positions(motion, paths_of)}
+            (folder / part).mkdir()
+            (folder / part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+            save_file(tensors, folder / part / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+
+
+def _positions(motion: MotionConfig, paths_of: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, np.ndarray]]:
+    """The embedding of frame indices, which every motion module's file has."""
+    for path in paths_of:
+        if path[-2:] == ("proj_in", "bias"):
+            level = int(path[0].rsplit("_", 1)[1]) if path[0] != "mid_block" else -1
+            widths = motion.block_out_channels[::-1] if path[0].startswith("up_") else motion.block_out_channels
+            positions = frame_positions(motion.motion_max_seq_length, widths[level])
+            yield torch_module((*path[:-2], "transformer_blocks_0", "pos_embed", "pe")), positions[None]
+
+
 def export_single_file(
     networks: Mapping[str, tuple[Config, Params]],
     output: str | os.PathLike,
@@ -174,3 +221,24 @@ def unet_json(config: UNetConfig) -> dict[str, Any]:
         "up_block_types": [("CrossAttn" if has else "") + "UpBlockSpatioTemporal" for has in reversed(has_attention)],
         "projection_class_embeddings_input_dim": ids * config.addition_time_embed_dim,
     }
+
+
+def text_unet_json(config: TextUNetConfig) -> dict[str, Any]:
+    """diffusers' config.json of the 2-D UNet: the inverse of `config_json.text_unet_config`."""
+    fields = dataclasses.asdict(config)
+    has_attention, heads = fields.pop("has_attention"), fields.pop("num_attention_heads")
+    return {
+        "_class_name": "UNet2DConditionModel",
+        "_diffusers_version": "0.24.0",
+        # Only the pipeline's default picture size depends on it; this is Stable Diffusion 1.5's.
+        "sample_size": 64,
+        **fields,
+        "attention_head_dim": heads,
+        "down_block_types": [("CrossAttn" if has else "") + "DownBlock2D" for has in has_attention],
+        "up_block_types": [("CrossAttn" if has else "") + "UpBlock2D" for has in reversed(has_attention)],
+    }
+
+
+def motion_json(config: MotionConfig) -> dict[str, Any]:
+    """diffusers' config.json of a motion adapter: the inverse of `config_json.motion_config`."""
+    return {"_class_name": "MotionAdapter", "_diffusers_version": "0.24.0", **dataclasses.asdict(config)}

@@ -8,6 +8,7 @@ TFDS has no bfloat16 without TensorFlow: such arrays are stored as uint16, bit f
 
 from __future__ import annotations
 
+import base64
 import dataclasses
 import functools
 import os
@@ -20,9 +21,11 @@ import grain
 import ml_dtypes
 import numpy as np
 from absl import flags
+from jaxtyping import Float
 
 from osv_jax.convert.json_files import read_json
 from osv_jax.data import order
+from osv_jax.data.schemas import BFLOAT16, EMPTY_TEXT, Schema, TextSchema, schema_of
 from osv_jax.errors import UserError
 from osv_jax.runtime import paths
 from osv_jax.runtime.paths import Path, as_path
@@ -32,57 +35,15 @@ NAME = "osv_latents"
 FORMAT = 1
 # What ArrayRecord is told: one record a group, for random access; weak compression takes a fifth off latents.
 WRITER_OPTIONS = "group_size:1,zstd:1"
-_BFLOAT16 = ("latents", "image_latents")
-FOR_TRAINING = (*_BFLOAT16, "image_embedding", "noise_aug_strength", "fps")
-
-
-@dataclasses.dataclass(frozen=True)
-class Schema:
-    """The sizes of a record's arrays.
-
-    Attributes:
-        num_frames, latent_height, latent_width, latent_channels: `latents`, scaled (`f h w c`, bfloat16).
-        embedding_size: `image_embedding`, CLIP's of the clean first frame (float32).
-        num_augmented: K of `image_latents` (`k h w c`, bfloat16), the unscaled latents of the first frame with noise of
-            the strengths `noise_aug_strength` (`k`, float32).
-    """
-
-    num_frames: int
-    latent_height: int
-    latent_width: int
-    latent_channels: int
-    embedding_size: int
-    num_augmented: int
-
-    def features(self) -> Any:
-        """`tfds.features.FeaturesDict`. Tensors are stored as bytes: as numbers they take longer and more space."""
-        # A second to import, which training from videos need not wait for; so everywhere in this module.
-        import tensorflow_datasets as tfds
-
-        def tensor(dtype: type, *shape: int) -> Any:
-            return tfds.features.Tensor(shape=shape, dtype=dtype, encoding=tfds.features.Encoding.BYTES)
-
-        size = (self.latent_height, self.latent_width, self.latent_channels)
-        return tfds.features.FeaturesDict(
-            {
-                "latents": tensor(np.uint16, self.num_frames, *size),
-                "image_embedding": tensor(np.float32, self.embedding_size),
-                "image_latents": tensor(np.uint16, self.num_augmented, *size),
-                "noise_aug_strength": tensor(np.float32, self.num_augmented),
-                "caption": tfds.features.Text(),
-                "source": tfds.features.Text(),
-                "fps": tfds.features.Scalar(np.float32),
-                "clip_start": tfds.features.Scalar(np.float32),
-                "motion": tfds.features.Scalar(np.float32),
-            }
-        )
 
 
 def serialize(features: Any, record: Mapping[str, Any]) -> bytes:
-    """A record as its bytes in a file. `latents` and `image_latents` may be of any float type."""
+    """A record as its bytes in a file. What is stored as bfloat16 may be of any float type."""
     from tensorflow_datasets.core import example_serializer
 
-    stored = {name: np.asarray(record[name]).astype(ml_dtypes.bfloat16).view(np.uint16) for name in _BFLOAT16}
+    stored = {
+        name: np.asarray(record[name]).astype(ml_dtypes.bfloat16).view(np.uint16) for name in record if name in BFLOAT16
+    }
     serializer = example_serializer.ExampleSerializer(features.get_serialized_info())
     return serializer.get_tf_example(features.encode_example({**record, **stored})).SerializeToString(
         deterministic=True
@@ -91,7 +52,7 @@ def serialize(features: Any, record: Mapping[str, Any]) -> bytes:
 
 def write_info(
     folder: Path,
-    schema: Schema,
+    schema: Schema | TextSchema,
     shard_lengths: Mapping[str, list[int]],
     num_bytes: Mapping[str, int],
     metadata: Mapping[str, Any],
@@ -109,7 +70,7 @@ def write_info(
     identity = dataset_info.DatasetIdentity(NAME, tfds.core.Version("1.0.0"), str(folder), "osv_jax.data.latents")
     info = tfds.core.DatasetInfo(
         builder=identity,
-        description="Clips for osv_jax: latents of Stable Video Diffusion and what it is conditioned on.",
+        description="Clips for osv_jax: latents of Stable Video Diffusion, or Stable Diffusion, and conditions.",
         features=schema.features(),
         metadata=tfds.core.MetadataDict(metadata),
     )
@@ -143,7 +104,7 @@ class LatentDataset:
     """
 
     folder: Path
-    schema: Schema
+    schema: Schema | TextSchema
     metadata: Mapping[str, Any]
     files: tuple[tuple[str, int], ...]
 
@@ -154,6 +115,19 @@ class LatentDataset:
     def content_hash(self) -> str:
         """Of what decides which record a position means."""
         return self.metadata["content_hash"]
+
+    @property
+    def training_names(self) -> tuple[str, ...]:
+        """What of a record training reads."""
+        return (*self.schema.for_training, *[EMPTY_TEXT] * isinstance(self.schema, TextSchema))
+
+    @functools.cached_property
+    def empty_text(self) -> np.ndarray | None:
+        """The text encoder's states of the empty prompt [t d], bfloat16; None in a dataset without texts."""
+        if not isinstance(self.schema, TextSchema):
+            return None
+        content = base64.b64decode(self.metadata[EMPTY_TEXT])
+        return np.frombuffer(content, ml_dtypes.bfloat16).reshape(self.schema.num_tokens, self.schema.text_size)
 
     def stored(self, *indices: int) -> list[dict[str, Any]]:
         """Records as they are stored.
@@ -179,7 +153,9 @@ class LatentDataset:
             UserError: if it cannot be read.
         """
         (record,) = self.stored(index)
-        record |= {name: record[name].view(ml_dtypes.bfloat16) for name in _BFLOAT16}
+        record |= {name: record[name].view(ml_dtypes.bfloat16) for name in BFLOAT16 & record.keys()}
+        if self.empty_text is not None:
+            record[EMPTY_TEXT] = self.empty_text
         return record | {name: record[name].decode() for name in ("caption", "source")}
 
 
@@ -195,7 +171,7 @@ def open_dataset(folder: str | os.PathLike, split: str = "train") -> LatentDatas
     check_files(folder, metadata)
     import tensorflow_datasets as tfds
 
-    schema = Schema(**metadata["schema"])
+    schema = schema_of(metadata["schema"])
     try:
         info = tfds.builder_from_directory(folder).info
         files = {name: [(str(i.filename), i.take) for i in x.file_instructions] for name, x in info.splits.items()}
@@ -241,8 +217,9 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     sizes = [metadata.get(name) for name in ("num_frames", "height", "width")]
     is_whole = (
         isinstance(schema, dict)
-        and schema.keys() == {field.name for field in dataclasses.fields(Schema)}
+        and any(schema.keys() == {x.name for x in dataclasses.fields(kind)} for kind in (Schema, TextSchema))
         and all(size in COUNT for size in (*schema.values(), *sizes))
+        and _has_empty_text(metadata, schema)
         and metadata.get("fps") in FPS
         and isinstance(metadata.get("content_hash"), str)
         and isinstance(files, dict)
@@ -251,6 +228,22 @@ def read_metadata(folder: Path) -> dict[str, Any]:
     if not is_whole:
         raise _not_ours(folder)
     return metadata
+
+
+def encode_empty_text(states: Float[np.ndarray, "t d"]) -> dict[str, str]:
+    """The part of `metadata.json` that `LatentDataset.empty_text` reads."""
+    return {EMPTY_TEXT: base64.b64encode(states.astype(ml_dtypes.bfloat16).tobytes()).decode()}
+
+
+def _has_empty_text(metadata: Mapping[str, Any], schema: Mapping[str, int]) -> bool:
+    """Whether the states of the empty prompt are there, where there are texts."""
+    if "num_tokens" not in schema:
+        return True
+    try:
+        content = base64.b64decode(metadata[EMPTY_TEXT], validate=True)
+    except (KeyError, TypeError, ValueError):
+        return False
+    return len(content) == 2 * schema["num_tokens"] * schema["text_size"]
 
 
 def is_plain(name: Any) -> bool:
@@ -269,7 +262,7 @@ def _source(files: tuple[tuple[str, int], ...]) -> Any:
 
 
 @functools.lru_cache(maxsize=4)
-def _features(schema: Schema) -> Any:
+def _features(schema: Schema | TextSchema) -> Any:
     return schema.features()
 
 
@@ -293,8 +286,10 @@ def latent_batches(
         num_threads: batches that each process reads at the same time.
 
     Returns:
-        An iterable of {`latents`: bfloat16 [b f h w c], `image_embedding`: float32 [b e], `image_latents`: bfloat16
-        [b k h w c], `noise_aug_strength`: float32 [b k], `fps`: float32 [b], `clip_id`: int32 [b]}.
+        An iterable of {`latents`: bfloat16 [b f h w c], `fps`: float32 [b], `clip_id`: int32 [b]} and of
+        {`image_embedding`: float32 [b e], `image_latents`: bfloat16 [b k h w c], `noise_aug_strength`: float32 [b k]},
+        or, from a dataset with texts, {`text_embeddings`, `empty_text_embeddings`: bfloat16 [b t d]}, of which the
+        latter are the same for every clip.
 
     Raises:
         UserError: if the batch does not split over the processes.
@@ -337,9 +332,11 @@ class _ReadStep:
         part = self.order.part
         ids = [self.order.record(step * part + offset) for offset in range(part)]
         parsed = self.dataset.stored(*ids)
-        batch = {name: np.stack([record[name] for record in parsed]) for name in FOR_TRAINING}
+        batch = {name: np.stack([record[name] for record in parsed]) for name in self.dataset.schema.for_training}
+        if self.dataset.empty_text is not None:
+            batch[EMPTY_TEXT] = np.repeat(self.dataset.empty_text[None], part, axis=0)
         return batch | {"fps": batch["fps"].astype(np.float32), "clip_id": np.array(ids, np.int32)}
 
 
 def _as_bfloat16(batch: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
-    return batch | {name: batch[name].view(ml_dtypes.bfloat16) for name in _BFLOAT16}
+    return batch | {name: batch[name].view(ml_dtypes.bfloat16) for name in BFLOAT16 & batch.keys()}

@@ -8,6 +8,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
 
 from osv_jax.convert import weights
 from osv_jax.convert.architectures import ARCHITECTURES, Config, expected_params
@@ -15,6 +16,7 @@ from osv_jax.convert.exporters import check_output, new_folder
 from osv_jax.convert.importers import DTYPES
 from osv_jax.convert.text_to_video import TOKENIZER, copy_tokenizer, tokenizer_of
 from osv_jax.errors import UserError
+from osv_jax.inference import bases
 from osv_jax.inference.trained import Trained
 from osv_jax.objectives.random_networks import random_architecture, random_components, random_frozen
 from osv_jax.runtime import paths
@@ -49,6 +51,8 @@ def merge_run(
     if not folder and not config.get("random_networks"):
         raise UserError("The run has no weights folder of its own: give the base's with --weights.")
     check_output(output, overwrite, source, *([folder] if folder else []))
+    if bases.is_text_to_video(trained, base):
+        return _merge_video(trained, source, output, base, dtype, overwrite)
     random = {} if base else _random_architectures(config)
     with new_folder(output, overwrite) as partial:
         architecture = random["unet"] if "unet" in random else weights.load_config(folder, "unet")
@@ -69,6 +73,32 @@ def merge_run(
             else:
                 continue
             written.append(name)
+        weights.save_video(partial, trained.video)
+    return written
+
+
+def _merge_video(
+    trained: Trained,
+    source: str | os.PathLike,
+    output: str | os.PathLike,
+    base: str | os.PathLike | None,
+    dtype: str,
+    overwrite: bool,
+) -> list[str]:
+    """`merge_run` of AnimateDiff: its 2-D UNet and motion adapter, and the other parts of the folder as they were."""
+    found = bases.load_video_base(trained, source, base)
+    merged = flatten_dict(trained.merge_into(found.params))
+    written = []
+    with new_folder(output, overwrite) as partial:
+        parts: tuple[tuple[str, Config], ...] = ((bases.PARTS[0], found.unet), (bases.PARTS[1], found.motion))
+        for name, config in parts:
+            params = unflatten_dict({path: merged[path] for path in expected_params(name, config)})
+            weights.save_component(partial / name, name, config, _cast(params, dtype), as_path(source))
+            written.append(name)
+        for name in ("image_vae", "text_encoder", TOKENIZER):
+            if (found.folder / name).is_dir():
+                paths.copy_folder(found.folder / name, partial / name)
+                written.append(name)
         weights.save_video(partial, trained.video)
     return written
 

@@ -74,6 +74,14 @@ class Trained:
                     "Give the weights that the run used."
                 )
 
+    def fits(self, shapes: Mapping[Path, Any]) -> bool:
+        """Whether `check_fits` has nothing to say."""
+        try:
+            self.check_fits(shapes, "")
+        except UserError:
+            return False
+        return True
+
     def merge_into(self, params: Params, dtype: Any = None) -> dict[str, Any]:
         """The UNet's parameters with tuned ones replaced and the LoRA added.
 

@@ -25,8 +25,8 @@ from osv_jax.preparation.shards import Chunk, Progress
 from osv_jax.preparation.sources import SourceVideo
 from osv_jax.runtime.paths import Path
 
-# (clips, [(name of the video, number of the clip)]) -> arrays of `latents.Schema`, for all clips.
-Encode = Callable[[UInt8[np.ndarray, "n f h w 3"], Sequence[tuple[str, int]]], Mapping[str, np.ndarray]]
+# (clips, [(name of the video, number of the clip, caption)]) -> arrays of the dataset's schema, for all clips.
+Encode = Callable[[UInt8[np.ndarray, "n f h w 3"], Sequence[tuple[str, int, str]]], Mapping[str, np.ndarray]]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -128,7 +128,7 @@ def encode_batches(
     """Encodes and commits batches in their order, one batch ahead of the one that is written.
 
     Args:
-        features: of `latents.Schema`.
+        features: of the dataset's schema.
         fps: of the clips, for the records.
         on_commit: called after each batch.
     """
@@ -137,7 +137,7 @@ def encode_batches(
     def timed(batch: Batch) -> Mapping[str, np.ndarray]:
         start = time.perf_counter()
         tally.started = tally.started or start
-        names = [(video.name, clip.number) for video, clip in batch.clips]
+        names = [(video.name, clip.number, video.caption) for video, clip in batch.clips]
         encoded = encode(np.stack([clip.frames for _, clip in batch.clips if clip.frames is not None]), names)
         tally.encoding += time.perf_counter() - start
         return encoded

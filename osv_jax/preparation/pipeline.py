@@ -16,19 +16,23 @@ import numpy as np
 from ml_collections import ConfigDict
 from tqdm import tqdm
 
-from osv_jax.codec import Codec, parameter_dtype
+from osv_jax.codec import Codec, TextCodec, parameter_dtype
 from osv_jax.convert import weights
+from osv_jax.convert.text_to_video import tokenizer_of
+from osv_jax.convert.tokenizer import Tokenizer
 from osv_jax.data import demo, latents, world
 from osv_jax.data.cutting import Cutting
+from osv_jax.data.schemas import Schema, TextSchema
 from osv_jax.errors import UserError
+from osv_jax.models.clip_text import CLIPText
 from osv_jax.models.clip_vision import CLIPVision
 from osv_jax.models.svd_unet import UNetConfig
-from osv_jax.models.svd_vae import SVDVAE
+from osv_jax.models.svd_vae import SVDVAE, ImageVAE
 from osv_jax.objectives.options import DTYPES
 from osv_jax.objectives.random_networks import random_components, random_frozen
 from osv_jax.preparation import batches, report, shards
 from osv_jax.preparation.decoding import Decoder
-from osv_jax.preparation.encoder import Encoder, noise_key
+from osv_jax.preparation.encoder import ClipName, Encoder, TextEncoder
 from osv_jax.preparation.openvid import SCORES, read_openvid
 from osv_jax.preparation.sources import Source, read_folder, read_world, split_videos
 from osv_jax.runtime import paths
@@ -43,7 +47,8 @@ _OPENVID_TEST_VIDEOS = 1000
 # Of the world, which has no end.
 _WORLD_VIDEOS = {"train": 4096, "test": 1024}
 _SHEET = "contact_sheet.png"
-_COMPONENTS = ("vae", "image_encoder")
+# Settings of clips for videos from text: AnimateDiff's 16 frames of 512 x 512, every fourth of 30 a second.
+_TEXT_CLIPS = {"num_frames": 16, "fps": 7.5, "height": 512, "width": 512}
 
 
 def prepare(args: argparse.Namespace) -> None:
@@ -56,11 +61,13 @@ def prepare(args: argparse.Namespace) -> None:
     folder, networks = _networks(args, config)
     index, count = _shard(args.shard)
     settings = _settings(args, config, networks)
-    settings["networks"] = _fingerprint(folder, config)
+    settings["networks"] = _fingerprint(folder, config, networks)
     output = as_path(args.output)
     paths.check_apart(output, *_source_folders(args), *([weights.locate(folder)] if folder else []))
     source = read_source(args)
     own = [chunk for chunk in shards.chunks_of(source, args.videos_per_file) if chunk.index % count == index]
+    if _used(networks) == TextEncoder.networks:
+        _tell_missing_captions(source)
     if not own:
         raise UserError(f"--shard={args.shard} has nothing to do: use fewer shards, or a smaller --videos_per_file.")
     plan = {
@@ -81,10 +88,16 @@ def prepare(args: argparse.Namespace) -> None:
         values = _run(args, own, progress, encoder, settings, output)
         metadata = {name: settings[name] for name in ("num_frames", "fps", "height", "width")}
         chunks = [shards.SOURCE_CHUNK, *(chunk.index for chunk in own)]
-        shards.publish(output, chunks, encoder.schema, metadata | {"settings": settings})
+        shards.publish(output, chunks, encoder.schema, metadata | encoder.metadata | {"settings": settings})
     print(report.describe(output))
     print(report.summary(values))
     _draw_sheet(output, encoder)
+
+
+def _tell_missing_captions(source: Source) -> None:
+    captions = [video.caption for videos in source.splits.values() for video in videos]
+    if missing := sum(not caption.strip() for caption in captions):
+        print(f"{missing} of {len(captions)} videos have no caption: they are given the empty prompt.")
 
 
 def _run(
@@ -102,8 +115,8 @@ def _run(
     before = f", {total - left} of {total} were done before" if left < total else ""
     print(f"{left} videos to prepare{before}; {args.workers} decoding processes", flush=True)
 
-    def encode(video: np.ndarray, names: Sequence[tuple[str, int]]) -> Mapping[str, np.ndarray]:
-        return encoder(video, np.stack([noise_key(settings["seed"], *name) for name in names]))
+    def encode(video: np.ndarray, names: Sequence[ClipName]) -> Mapping[str, np.ndarray]:
+        return encoder(video, encoder.inputs(names, settings["seed"]))
 
     cutting = Cutting(**{name: settings[name] for name in Cutting.__dataclass_fields__})
     with contextlib.ExitStack() as stack:
@@ -149,7 +162,7 @@ def inspect(args: argparse.Namespace) -> None:
     config = _read_config(args.config)
     weights_folder, networks = _networks(args, config)
     settings = _settings_of(folder)
-    if _fingerprint(weights_folder, config) != settings["networks"]:
+    if _fingerprint(weights_folder, config, networks) != settings["networks"]:
         print("These are not the weights that the dataset was made with: the samples may look wrong.")
     _draw_sheet(folder, _encoder(weights_folder, config, networks, settings))
 
@@ -222,20 +235,32 @@ def _networks(args: argparse.Namespace, config: ConfigDict | None) -> tuple[str,
         raise UserError("Give --weights (a folder of converted weights) or --config (a training configuration).")
     if config:
         return config.weights, setup.architectures_of(config)
-    return args.weights, {name: weights.load_config(args.weights, name) for name in _COMPONENTS}
+    return args.weights, {name: weights.load_config(args.weights, name) for name in _components(args.weights)}
 
 
-def _stored(config: ConfigDict | None) -> list[str]:
+def _components(folder: str) -> tuple[str, str]:
+    """The VAE of a weights folder, and what makes conditions: SVD's, unless it has only those for videos from text."""
+    found = weights.locate(folder)
+    is_text = (found / "image_vae").is_dir() and not (found / "vae").is_dir()
+    return TextEncoder.networks if is_text else Encoder.networks
+
+
+def _used(networks: Mapping[str, Any]) -> tuple[str, str]:
+    """Of architectures those that encode clips; a configuration has others, too."""
+    return TextEncoder.networks if "text_encoder" in networks else Encoder.networks
+
+
+def _stored(config: ConfigDict | None, networks: Mapping[str, Any]) -> list[str]:
     """The components that are read from the folder of the weights; the others are random."""
     random = random_components(config) if config else ()
-    return [name for name in _COMPONENTS if name not in random]
+    return [name for name in _used(networks) if name not in random]
 
 
-def _fingerprint(folder: str, config: ConfigDict | None) -> str:
+def _fingerprint(folder: str, config: ConfigDict | None, networks: Mapping[str, Any]) -> str:
     """Of what the networks are; weights may lie elsewhere the next time."""
-    stored = _stored(config)
+    stored = _stored(config, networks)
     texts = [(weights.locate(folder) / name / "config.json").read_text() for name in stored]
-    if config is not None and len(stored) < len(_COMPONENTS):
+    if config is not None and len(stored) < len(_used(networks)):
         texts.append(json.dumps(config.random_networks.to_dict(), sort_keys=True))
     return hashlib.sha256(" ".join(texts).encode()).hexdigest()[:16]
 
@@ -243,24 +268,33 @@ def _fingerprint(folder: str, config: ConfigDict | None) -> str:
 def _encoder(
     folder: str, config: ConfigDict | None, networks: Mapping[str, Any], settings: Mapping[str, Any]
 ) -> Encoder:
-    dtype = jnp.dtype(settings["dtype"])
+    dtype, used = jnp.dtype(settings["dtype"]), _used(networks)
     options = {"dtype": dtype, "param_dtype": dtype}
-    codec = Codec(SVDVAE(networks["vae"], **options), CLIPVision(networks["image_encoder"], **options))
-    stored = _stored(config)
+    stored = _stored(config, networks)
     held = {name: parameter_dtype(name, dtype) for name in stored}
     params: dict[str, Any] = {name: weights.load_params(folder, name, dtype=held[name]) for name in stored}
-    params |= random_frozen({name: networks[name] for name in _COMPONENTS if name not in stored}, dtype)
-    height, width = settings["height"], settings["width"]
-    schema = latents.Schema(
-        num_frames=settings["num_frames"],
-        latent_height=height // codec.vae.config.downscale,
-        latent_width=width // codec.vae.config.downscale,
-        latent_channels=codec.vae.config.latent_channels,
-        embedding_size=codec.image_encoder.config.projection_dim,
-        num_augmented=settings["num_augmented"],
-    )
+    params |= random_frozen({name: networks[name] for name in used if name not in stored}, dtype)
+    vae, height, width = networks[used[0]], settings["height"], settings["width"]
+    sizes = settings["num_frames"], height // vae.downscale, width // vae.downscale, vae.latent_channels
+    given = (height, width, settings["batch_size"])
     print(f"Compiling the encoder for {height} x {width} on {jax.local_device_count()} device(s) ...", flush=True)
-    return Encoder(codec, params, schema, height, width, settings["batch_size"])
+    if used == TextEncoder.networks:
+        text = networks["text_encoder"]
+        text_schema = TextSchema(*sizes, num_tokens=text.max_position_embeddings, text_size=text.hidden_size)
+        if not folder:
+            raise UserError("Captions need the tokenizer of a weights folder: set config.weights, or give --weights.")
+        tokenizer = Tokenizer(tokenizer_of(folder))
+        if tokenizer.vocab_size != text.vocab_size:
+            raise UserError(
+                f"{folder} has a tokenizer of {tokenizer.vocab_size} tokens, and the text encoder {text.vocab_size}:"
+                " convert both from one checkpoint."
+            )
+        codec = TextCodec(ImageVAE(vae, **options), CLIPText(text, **options))
+        return TextEncoder(tokenizer, codec, params, text_schema, *given)
+    embedding = networks["image_encoder"].projection_dim
+    schema = Schema(*sizes, embedding_size=embedding, num_augmented=settings["num_augmented"])
+    images = Codec(SVDVAE(vae, **options), CLIPVision(networks["image_encoder"], **options))
+    return Encoder(images, params, schema, *given)
 
 
 def _shard(text: str) -> tuple[int, int]:
@@ -279,9 +313,11 @@ def _settings(args: argparse.Namespace, config: ConfigDict | None, networks: Map
     Raises:
         UserError: on a value that no clip can have.
     """
-    defaults: dict[str, Any] = {"num_frames": UNetConfig.num_frames, "fps": 7.0, "height": 576, "width": 1024}
+    is_text = _used(networks) == TextEncoder.networks
+    images = {"num_frames": UNetConfig.num_frames, "fps": 7.0, "height": 576, "width": 1024}
+    defaults: dict[str, Any] = dict(_TEXT_CLIPS) if is_text else images
     dtype = "float32" if jax.default_backend() == "cpu" else "bfloat16"
-    if args.weights and (weights.locate(args.weights) / "unet").is_dir():
+    if not is_text and args.weights and (weights.locate(args.weights) / "unet").is_dir():
         defaults["num_frames"] = weights.load_config(args.weights, "unet").num_frames
     if config is not None:
         _, height, width = config.data.resolutions[0]

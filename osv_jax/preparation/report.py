@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import collections
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -32,7 +32,7 @@ def describe(folder: Path) -> str:
     chunks = stored.read_chunks(folder)
     lines = [
         f"{folder}: clips of {metadata['num_frames']} frames at {metadata['fps']:g} fps,"
-        f" {metadata['height']} x {metadata['width']}, {metadata['schema']['num_augmented']} augmentations each"
+        f" {metadata['height']} x {metadata['width']}, {_conditions(metadata['schema'])}"
     ]
     for split in splits(folder):
         dataset = latents.open_dataset(folder, split)
@@ -45,6 +45,12 @@ def describe(folder: Path) -> str:
     lines += _skipped_lines(folder, [entry for chunk in chunks for entry in chunk["skipped"]])
     lines += _histogram_lines([motion for chunk in chunks for motion in chunk["motions"]])
     return "\n".join(lines)
+
+
+def _conditions(schema: Mapping[str, int]) -> str:
+    if "num_tokens" in schema:
+        return f"with captions of {schema['num_tokens']} tokens"
+    return f"{schema['num_augmented']} augmentations each"
 
 
 def splits(folder: Path) -> list[str]:

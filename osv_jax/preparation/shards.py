@@ -24,7 +24,7 @@ from array_record.python.array_record_module import ArrayRecordWriter
 
 from osv_jax.data import latents
 from osv_jax.data.folder import Skipped
-from osv_jax.data.latents import Schema
+from osv_jax.data.schemas import Schema, TextSchema, schema_of
 from osv_jax.errors import UserError
 from osv_jax.preparation import stored
 from osv_jax.preparation.sources import Source, SourceVideo
@@ -210,7 +210,7 @@ def write_source_chunk(output: Path, skipped: Skipped) -> None:
     _write_chunk_info(output, info | {"sha256": "", "skipped": skipped})
 
 
-def publish(output: Path, indices: Iterable[int], schema: Schema, metadata: Mapping[str, Any]) -> None:
+def publish(output: Path, indices: Iterable[int], schema: Schema | TextSchema, metadata: Mapping[str, Any]) -> None:
     """Turns finished chunks into a dataset. Started again after a kill, it goes on."""
     infos = [stored.read_chunk(_chunk_info(output, index), index) for index in indices]
     named = _named(infos)
@@ -258,7 +258,7 @@ def merge(parts: Sequence[Path], output: Path) -> None:
         for name, info in named.items():
             _link_or_copy(origins[info["index"]], output / name)
         own = {key: metadata[0][key] for key in metadata[0] if key not in ("files", "content_hash")}
-        _finish_dataset(output, ordered, named, Schema(**metadata[0]["schema"]), own)
+        _finish_dataset(output, ordered, named, schema_of(metadata[0]["schema"]), own)
 
 
 def _named(infos: Iterable[Mapping[str, Any]]) -> dict[str, dict[str, Any]]:
@@ -278,7 +278,7 @@ def _finish_dataset(
     output: Path,
     infos: Sequence[Mapping[str, Any]],
     named: Mapping[str, Mapping[str, Any]],
-    schema: Schema,
+    schema: Schema | TextSchema,
     metadata: Mapping[str, Any],
 ) -> None:
     if not named:

@@ -13,7 +13,10 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from osv_jax.data import demo, latents, order, pixels
+from osv_jax.data.schemas import Schema, TextSchema
 from osv_jax.errors import UserError
+from osv_jax.models.clip_text import CLIPTextConfig
+from osv_jax.models.text_unet import TextUNetConfig
 from osv_jax.objectives.networks import Networks
 from osv_jax.runtime.paths import Path
 from osv_jax.training.config import Phase, phases_of
@@ -119,7 +122,8 @@ class HeldOutClips:
     def batch(self, numbers: Sequence[int]) -> dict[str, np.ndarray]:
         """Some of the clips, of which numbers count from 0."""
         clips = [self.source.read(self.chosen[number]) for number in numbers]
-        names = ("video", "fps") if "video" in clips[0] else latents.FOR_TRAINING
+        source = self.source
+        names = source.training_names if isinstance(source, latents.LatentDataset) else ("video", "fps")
         return {name: np.stack([clip[name] for clip in clips]) for name in names}
 
 
@@ -174,13 +178,14 @@ def _open_dataset(config: ConfigDict, networks: Networks, phase: Phase, split: s
             " another dataset."
         )
     unet, vae = networks.unet.config, networks.vae.config
-    fitting = dataclasses.replace(
-        dataset.schema,
-        latent_height=phase.height // vae.downscale,
-        latent_width=phase.width // vae.downscale,
-        latent_channels=unet.out_channels,
-        embedding_size=unet.cross_attention_dim,
-    )
+    shape = (dataset.schema.num_frames, phase.height // vae.downscale, phase.width // vae.downscale, unet.out_channels)
+    fitting: Schema | TextSchema
+    if isinstance(unet, TextUNetConfig):
+        tokens = CLIPTextConfig.max_position_embeddings
+        fitting = TextSchema(*shape, num_tokens=tokens, text_size=unet.cross_attention_dim)
+    else:
+        augmented = getattr(dataset.schema, "num_augmented", 1)
+        fitting = Schema(*shape, embedding_size=unet.cross_attention_dim, num_augmented=augmented)
     if dataset.schema != fitting:
         raise UserError(
             f"The dataset {folder} was made with other networks: it holds {dataset.schema}, and this UNet and VAE need"

@@ -7,7 +7,7 @@ from collections.abc import Callable
 
 import numpy as np
 
-from osv_jax.data.latents import Schema
+from osv_jax.data.schemas import Schema
 from osv_jax.preparation.encoder import Encoder
 
 SCHEMA = Schema(4, 3, 4, 4, 8, 2)

@@ -16,7 +16,8 @@ import tensorflow_datasets as tfds
 
 from osv_jax.data import latents, order
 from osv_jax.data.cutting import Location
-from osv_jax.data.latents import Schema, latent_batches
+from osv_jax.data.latents import latent_batches
+from osv_jax.data.schemas import Schema
 from osv_jax.errors import UserError
 from osv_jax.preparation import shards
 from osv_jax.preparation.sources import SourceVideo

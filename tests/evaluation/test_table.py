@@ -18,6 +18,7 @@ from tiny_networks import NUM_FRAMES, save
 from osv_jax import evaluate
 from osv_jax.data import latents, video, world
 from osv_jax.data.cutting import Location
+from osv_jax.data.schemas import Schema
 from osv_jax.errors import UserError
 from osv_jax.evaluation import generation, planning, showing
 from osv_jax.evaluation.features import resize
@@ -271,7 +272,7 @@ def test_films_and_pictures_are_those_of_the_first_clips(folder, made):
 
 @pytest.mark.integration
 def test_a_datasets_test_split_is_decoded_by_the_vae(folder, tmp_path):
-    schema = latents.Schema(NUM_FRAMES, HEIGHT // 2, WIDTH // 2, 4, 8, 1)
+    schema = Schema(NUM_FRAMES, HEIGHT // 2, WIDTH // 2, 4, 8, 1)
     rng, source = np.random.default_rng(0), SourceVideo("0.mp4", Location(("0.mp4",)), 1)
     record = {
         "latents": rng.standard_normal((NUM_FRAMES, HEIGHT // 2, WIDTH // 2, 4), np.float32),

@@ -12,6 +12,7 @@ from toy_unet import toy_training
 
 from osv_jax import train
 from osv_jax.data import latents
+from osv_jax.data.schemas import Schema
 from osv_jax.diffusion.edm import EDMBackbone
 from osv_jax.errors import UserError
 from osv_jax.inference.trained import load_trained
@@ -98,8 +99,8 @@ def parts_of(config, workdir, mesh):
 
 def test_clips_of_a_dataset_are_those_of_its_test_split(folder, tmp_path, monkeypatch):
     """As a training step takes them."""
-    record = {name: np.full(2, number) for number, name in enumerate(latents.FOR_TRAINING)} | {"caption": "x"}
-    schema = latents.Schema(NUM_FRAMES, 8, 12, 4, 8, 1)
+    record = {name: np.full(2, number) for number, name in enumerate(Schema.for_training)} | {"caption": "x"}
+    schema = Schema(NUM_FRAMES, 8, 12, 4, 8, 1)
     dataset, opened = latents.LatentDataset(tmp_path, schema, {}, (("a", 2), ("b", 3))), []
     monkeypatch.setattr(training_clips, "_open_dataset", lambda *given: opened.append(given[-1]) or dataset)
     monkeypatch.setattr(latents.LatentDataset, "read", lambda _, number: record | {"fps": np.float32(number)})
@@ -109,7 +110,7 @@ def test_clips_of_a_dataset_are_those_of_its_test_split(folder, tmp_path, monkey
     clips = held_out_clips(config, networks, tmp_path, phase)
     assert opened == ["test"] and clips.chosen == (0, 2, 4)
     batch = clips.batch([0, 2])
-    assert set(batch) == set(latents.FOR_TRAINING) and batch["fps"].tolist() == [0, 4]
+    assert set(batch) == set(Schema.for_training) and batch["fps"].tolist() == [0, 4]
 
 
 @pytest.mark.parametrize(
