@@ -44,7 +44,7 @@ def main() -> None:
         init = setup.make_init(objective)
         state = jax.block_until_ready(jax.jit(init)(jax.random.key(0), frozen))
         print(f"random weights and state: {time.perf_counter() - start:.0f} s, {_host_gib():.1f} GiB", flush=True)
-        print(setup.describe(config, state, frozen, 0), flush=True)
+        print(setup.describe(config, objective, state, frozen, 0), flush=True)
 
         shape = (config.batch_size, config.data.num_frames, arguments.height, arguments.width, 3)
         rng = np.random.default_rng(0)

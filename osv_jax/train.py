@@ -84,7 +84,7 @@ def train(config: ConfigDict, workdir: Path) -> None:
             elif origin:
                 state = origins.start_from(origin, state, objective)
                 print(f"Starting from step {checkpoint.latest_step(origin)} of {origin}.")
-        print(setup.describe(config, state, frozen, clips.count(phases_of(config)[0])))
+        print(setup.describe(config, objective, state, frozen, clips.count(phases_of(config)[0])))
         whole = mesh.unsplit_parameters((frozen, state), devices.shape["fsdp"])
         if whole:
             print(

@@ -201,7 +201,7 @@ def test_without_the_weights_the_sizes_are_svds(here, capsys, monkeypatch):
         report.make_plan(config, "cpu")
     assert traced.value.args == (UNetConfig(),)
     output = capsys.readouterr().out
-    assert "nowhere is not there: planning for Stable Video Diffusion's own sizes" in output and "\n14 x " in output
+    assert "nowhere is not there: planning for the released networks' own sizes" in output and "\n14 x " in output
 
 
 def test_what_does_not_fit_comes_with_advice(toy, capsys, monkeypatch):

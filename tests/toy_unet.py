@@ -15,8 +15,8 @@ from osv_jax import train
 from osv_jax.convert.architectures import ARCHITECTURES
 from osv_jax.models.layers import Dense, FeedForward
 from osv_jax.models.svd_unet import SVDUNet
-from osv_jax.objectives import networks
-from osv_jax.training import loop, previews, setup
+from osv_jax.objectives import networks, objective
+from osv_jax.training import loop, previews
 
 
 class _Block(nn.Module):
@@ -109,6 +109,6 @@ def toy_networks():
         curves = loop.metrics.loss_curves
         patch.setattr(loop.metrics, "loss_curves", lambda rows, png, names: png.exists() or curves(rows, png, names))
         patch.setattr(previews, "make_picture", lambda *_: lambda *_: (np.zeros((8, 8, 3), np.uint8), {}))
-        patch.setattr(setup, "build_networks", build_networks)
+        patch.setattr(objective, "build_networks", build_networks)
         patch.setitem(ARCHITECTURES, "unet", dataclasses.replace(ARCHITECTURES["unet"], network=ToyUNet))
         yield

@@ -115,8 +115,10 @@ def _text_unet_inputs(config: TextUNetConfig) -> tuple[tuple[int, ...], ...]:
     return (1, 1, side, side, config.in_channels), (1,), (1, 1, config.cross_attention_dim)
 
 
-# The networks that a training run may need; the others score videos, or show them.
-TRAINING = ("unet", "vae", "image_encoder", "dinov2")
+# The networks that a training run may need, image-to-video and text-to-video; the others score videos, or show them.
+TRAINING = ("unet", "vae", "image_encoder", "dinov2", "unet_2d", "motion_adapter", "image_vae", "text_encoder")
+# Those of them that make conditions, which a dataset holds ready.
+ENCODERS = ("image_encoder", "text_encoder")
 
 ARCHITECTURES = {
     "unet": Architecture(UNetConfig, SVDUNet, config_json.unet_config, _unet_inputs, {}, "svd SVD_FOLDER"),

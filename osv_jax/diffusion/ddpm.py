@@ -11,6 +11,7 @@ from collections.abc import Callable
 from typing import NamedTuple
 
 import flax.struct
+import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Int, Key
@@ -185,3 +186,28 @@ def few_step(
         time = jnp.full(len(noise), t)
         x0 = denoiser(add_noise(x0, eps, time, schedule), time)
     return x0
+
+
+def few_step_input(
+    denoiser: Denoiser,
+    noise: Float[Array, "b f h w c"],
+    fresh: Float[Array, "b k_minus_1 f h w c"],
+    stop: Int[Array, ""],
+    times: Int[np.ndarray, " k"],
+    schedule: Schedule,
+) -> Float[Array, "b f h w c"]:
+    """What `few_step` gives its denoiser at the time number `stop`, for training there (AVDM2 Algorithm 1, line 5).
+
+    It is a loop of `stop` rounds, a number that is only known when the compiled program runs.
+
+    Args:
+        fresh: the noises after the first; a stop at k - 1 needs all of them.
+        stop: 0 .. k - 1, the same for the whole batch: devices that share a network's parameters go in step.
+    """
+
+    def lower(i: Array, x: Array) -> Array:
+        t = jnp.asarray(times)
+        x0 = denoiser(x, jnp.full(len(x), t[i]))
+        return add_noise(x0, fresh[:, i], jnp.full(len(x), t[i + 1]), schedule)
+
+    return jax.lax.fori_loop(0, stop, lower, noise)

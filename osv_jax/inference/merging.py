@@ -134,14 +134,10 @@ def pack_weights(
 
 
 def _random_architectures(config: Mapping[str, Any]) -> dict[str, Config]:
-    """The networks that a run drew. DINOv2, which not every run has, is among them if the configuration names it."""
+    """The networks of SVD that a run drew, and DINOv2, which not every run has, if the configuration names it."""
     chosen = config["random_networks"]
-    names = random_components(config)
-    return {
-        name: random_architecture(chosen, name)
-        for name in ARCHITECTURES
-        if name in names and (name != "dinov2" or name in chosen)
-    }
+    names = random_components(config) & {"unet", "vae", "image_encoder", *chosen}
+    return {name: random_architecture(chosen, name) for name in ARCHITECTURES if name in names}
 
 
 def _cast(params: Any, dtype: str) -> Any:

@@ -161,7 +161,7 @@ def load_trained(workdir: str | os.PathLike, ema: bool = False) -> Trained:
     try:
         config = json.loads((workdir / "config.json").read_text())
         _check_stored(config, f"{workdir / 'config.json'}: ")
-        scale = config["lora"]["alpha"] / config["lora"]["rank"]
+        scale = config["lora"]["alpha"] / config["lora"]["rank"] if "lora" in config else 1.0
         for start, height, width in config["data"].get("resolutions", ()):
             if start not in WHOLE or height not in PIXELS or width not in PIXELS:
                 raise ValueError("resolutions")

@@ -221,13 +221,17 @@ class TextUNet(nn.Module):
         sample: Float[Array, "b f h w c"],
         timestep: Float[Array, " b"],
         context: Float[Array, "b s d"],
-    ) -> Float[Array, "b f h w c_out"]:
-        """The noise, in float32.
+        features: bool = False,
+    ) -> Float[Array, "b f h w c_out"] | tuple[Array, ...]:
+        """The noise, in float32; or gives a discriminator its features, [b f h' w' c'] at each scale.
 
         Args:
             sample: noisy latents x_t; all frames of a clip share its time and its text.
             timestep: t, in 0 .. T - 1.
             context: the text encoder's output, a row for each token.
+            features: instead of the noise, what the down blocks give, after their downsampling where they have one, and
+                of blocks at the same resolution the last alone. The four blocks of Stable Diffusion 1.5 end at three
+                scales, a half, a quarter and an eighth of the latents' size, which are AVDM2's (section 4.1).
 
         Raises:
             ValueError: a motion adapter made for another UNet, or too many frames for it.
@@ -253,6 +257,8 @@ class TextUNet(nn.Module):
         middle_motion = motion if motion is not None and motion.use_motion_mid_block else None
         middle = _Level(last, has_attention=True, motion=middle_motion, **options)
         encoded, skips = encode(x, temb, context, down, **dtypes)
+        if features:
+            return tuple({block.shape[2:4]: block for block in encoded}.values())
         x = decode(encoded[-1], skips, temb, context, middle, down[::-1], **dtypes)[-1]
         frames = x.reshape(-1, *x.shape[2:])
         frames = nn.silu(GroupNorm(config.norm_eps, config.norm_num_groups, name="conv_norm_out", **dtypes)(frames))

@@ -63,7 +63,7 @@ class ADD(Adversarial):
     components: ClassVar[tuple[str, ...]] = ("unet", "vae", "image_encoder", "dinov2")
     curves: ClassVar[tuple[str, ...]] = ("loss_distillation", "loss_adversarial", "loss_disc")
     distance_metric = "loss_distillation"
-    may_be_missing = METRIC
+    may_be_missing = (METRIC,)
 
     @classmethod
     def check(cls, options: ADDOptions, num_frames: int) -> None:

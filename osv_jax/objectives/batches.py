@@ -11,6 +11,7 @@ from jaxtyping import Array, Float, UInt8
 
 from osv_jax.codec import Codec, Params
 from osv_jax.diffusion.conditioning import Conditioning, added_time_ids, random_noise_aug_strength
+from osv_jax.diffusion.ddpm import TextConditioning
 from osv_jax.runtime.media import to_float
 
 
@@ -25,6 +26,19 @@ class Batch:
 
     latents: Float[Array, "b f h w c"]
     cond: Conditioning
+
+
+@struct.dataclass
+class TextBatch:
+    """Clips as a step of a text-to-video network takes them.
+
+    Attributes:
+        latents: x_0, scaled video latents, float32.
+        cond: the texts of the clips, and the empty text beside each of them.
+    """
+
+    latents: Float[Array, "b f h w c"]
+    cond: TextConditioning
 
 
 def to_batch(
@@ -69,3 +83,15 @@ def batch_of_records(records: Mapping[str, Array], key: jax.Array, motion_bucket
         added_time_ids=added_time_ids(records["fps"], motion_bucket_id, chosen(strengths)),
     )
     return Batch(latents=records["latents"].astype(jnp.float32), cond=cond)
+
+
+def text_batch_of_records(records: Mapping[str, Array]) -> TextBatch:
+    """Records of a dataset with texts.
+
+    Args:
+        records: `latents` [b f h w c]; `text_embeddings` [b 77 d], the text encoder's states of each caption; and
+            `empty_text_embeddings` [b 77 d], those of the empty prompt, once for each clip, so that devices split them
+            as everything else.
+    """
+    context, negative = (records[name].astype(jnp.float32) for name in ("text_embeddings", "empty_text_embeddings"))
+    return TextBatch(records["latents"].astype(jnp.float32), TextConditioning(context, negative))

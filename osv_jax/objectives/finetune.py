@@ -84,7 +84,7 @@ class Finetune(StudentObjective):
     curves = ("loss", "grad_norm/student")
     product = "teacher"
     # Noise levels that no clip of a batch has have no loss.
-    may_be_missing = BAND_METRIC
+    may_be_missing = (BAND_METRIC,)
 
     @classmethod
     def check(cls, options: FinetuneOptions, num_frames: int) -> None:

@@ -11,7 +11,7 @@ from einops import reduce
 from flax import linen as nn
 from jaxtyping import Array, Float
 
-# Logits of the two kinds of discriminator heads, each [b n].
+# Logits by kind of discriminator head, each [b n].
 Logits = dict[str, Array]
 
 
@@ -57,6 +57,38 @@ def hinge_generator(fake: Logits) -> Float[Array, " b"]:
 def linear_generator(fake: Logits) -> Float[Array, " b"]:
     """-D(fake), averaged over the logits of all heads: SF-V Eq. 8, whose D is negative for real, and ADD's."""
     return _mean_over_logits(-_join(fake))
+
+
+def softplus_discriminator(real: Logits, fake: Logits) -> Float[Array, " b"]:
+    """-log D(real) - log(1 - D(fake)) with D = sigmoid(logit): AVDM2 Eq. 6, to be minimised; mean of all logits."""
+    return _mean_over_logits(nn.softplus(-_join(real))) + _mean_over_logits(nn.softplus(_join(fake)))
+
+
+def softplus_generator(fake: Logits) -> Float[Array, " b"]:
+    """-log D(fake), the non-saturating loss: AVDM2 Eq. 7, which is printed as what is to be maximised."""
+    return _mean_over_logits(nn.softplus(-_join(fake)))
+
+
+def distribution_matching_gradient(
+    x: Float[Array, "b f h w c"], real: Float[Array, "b f h w c"], fake: Float[Array, "b f h w c"]
+) -> Float[Array, "b f h w c"]:
+    """w(t) (eps_real - eps_fake), the gradient of the KL divergence with respect to x (AVDM2 Eq. 4 and 8).
+
+    At x_t = alpha_t x + sigma_t eps the networks predict a noise each, and the clean clips that this implies are affine
+    in it: eps_real - eps_fake = (alpha_t / sigma_t) (fake - real). The weight w(t), which is not printed, is DMD's: it
+    divides by the mean of |x - real| over a clip, which makes gradients of all t about as large.
+
+    Args:
+        x: the student's clips, or some frames of them.
+        real: what the pretrained network takes the noised clips for.
+        fake: what the network that follows the student takes them for.
+    """
+    return (fake - real) / jnp.abs(x - real).mean(axis=(1, 2, 3, 4), keepdims=True)
+
+
+def with_gradient(x: Float[Array, " b *rest"], gradient: Float[Array, " b *rest"]) -> Float[Array, " b"]:
+    """1/2 ||x - sg(x - g)||^2, mean over elements: a loss with g, over their number, for its gradient (DMD2 Eq. 4)."""
+    return 0.5 * squared_error(x, jax.lax.stop_gradient(x - gradient))
 
 
 def r1(logits_of: Callable[[Any], Logits], x: Any) -> Float[Array, " b"]:

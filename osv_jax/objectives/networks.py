@@ -51,6 +51,12 @@ class Networks:
         return network
 
     @property
+    def architectures(self) -> dict[str, Any]:
+        """Of the networks with frozen parameters, by their names in a weights folder."""
+        modules = {name: getattr(self, name) for name in ("unet", "vae", "image_encoder", "dinov2")}
+        return {name: module.config for name, module in modules.items() if module is not None}
+
+    @property
     def codec(self) -> Codec:
         """Pixels to latents and conditions, and back."""
         return Codec(self.vae, self.image_encoder, self.tiny_decoder)

@@ -20,10 +20,12 @@ from ml_collections import ConfigDict
 
 import osv_jax.objectives
 from osv_jax.diffusion.edm import SIGMA_MAX, EDMBackbone
-from osv_jax.diffusion.ode import Denoiser
+from osv_jax.diffusion.ode import Denoiser, guided_denoiser
+from osv_jax.diffusion.samplers import euler, euler_levels
 from osv_jax.errors import UserError
+from osv_jax.models import groups
 from osv_jax.objectives.batches import to_batch
-from osv_jax.objectives.networks import Params
+from osv_jax.objectives.networks import Params, build_networks
 from osv_jax.objectives.players import Player, TrainState, init_student, make_optimizer, start
 
 Metrics = dict[str, Array]
@@ -31,6 +33,8 @@ Metrics = dict[str, Array]
 # devices nor `grad_accum` changes them.
 Draws = dict[str, Array]
 Optimizers = Mapping[str, optax.GradientTransformation]
+# SVD's guidance at the first and at the last frame.
+GUIDANCE = (1.0, 3.0)
 
 _REGISTRY: dict[str, type[Objective]] = {}
 
@@ -42,8 +46,10 @@ class Objective(abc.ABC):
         name: what configurations call it (`config.objective`).
         Options: a dataclass whose fields are its keys of a configuration; see `options.from_config`.
         components: the frozen networks that it needs, names of `convert.architectures.ARCHITECTURES`.
+        vae: which of them makes pixels of latents.
+        starts_from_image: whether its students are conditioned on a clip's first frame, which pictures then show.
         curves: the metrics that are drawn and shown.
-        may_be_missing: metrics whose names begin with this may be NaN in a step that had nothing to measure.
+        may_be_missing: metrics whose names begin with one of these may be NaN in a step that had nothing to measure.
         product: what a run makes: a few-step `student`, or another `teacher`. A run starts from another's workdir
             only where both make the same.
 
@@ -59,9 +65,11 @@ class Objective(abc.ABC):
     name: ClassVar[str]
     Options: ClassVar[type[Any]]
     components: ClassVar[tuple[str, ...]] = ("unet", "vae", "image_encoder")
+    vae: ClassVar[str] = "vae"
+    starts_from_image: ClassVar[bool] = True
     curves: ClassVar[tuple[str, ...]]
     product: ClassVar[str] = "student"
-    may_be_missing: ClassVar[str | None] = None
+    may_be_missing: ClassVar[tuple[str, ...]] = ()
 
     def __init__(self, networks: Any, options: Any, optimizers: Optimizers | None = None):
         self.networks, self.options = networks, options
@@ -77,6 +85,18 @@ class Objective(abc.ABC):
         Raises:
             UserError: naming the key, its value and what is allowed.
         """
+
+    @classmethod
+    def make_networks(cls, architectures: Mapping[str, Any], **options: Any) -> Any:
+        """The modules for the architectures of `components`.
+
+        Args:
+            options: as of `networks.build_networks`.
+
+        Raises:
+            UserError: architectures that do not go together.
+        """
+        return build_networks(architectures, **options)
 
     @classmethod
     def may_start_from(cls, other: str) -> bool:
@@ -103,14 +123,36 @@ class Objective(abc.ABC):
         """
         return to_batch(self.networks.codec, frozen, clips, key, data.motion_bucket_id)
 
+    def backbone(self, frozen: Params, student: Any, cond: Any) -> Any:
+        """The denoiser of a student, given its parameters, or of the teacher (None), on a condition."""
+        if student is None:
+            return EDMBackbone(self.networks.unet_with({"params": frozen["unet"]}), cond)
+        variables = student.variables(frozen["unet"], self.options.lora.scale)
+        return EDMBackbone(self.networks.unet_with(variables), cond)
+
+    def parameter_table(self, frozen: Params, student: Any) -> str:
+        """Lines that say which of the student's parameters learn."""
+        adapter = sum(leaf.size for leaf in jax.tree.leaves(student.lora))
+        return groups.count_table(frozen["unet"], self.options.trainable, adapter)
+
     @property
     def preview_label(self) -> str:
         """What `preview` is called in pictures."""
         return "one-step sample"
 
-    def preview_denoiser(self, backbone: EDMBackbone, num_frames: int) -> Denoiser:
+    def preview_denoiser(self, backbone: Any, num_frames: int) -> Denoiser:
         """The denoiser that `preview` calls, to be compiled."""
         return backbone
+
+    def teacher_denoiser(self, backbone: Any, num_frames: int) -> Denoiser:
+        """The teacher's as it is sampled with, to be compiled."""
+        return guided_denoiser(backbone, jnp.linspace(*GUIDANCE, num_frames))
+
+    def teacher_sample(
+        self, denoiser: Denoiser, noise: Float[Array, "b f h w c"], steps: int
+    ) -> Float[Array, "b f h w c"]:
+        """The teacher's latents, from standard normal noise."""
+        return euler(denoiser, noise, euler_levels(steps))
 
     def preview(self, denoiser: Denoiser, noise: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
         """Latents sampled from standard normal noise; by default in one step."""

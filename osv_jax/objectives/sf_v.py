@@ -98,7 +98,7 @@ class SFV(Adversarial):
     name = "sf_v"
     Options = SFVOptions
     components: ClassVar[tuple[str, ...]] = ("unet", "vae", "image_encoder")
-    may_be_missing = METRIC
+    may_be_missing = (METRIC,)
 
     @classmethod
     def check(cls, options: SFVOptions, num_frames: int) -> None:

@@ -26,7 +26,7 @@ def make_plan(config: ConfigDict, topology: str) -> bool:
     """
     check_config(config)
     if config.weights and not weights.locate(config.weights).is_dir():
-        print(f"{config.weights} is not there: planning for Stable Video Diffusion's own sizes.")
+        print(f"{config.weights} is not there: planning for the released networks' own sizes.")
         config.weights = ""
     if config.data.dataset:
         print("Planning for clips that are encoded in the step, which takes more memory than reading their latents.")
@@ -37,7 +37,8 @@ def make_plan(config: ConfigDict, topology: str) -> bool:
     setup.check_layout(config, setup.networks_of(config), devices)
     shape = " x ".join(f"{name} {size}" for name, size in devices.shape.items())
     print(f"{config.objective} on {len(available)} x {chip.name} ({shape}), batch {config.batch_size}, {config.dtype},")
-    print(f"trains {' + '.join(config.trainable)}; remat {config.remat}, attention {config.attention}")
+    trains = " + ".join(config.get("trainable", ("all",)))
+    print(f"trains {trains}; remat {config.remat}, attention {config.attention}")
     all_fit = True
     for phase in phases_of(config):
         start = time.perf_counter()
@@ -57,16 +58,19 @@ def make_plan(config: ConfigDict, topology: str) -> bool:
 
 def advice(config: ConfigDict, devices: Mesh) -> str:
     """The next thing to change when a step does not fit."""
-    per_part = config.batch_size // (devices.shape["data"] * devices.shape["fsdp"] * config.grad_accum)
+    accumulated = config.get("grad_accum", 1)
+    per_part = config.batch_size // (devices.shape["data"] * devices.shape["fsdp"] * accumulated)
     if config.remat != "full":
         return "set config.remat=full"
+    if per_part > 1 and "grad_accum" not in config:
+        return f"give each device fewer clips: config.batch_size={config.batch_size // per_part}"
     if per_part > 1:
-        return f"compute a device's clips one after the other: config.grad_accum={config.grad_accum * per_part}"
+        return f"compute a device's clips one after the other: config.grad_accum={accumulated * per_part}"
     if devices.shape["data"] > 1:
         return f"share the parameters among more devices: config.mesh.fsdp={devices.shape['fsdp'] * 2}"
     if config.get("discriminator_frames") == 0 and config.data.num_frames > 1:
         return f"show the discriminator half of each clip: config.discriminator_frames={config.data.num_frames // 2}"
-    if any(group in (*GROUPS, "all") for group in config.trainable):
+    if any(group in (*GROUPS, "all") for group in config.get("trainable", ())):
         return "train less: config.trainable=('lora',)"
     return f"share each clip among more devices: config.mesh.context={devices.shape['context'] * 2}"
 

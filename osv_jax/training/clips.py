@@ -17,7 +17,7 @@ from osv_jax.data.schemas import Schema, TextSchema
 from osv_jax.errors import UserError
 from osv_jax.models.clip_text import CLIPTextConfig
 from osv_jax.models.text_unet import TextUNetConfig
-from osv_jax.objectives.networks import Networks
+from osv_jax.objectives.text_networks import AnyNetworks
 from osv_jax.runtime.paths import Path
 from osv_jax.training.config import Phase, phases_of
 
@@ -96,7 +96,7 @@ class LatentClips:
         return self.datasets[phase.height, phase.width]
 
 
-def open_clips(config: ConfigDict, networks: Networks, workdir: Path) -> PixelClips | LatentClips:
+def open_clips(config: ConfigDict, networks: AnyNetworks, workdir: Path) -> PixelClips | LatentClips:
     """The clips that a configuration names.
 
     Raises:
@@ -127,7 +127,7 @@ class HeldOutClips:
         return {name: np.stack([clip[name] for clip in clips]) for name in names}
 
 
-def held_out_clips(config: ConfigDict, networks: Networks, workdir: Path, phase: Phase) -> HeldOutClips:
+def held_out_clips(config: ConfigDict, networks: AnyNetworks, workdir: Path, phase: Phase) -> HeldOutClips:
     """The clips for `config.eval_every`: the split `test` of the run's dataset, or those of `config.evaluation.videos`.
 
     Raises:
@@ -164,7 +164,9 @@ def index_folder(name: str, data: ConfigDict, height: int, width: int, cache_fil
     return index
 
 
-def _open_dataset(config: ConfigDict, networks: Networks, phase: Phase, split: str = "train") -> latents.LatentDataset:
+def _open_dataset(
+    config: ConfigDict, networks: AnyNetworks, phase: Phase, split: str = "train"
+) -> latents.LatentDataset:
     size = {"height": phase.height, "width": phase.width}
     folder = config.data.dataset.replace("{height}", str(phase.height)).replace("{width}", str(phase.width))
     dataset = latents.open_dataset(folder, split)

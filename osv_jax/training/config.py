@@ -27,6 +27,7 @@ from osv_jax.runtime.ranges import COUNT, PIXELS, POSITIVE, WHOLE
 # Fields of networks that are not sizes.
 _ARCHITECTURE_RANGES = {
     "layer_norm_eps": POSITIVE,
+    "norm_eps": POSITIVE,
     "mlp_ratio": POSITIVE,
     "scaling_factor": POSITIVE,
     "num_register_tokens": WHOLE,

@@ -111,7 +111,8 @@ def _train(
                 _write_picture(run, number, draw(state, run.frozen))
                 run.writer.flush()
                 if jax.process_index() == 0:
-                    metrics.loss_curves(run.workdir / "metrics.jsonl", run.workdir / "losses.png", curves)
+                    drawn = [name for name in curves if name in progress.seen]
+                    metrics.loss_curves(run.workdir / "metrics.jsonl", run.workdir / "losses.png", drawn)
             if evaluate and (number % config.eval_every == 0 or last):
                 progress.finish()
                 _write_measured(run, number, evaluate(state, run.frozen))
@@ -138,6 +139,8 @@ class _Progress:
         self._run, self._phase, self._names = run, phase, names
         self._in_flight: collections.deque[tuple[int, Array]] = collections.deque()
         self._last_done, self._shown_at = 0.0, (start, 0.0)
+        # Names of all metrics that there has been a value of.
+        self.seen: set[str] = set()
 
     def begin(self) -> None:
         """The clock starts."""
@@ -166,18 +169,17 @@ class _Progress:
         row = dict(zip(self._names, np.asarray(values).tolist(), strict=True))
         # (If more than a missing measurement is wrong, the loss is not finite either.)
         optional = run.objective.may_be_missing
-        row = {
-            name: row[name] for name in row if not (optional and name.startswith(optional) and math.isnan(row[name]))
-        }
+        row = {name: row[name] for name in row if not (name.startswith(optional) and math.isnan(row[name]))}
         now = time.perf_counter()
         seconds = now - self._last_done
         row |= {"seconds_per_step": seconds, "clips_per_second": config.batch_size / seconds}
         self._last_done = now
+        self.seen |= row.keys()
         run.writer.write(number, row)
         _check_finite(run, number, row)
         if number % config.log_every == 0 or number == self._phase.end:
             steps, seconds = number - self._shown_at[0], now - self._shown_at[1]
-            shown = {name: row[name] for name in run.objective.curves}
+            shown = {name: row[name] for name in run.objective.curves if name in row}
             print(
                 metrics.progress_line(number, config.num_steps, seconds / steps, config.batch_size, shown), flush=True
             )

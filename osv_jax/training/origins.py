@@ -16,9 +16,10 @@ from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.json_files import read_json
 from osv_jax.errors import UserError
 from osv_jax.models import groups, lora
-from osv_jax.objectives.networks import Networks, Params
+from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Objective, find
 from osv_jax.objectives.players import Player, Student, TrainState, first_state, start
+from osv_jax.objectives.text_networks import AnyNetworks
 from osv_jax.runtime import checkpoint
 from osv_jax.runtime.finite import check_finite
 from osv_jax.runtime.paths import Path
@@ -83,7 +84,7 @@ def _begin(state: TrainState, given: Mapping[str, Player], objective: Objective)
     return jax.jit(begin, out_shardings=shardings)(state.players | dict(given))
 
 
-def read_lora(path: Path, config: ConfigDict, networks: Networks) -> lora_files.LoraFile:
+def read_lora(path: Path, config: ConfigDict, networks: AnyNetworks) -> lora_files.LoraFile:
     """A LoRA trained elsewhere, for `start_from_lora`.
 
     Args:
@@ -92,7 +93,7 @@ def read_lora(path: Path, config: ConfigDict, networks: Networks) -> lora_files.
     Raises:
         UserError: a file that does not fit the UNet, or of which this configuration would lose a part.
     """
-    if "lora" not in config.trainable:
+    if "lora" not in config.get("trainable", ()):
         raise UserError(f"config.init_from={path} is a LoRA, so config.trainable must name lora.")
     shapes = expected_params("unet", networks.unet.config)
     read = lora_files.read_lora(path, shapes)

@@ -1,4 +1,4 @@
-"""Pictures of a run: a clip, the frame a sample starts from, and a sample of what has been trained so far."""
+"""Pictures of a run: a clip, the frame a sample starts from, if any, and a sample of what has been trained so far."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ from osv_jax.training.sampling import Sampler
 def make_picture(
     config: ConfigDict, objective: Objective, example: Mapping[str, Any], devices: jax.sharding.Mesh
 ) -> Picture:
-    """A picture of a clip, the frame the sample starts from, and the objective's `preview`.
+    """A picture of a clip, the frame the sample starts from if there is one, and the objective's `preview`.
 
     Args:
         example: a batch of one clip; of latents, the clip is shown as it is decoded.
@@ -47,6 +47,7 @@ def make_picture(
         is_video = "video" in example
         clip = example["video"][0] if is_video else frames(frozen, jnp.asarray(example["latents"], jnp.float32))[0]
         label = "real clip" if is_video else "real clip, decoded from its latents"
-        return media.sample_grid({"condition": clip[0], label: clip, objective.preview_label: sampled}), {}
+        rows = {"condition": clip[0]} if objective.starts_from_image else {}
+        return media.sample_grid(rows | {label: clip, objective.preview_label: sampled}), {}
 
     return draw

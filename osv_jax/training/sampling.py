@@ -8,23 +8,15 @@ from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, UInt8
 from ml_collections import ConfigDict
 
-from osv_jax.diffusion.conditioning import Conditioning
-from osv_jax.diffusion.edm import EDMBackbone
-from osv_jax.diffusion.ode import guided_denoiser
-from osv_jax.diffusion.samplers import euler, euler_levels
 from osv_jax.models.tiny_decoder import Memory
 from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Objective
 from osv_jax.objectives.players import Student
 from osv_jax.runtime import media, mesh
-
-# SVD's guidance at the first and at the last frame.
-_GUIDANCE = (1.0, 3.0)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -42,28 +34,30 @@ class Sampler:
 
     def encode(
         self, frozen: Params, clips: Mapping[str, Array | np.ndarray], key: jax.Array, noise_key: jax.Array
-    ) -> tuple[Conditioning, Float[Array, "b f h w c"]]:
+    ) -> tuple[Any, Float[Array, "b f h w c"]]:
         """The condition of clips, as a step would draw it, and standard normal noise for their latents."""
         return self._encode(frozen, clips, key, noise_key)
 
     def student(
-        self, student: Student, frozen: Params, cond: Conditioning, noise: Float[Array, "b f h w c"]
+        self, student: Student, frozen: Params, cond: Any, noise: Float[Array, "b f h w c"]
     ) -> Float[Array, "b f h w c"]:
         """Latents by the objective's `preview`."""
         denoiser = functools.partial(self._student, student, frozen, cond)
         return self.objective.preview(denoiser, noise)
 
     def teacher(
-        self, frozen: Params, cond: Conditioning, noise: Float[Array, "b f h w c"], steps: int
+        self, frozen: Params, cond: Any, noise: Float[Array, "b f h w c"], steps: int
     ) -> Float[Array, "b f h w c"]:
-        """Latents by Euler steps with SVD's guidance, of the frozen UNet."""
+        """Latents of the frozen UNet, as the objective's teacher is sampled."""
         denoiser = functools.partial(self._teacher, frozen, cond)
-        return euler(denoiser, noise, euler_levels(steps))
+        return self.objective.teacher_sample(denoiser, noise, steps)
 
     def frames(self, frozen: Params, latents: Float[Array, "b f h w c"]) -> UInt8[np.ndarray, "b f h2 w2 3"]:
         """Pixels of scaled latents."""
         # Two frames at a time: decoding a whole clip at 576 x 1024 takes more memory than a training step.
-        chunks = [self._decode(frozen["vae"], latents[:, i : i + 2]) for i in range(0, latents.shape[1], 2)]
+        chunks = [
+            self._decode(frozen[self.objective.vae], latents[:, i : i + 2]) for i in range(0, latents.shape[1], 2)
+        ]
         return media.to_uint8(np.concatenate([np.asarray(chunk) for chunk in chunks], axis=1))
 
     def fast_frames(self, tiny: Params, latents: Float[Array, "b f h w c"]) -> UInt8[np.ndarray, "b f h2 w2 3"]:
@@ -95,7 +89,7 @@ class Sampler:
     def _encode(self) -> Callable:
         def encode(
             frozen: Params, clips: Mapping[str, Array], key: jax.Array, noise_key: jax.Array
-        ) -> tuple[Conditioning, Array]:
+        ) -> tuple[Any, Array]:
             batch = self.objective.batch(frozen, self._split(clips), key, self.config.data)
             return batch.cond, jax.random.normal(noise_key, batch.latents.shape)
 
@@ -103,23 +97,19 @@ class Sampler:
 
     @functools.cached_property
     def _student(self) -> Callable:
-        scale, boundary = self.config.lora.alpha / self.config.lora.rank, self.config.get("boundary", "svd")
-
-        def denoised(student: Student, frozen: Params, cond: Conditioning, x: Array, sigma: Array) -> Array:
+        def denoised(student: Student, frozen: Params, cond: Any, x: Array, sigma: Array) -> Array:
             cond, x, sigma = self._split((cond, x, sigma))
-            network = self.objective.networks.unet_with(student.variables(frozen["unet"], scale))
-            backbone = EDMBackbone(network, cond, boundary)
+            backbone = self.objective.backbone(frozen, student, cond)
             return self.objective.preview_denoiser(backbone, x.shape[1])(x, sigma)
 
         return jax.jit(denoised, out_shardings=self._whole)
 
     @functools.cached_property
     def _teacher(self) -> Callable:
-        def denoised(frozen: Params, cond: Conditioning, x: Array, sigma: Array) -> Array:
+        def denoised(frozen: Params, cond: Any, x: Array, sigma: Array) -> Array:
             cond, x, sigma = self._split((cond, x, sigma))
-            network = self.objective.networks.unet_with({"params": frozen["unet"]})
-            weight = jnp.linspace(*_GUIDANCE, x.shape[1])
-            return guided_denoiser(EDMBackbone(network, cond), weight)(x, sigma)
+            backbone = self.objective.backbone(frozen, None, cond)
+            return self.objective.teacher_denoiser(backbone, x.shape[1])(x, sigma)
 
         return jax.jit(denoised, out_shardings=self._whole)
 

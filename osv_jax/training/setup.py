@@ -11,15 +11,15 @@ from ml_collections import ConfigDict
 
 from osv_jax.codec import check_tiny_decoder, parameter_dtype
 from osv_jax.convert import weights
-from osv_jax.convert.architectures import TRAINING
+from osv_jax.convert.architectures import ENCODERS
 from osv_jax.errors import UserError
-from osv_jax.models import groups
 from osv_jax.models.dinov2 import EMBEDDING
-from osv_jax.objectives.networks import Networks, Params, build_networks
+from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Metrics, Objective, find
 from osv_jax.objectives.options import from_config
 from osv_jax.objectives.players import TrainState, first_state
 from osv_jax.objectives.random_networks import fill_randomly, random_architecture, random_components, shapes_of
+from osv_jax.objectives.text_networks import AnyNetworks
 from osv_jax.runtime import mesh
 from osv_jax.training.config import phases_of
 
@@ -39,16 +39,17 @@ def with_num_frames(config: ConfigDict) -> ConfigDict:
     return config
 
 
-def check_layout(config: ConfigDict, networks: Networks, devices: jax.sharding.Mesh) -> None:
+def check_layout(config: ConfigDict, networks: AnyNetworks, devices: jax.sharding.Mesh) -> None:
     """Checks that batches and clips can be split over the devices.
 
     Raises:
         UserError: naming the key that must change.
     """
     parts, context = devices.shape["data"] * devices.shape["fsdp"], devices.shape["context"]
-    if config.batch_size % (parts * config.grad_accum):
+    accumulated = config.get("grad_accum", 1)
+    if config.batch_size % (parts * accumulated):
         raise UserError(
-            f"config.batch_size={config.batch_size} does not split over {parts} devices x {config.grad_accum} parts"
+            f"config.batch_size={config.batch_size} does not split over {parts} devices x {accumulated} parts"
             " (config.grad_accum); use a multiple of their product."
         )
     for phase in phases_of(config):
@@ -60,14 +61,14 @@ def check_layout(config: ConfigDict, networks: Networks, devices: jax.sharding.M
             )
 
 
-def networks_of(config: ConfigDict) -> Networks:
+def networks_of(config: ConfigDict) -> AnyNetworks:
     """The modules, with the architectures of the weights or of the configuration.
 
     Raises:
         UserError: on missing weights, a discriminator block that DINOv2 does not have, or another VAE's tiny decoder.
     """
-    architectures = architectures_of(config)
-    blocks: tuple[int, ...] = ()
+    architectures, chosen = architectures_of(config), find(config.objective)
+    options: dict[str, Any] = {}
     if "dinov2" in architectures:
         blocks, depth = tuple(config.discriminator_blocks), architectures["dinov2"].num_hidden_layers
         if not all(EMBEDDING <= block < depth for block in blocks):
@@ -75,12 +76,13 @@ def networks_of(config: ConfigDict) -> Networks:
                 f"config.discriminator_blocks={blocks} must lie in 0 .. {depth - 1}, the blocks of this DINOv2, or be"
                 f" {EMBEDDING}, its embedding."
             )
+        options["discriminator_blocks"] = blocks
     if config.preview_decoder == "tiny":
         architectures["tiny_decoder"] = weights.load_config(config.weights, "tiny_decoder")
-        check_tiny_decoder(architectures["tiny_decoder"], architectures["vae"])
-    return build_networks(
+        check_tiny_decoder(architectures["tiny_decoder"], architectures[chosen.vae])
+    return chosen.make_networks(
         architectures,
-        discriminator_blocks=blocks,
+        **options,
         dtype=jnp.dtype(config.dtype),
         param_dtype=jnp.dtype(config.dtype),
         attention=config.attention,
@@ -103,11 +105,10 @@ def _architecture_of(config: ConfigDict, name: str) -> Any:
     return weights.load_config(config.weights, name)
 
 
-def frozen_shapes(config: ConfigDict, networks: Networks) -> dict[str, Params]:
+def frozen_shapes(config: ConfigDict, networks: AnyNetworks) -> dict[str, Params]:
     """Shapes and dtypes of the frozen parameters that a step takes; CLIP's only where clips are to be encoded."""
-    needed = [name for name in TRAINING if not (config.data.dataset and name == "image_encoder")]
-    modules = {name: getattr(networks, name) for name in needed}
-    shapes = shapes_of({name: module.config for name, module in modules.items() if module is not None})
+    left_out = ENCODERS if config.data.dataset else ()
+    shapes = shapes_of({name: made for name, made in networks.architectures.items() if name not in left_out})
 
     def held(name: str) -> Params:
         dtype = parameter_dtype(name, config.dtype)
@@ -116,7 +117,7 @@ def frozen_shapes(config: ConfigDict, networks: Networks) -> dict[str, Params]:
     return {name: held(name) for name in shapes}
 
 
-def load_frozen(config: ConfigDict, networks: Networks, devices: jax.sharding.Mesh) -> dict[str, Params]:
+def load_frozen(config: ConfigDict, networks: AnyNetworks, devices: jax.sharding.Mesh) -> dict[str, Params]:
     """The frozen parameters of `frozen_shapes`, each read onto the devices that hold it."""
     shapes = frozen_shapes(config, networks)
     shardings = mesh.parameter_shardings(devices, shapes)
@@ -131,7 +132,7 @@ def load_frozen(config: ConfigDict, networks: Networks, devices: jax.sharding.Me
     return {name: drawn[name] if name in drawn else load(name) for name in shapes}
 
 
-def objective_of(config: ConfigDict, networks: Networks) -> Objective:
+def objective_of(config: ConfigDict, networks: AnyNetworks) -> Objective:
     """The objective of a configuration, with its options and networks.
 
     Raises:
@@ -162,7 +163,9 @@ def make_train_step(config: ConfigDict, objective: Objective) -> Callable:
     return train_step
 
 
-def describe(config: ConfigDict, state: TrainState, frozen: Mapping[str, Any], num_clips: int) -> str:
+def describe(
+    config: ConfigDict, objective: Objective, state: TrainState, frozen: Mapping[str, Any], num_clips: int
+) -> str:
     """A few lines about the run that is about to start."""
 
     def size(tree: Any) -> int:
@@ -170,7 +173,6 @@ def describe(config: ConfigDict, state: TrainState, frozen: Mapping[str, Any], n
 
     frozen_sizes = ", ".join(f"{name} {size(params) / 1e6:.2f} M" for name, params in frozen.items())
     learning = ", ".join(f"{name} {size(player.params) / 1e6:.2f} M" for name, player in state.players.items())
-    adapter = size(state.players["student"].params.lora)
     sizes = ", ".join(f"{p.height} x {p.width} to step {p.end}" for p in phases_of(config))
     data = config.data
     return (
@@ -178,6 +180,6 @@ def describe(config: ConfigDict, state: TrainState, frozen: Mapping[str, Any], n
         f"  data      {num_clips} clips of {data.num_frames} frames at {data.fps:g} fps; {sizes}\n"
         f"  frozen    {frozen_sizes}, {config.dtype}\n"
         f"  training  {learning}\n"
-        f"{groups.count_table(frozen['unet'], config.trainable, adapter)}\n"
+        f"{objective.parameter_table(frozen, state.players['student'].params)}\n"
         f"  steps     {int(state.step)} of {config.num_steps} done, batch {config.batch_size}"
     )

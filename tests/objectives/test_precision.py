@@ -14,12 +14,14 @@ import tiny
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxprs import equations, kernel_gradients, place, products
 from students import CONFIGS, TRAINABLE
+from toy_text import toy_text_batch, toy_text_networks
 
 from osv_jax.codec import Codec
 from osv_jax.convert.architectures import expected_params
 from osv_jax.models.discriminator import discriminate, init_discriminator
 from osv_jax.objectives.add import ADD
 from osv_jax.objectives.animatelcm import AnimateLCM
+from osv_jax.objectives.avdm2 import AVDM2
 from osv_jax.objectives.finetune import Finetune
 from osv_jax.objectives.networks import build_networks
 from osv_jax.objectives.options import LoRAOptions
@@ -125,6 +127,13 @@ def add():
     return step_of(ADD, discriminator_blocks=(0,))
 
 
+def avdm2():
+    networks, frozen = toy_text_networks(jnp.bfloat16)
+    objective = AVDM2(networks, AVDM2.Options(sdm_frames=2, discriminator_width=8))
+    state = jax.eval_shape(lambda key, frozen: first_state(objective.init(key, frozen)), jax.random.key(0), frozen)
+    return objective.step, state, frozen, toy_text_batch(BATCH, FRAMES), jax.random.key(0)
+
+
 STEPS = (stage1, stage2, denoising, add, sf_v, animatelcm)
 # What the programs of the steps read and write [MB], before any compiler has fused anything: it does not depend on the
 # machine. A change that costs or saves more than 2 % of it comes with the new figure.
@@ -151,6 +160,7 @@ def traced(case):
         (add, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log"}),
         (sf_v, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log", "sqrt"}),
         (animatelcm, BACKWARD, {"rsqrt", "reduce_max", "sin", "cos", "log", "sqrt", "pow"}),
+        (avdm2, BACKWARD, {"rsqrt", "log1p", "sqrt", "while", "cond"}),
     ],
 )
 def test_norms_softmax_embeddings_and_losses_are_in_float32(case, delicate, there):
@@ -164,7 +174,7 @@ def test_norms_softmax_embeddings_and_losses_are_in_float32(case, delicate, ther
         assert {v.aval.dtype for v in jaxpr.jaxpr.outvars} <= {jnp.dtype(jnp.float32), jnp.dtype(jnp.int32)}
 
 
-@pytest.mark.parametrize("case", STEPS)
+@pytest.mark.parametrize("case", [*STEPS, avdm2])
 def test_products_are_in_half_precision(case):
     """But for those that ask for every digit, as resampling of pixels, and a softmax' gradient, which is JAX's."""
     exact = (jax.lax.Precision.HIGHEST,) * 2
@@ -175,7 +185,7 @@ def test_products_are_in_half_precision(case):
     assert len(wide) < len(found) / 2
 
 
-@pytest.mark.parametrize("case", STEPS)
+@pytest.mark.parametrize("case", [*STEPS, avdm2])
 def test_a_step_does_not_wait_for_the_host(case):
     jaxpr = traced(case).jaxpr
     assert not jaxpr.effects

@@ -28,6 +28,7 @@ VARIANTS = {
     "animatelcm.py": ("", "tiny", "miniature"),
     "sf_v.py": ("", "tiny", "miniature"),
     "add.py": ("", "tiny", "miniature"),
+    "avdm2.py": ("", "tiny"),
 }
 NAMES = [f"{name}:{variant}" for name, variants in VARIANTS.items() for variant in variants]
 # Checked by functions of their own, which have tests.
@@ -81,7 +82,7 @@ def test_the_project_s_own_configurations_are_allowed(configs, name):
         assert ranged or not is_number(value), f"{key} has no range"
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "finetune", "animatelcm", "sf_v", "add"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", "finetune", "animatelcm", "sf_v", "add", "avdm2"])
 def test_a_configuration_has_the_keys_of_its_run_and_its_objective_and_no_others(name):
     keys = {key for cls in (RunOptions, objective.find(name).Options) for key in ranges_of(cls)}
     config = default_config(name)
@@ -103,7 +104,11 @@ def sentence(config, key, value) -> str:
 
 
 @pytest.mark.parametrize(
-    "name", ["stage2.py:tiny", "finetune.py:tiny", "vae.py:tiny", "animatelcm.py:tiny", "sf_v.py:tiny", "add.py:tiny"]
+    "name",
+    [
+        *("stage2.py:tiny", "finetune.py:tiny", "vae.py:tiny", "animatelcm.py:tiny", "sf_v.py:tiny", "add.py:tiny"),
+        "avdm2.py:tiny",
+    ],
 )
 def test_no_number_may_be_something_else(configs, name):
     """Not a number, infinite, too small, a truth value, a text, nothing, or a fraction where things are counted."""
