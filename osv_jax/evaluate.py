@@ -1,12 +1,16 @@
 """Scores generated videos.
 
     python -m osv_jax.evaluate fvd --real=real_videos --fake=made_videos --protocol=stylegan-v --weights=weights
+    python -m osv_jax.evaluate clipscore --videos=made_videos --prompts=prompts.txt --weights=weights
     python -m osv_jax.evaluate table --config=configs/eval.py --config.students='("runs/stage2",)'
 
 fvd: the Fréchet video distance. --protocol says what exactly that is: stylegan-v, cd-fvd, sf-v and osv give different
 numbers for the same videos, see docs/evaluation.md. --weights is a folder that osv_jax.convert_weights wrote, with
 i3d or videomae in it. Features of the real videos are kept and used again as long as nothing changes that they depend
 on; their file, which is printed, can be given instead of the folder, as --real or --fake.
+
+clipscore: how well videos, in the order of their names, fit the prompts in a file, one on each line, as
+osv_jax.sample --prompts makes them. --weights is a folder with CLIP in it (convert_weights clip).
 
 table: makes videos of the first frames of test videos by several methods, the teacher's and students', and writes a
 table of what is measured of them, their films and a page. Started again it does what is missing.
@@ -25,6 +29,9 @@ from ml_collections import ConfigDict
 from tqdm import tqdm
 
 from osv_jax.data.folder import FolderVideo, Skipped, list_videos
+from osv_jax.data.video import VideoError, read_frames
+from osv_jax.errors import UserError
+from osv_jax.evaluation import clip_score
 from osv_jax.evaluation.features import (
     SUFFIX,
     Features,
@@ -43,6 +50,7 @@ from osv_jax.evaluation.planning import make_plan
 from osv_jax.evaluation.protocols import PROTOCOLS, Protocol
 from osv_jax.evaluation.showing import PAGE, SHEET, show
 from osv_jax.evaluation.table import FEW, FILES, MARKDOWN, describe, few, is_finished, make_rows, write_tables
+from osv_jax.inference.prompts import read_prompts
 from osv_jax.runtime import arguments, command_line, ending, paths
 from osv_jax.runtime.paths import Path, as_path
 from osv_jax.runtime.ranges import COUNT, NUM_FRAMES, SEED, WHOLE
@@ -100,6 +108,21 @@ def _fvd(args: argparse.Namespace) -> None:
     _report("generated", fake_features)
     score = fvd(real_features, fake_features, protocol, args.bootstrap, args.seed, _bootstrap_bar())
     print(f"FVD by {protocol.name}: {score}")
+
+
+def _clip_score(args: argparse.Namespace) -> None:
+    videos, skipped = list_videos(as_path(args.videos))
+    pairs = clip_score.pair(videos, read_prompts(args.prompts))
+    score = clip_score.CLIPScore(args.weights)
+    for name, reason in skipped:
+        print(f"skipped: {name} {reason}")
+    found = []
+    for video, prompt in tqdm(pairs, unit="video", file=sys.stderr):
+        try:
+            found.append(score(read_frames(video.file, args.frames), prompt))
+        except VideoError as error:
+            raise UserError(f"{error}; every prompt needs its video.") from error
+    print(f"CLIPScore (100 max(cos, 0), the first {args.frames} frames): {sum(found) / len(found):.2f}")
 
 
 def _table(config: ConfigDict) -> None:
@@ -168,6 +191,12 @@ def _parser() -> argparse.ArgumentParser:
     command.add_argument(
         "--config", required=True, metavar="FILE", help="configs/eval.py; --config.KEY=VALUE changes it"
     )
+    command = commands.add_parser("clipscore", help="how well videos fit their prompts", description=__doc__)
+    command.set_defaults(function=_clip_score)
+    command.add_argument("--videos", required=True, metavar="DIR", help="folder of videos, one for each prompt")
+    command.add_argument("--prompts", required=True, metavar="FILE", help="text file with one prompt on each line")
+    command.add_argument("--weights", required=True, metavar="DIR", help="folder that osv_jax.convert_weights wrote")
+    command.add_argument("--frames", type=NUM_FRAMES, default=16, help="of a video (default %(default)s)")
     command = commands.add_parser("fvd", help="Fréchet video distance", description=__doc__)
     command.set_defaults(function=_fvd)
     add = command.add_argument

@@ -16,7 +16,7 @@ from flax.traverse_util import flatten_dict
 from osv_jax.convert import config_json
 from osv_jax.convert.naming import Path
 from osv_jax.errors import UserError
-from osv_jax.models.clip_text import CLIPText, CLIPTextConfig
+from osv_jax.models.clip_text import CLIPText, CLIPTextConfig, CLIPTextProjection, CLIPTextProjectionConfig
 from osv_jax.models.clip_vision import CLIPVision, CLIPVisionConfig
 from osv_jax.models.dinov2 import Dinov2, Dinov2Config
 from osv_jax.models.i3d import I3D, MIN_FRAMES, SIDES, I3DConfig
@@ -178,6 +178,23 @@ ARCHITECTURES = {
     ),
     "text_encoder": Architecture(
         CLIPTextConfig, CLIPText, config_json.text_config, lambda c: ((1, 1),), {}, "sd SD_FOLDER", jnp.int32
+    ),
+    "clip_text": Architecture(
+        CLIPTextProjectionConfig,
+        CLIPTextProjection,
+        config_json.clip_text_config,
+        lambda c: ((1, 1),),
+        {},
+        "clip CLIP_FOLDER",
+        jnp.int32,
+    ),
+    "clip_vision": Architecture(
+        CLIPVisionConfig,
+        CLIPVision,
+        config_json.clip_vision_config,
+        lambda c: ((1, c.image_size, c.image_size, 3),),
+        {},
+        "clip CLIP_FOLDER",
     ),
     "motion_adapter": Architecture(
         MotionConfig,

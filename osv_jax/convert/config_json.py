@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from typing import Any
 
 from osv_jax.errors import UserError
-from osv_jax.models.clip_text import CLIPTextConfig
+from osv_jax.models.clip_text import CLIPTextConfig, CLIPTextProjectionConfig
 from osv_jax.models.clip_vision import CLIPVisionConfig
 from osv_jax.models.dinov2 import Dinov2Config
 from osv_jax.models.i3d import I3DConfig
@@ -205,6 +205,34 @@ def text_config(json: dict[str, Any]) -> CLIPTextConfig:
     return make_config(
         CLIPTextConfig, _fields(json, [field.name for field in dataclasses.fields(CLIPTextConfig)], where), where
     )
+
+
+def clip_text_config(json: dict[str, Any]) -> CLIPTextProjectionConfig:
+    """The text tower of a whole CLIP."""
+    return _tower_config(json, "text_config", CLIPTextProjectionConfig)
+
+
+def clip_vision_config(json: dict[str, Any]) -> CLIPVisionConfig:
+    """The image tower of a whole CLIP."""
+    return _tower_config(json, "vision_config", CLIPVisionConfig)
+
+
+def _tower_config(json: dict[str, Any], part: str, kind: type) -> Any:
+    where = "CLIP's config.json"
+    _require(json, where, model_type="clip")
+    own = json.get(part)
+    if not isinstance(own, dict):
+        raise UserError(f"{where} does not say {part}: expected the config.json that was saved with the weights.")
+    # What files leave out is as in the first model that transformers had, ViT-B/32.
+    is_text = part == "text_config"
+    sizes = (512, 2048, 8) if is_text else (768, 3072, 12)
+    base: dict[str, Any] = dict(zip(("hidden_size", "intermediate_size", "num_attention_heads"), sizes, strict=True))
+    base |= {"num_hidden_layers": 12, "hidden_act": "quick_gelu", "layer_norm_eps": 1e-5, "projection_dim": 512}
+    base |= {"vocab_size": 49408, "max_position_embeddings": 77} if is_text else {"image_size": 224, "patch_size": 32}
+    _require(own, f"{where}: {part}", num_channels=3)
+    own = base | own | {"projection_dim": json.get("projection_dim", own.get("projection_dim", 512))}
+    fields = _fields(own, [field.name for field in dataclasses.fields(kind)], where)
+    return make_config(kind, fields, f"{where}: {part}")
 
 
 def clip_config(json: dict[str, Any]) -> CLIPVisionConfig:

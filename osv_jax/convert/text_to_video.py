@@ -113,7 +113,9 @@ def copy_tokenizer(folder: str | os.PathLike, output: str | os.PathLike, overwri
     Raises:
         UserError: one that is there already, without `overwrite`, or see `tokenizer.read_files`.
     """
-    source, target = existing(folder, "stable-diffusion-v1-5/stable-diffusion-v1-5") / TOKENIZER, tokenizer_of(output)
+    source, target = existing(folder, "stable-diffusion-v1-5/stable-diffusion-v1-5"), tokenizer_of(output)
+    # A Stable Diffusion has a folder for it, and a CLIP keeps it beside its weights.
+    source = source / TOKENIZER if (source / TOKENIZER).is_dir() else source
     tokenizer.read_files(source)
     check_tokenizer_output(output, overwrite)
     with paths.new_folder(target) as made:

@@ -13,8 +13,8 @@ from jaxtyping import Array, Float, Num
 
 from osv_jax.models.resize import apply_per_axis, bicubic_matrix
 
-_CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
-_CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
+CLIP_MEAN = np.array([0.48145466, 0.4578275, 0.40821073], np.float32)
+CLIP_STD = np.array([0.26862954, 0.26130258, 0.27577711], np.float32)
 
 # ln of SVD's noise augmentation strength in training: N(-3, 0.5^2).
 _NOISE_AUG_LOG_MEAN = -3.0
@@ -96,7 +96,7 @@ def clip_pixels(image: Float[Array, "b h w 3"], size: int = 224) -> Float[Array,
     """
     rows, columns = (_blurred_resize_matrix(length, size) for length in image.shape[1:3])
     # The reference normalises to [0, 1] only after the cubic's overshoot, and does not clip it.
-    return ((apply_per_axis(rows, columns, image) + 1) / 2 - _CLIP_MEAN) / _CLIP_STD
+    return ((apply_per_axis(rows, columns, image) + 1) / 2 - CLIP_MEAN) / CLIP_STD
 
 
 def _blurred_resize_matrix(length: int, size: int) -> Float[np.ndarray, "size length"]:

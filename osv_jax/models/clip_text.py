@@ -34,6 +34,13 @@ class CLIPTextConfig(CLIPLayersConfig):
     max_position_embeddings: int = 77
 
 
+@dataclasses.dataclass(frozen=True)
+class CLIPTextProjectionConfig(CLIPTextConfig):
+    """With the size of the embeddings that texts and images share."""
+
+    projection_dim: int = 768
+
+
 class CLIPText(nn.Module):
     """Tokens to the states that a UNet's cross-attention looks at.
 
@@ -60,14 +67,9 @@ class CLIPText(nn.Module):
 
 
 class CLIPTextProjection(nn.Module):
-    """Tokens to text embeddings, to be compared with `CLIPVision`'s image embeddings (CLIPScore).
+    """Tokens to text embeddings, to be compared with `CLIPVision`'s image embeddings (CLIPScore)."""
 
-    Attributes:
-        projection_dim: the embeddings' size.
-    """
-
-    config: CLIPTextConfig
-    projection_dim: int = 768
+    config: CLIPTextProjectionConfig
     dtype: Dtype = jnp.float32
     param_dtype: Dtype = jnp.float32
     attention: str = "auto"
@@ -79,7 +81,7 @@ class CLIPTextProjection(nn.Module):
         states = _TextModel(self.config, self.attention, name="text_model", **dtypes)(tokens)
         # The first of the highest tokens: what pads a prompt may be the end token, too.
         pooled = jnp.take_along_axis(states, tokens.argmax(axis=1)[:, None, None], axis=1)[:, 0]
-        return Dense(self.projection_dim, use_bias=False, name="text_projection", **dtypes)(pooled)
+        return Dense(self.config.projection_dim, use_bias=False, name="text_projection", **dtypes)(pooled)
 
 
 class _TextModel(nn.Module):

@@ -10,7 +10,7 @@ import transformers
 from conftest import relative_error
 from torch_reference import random_params, torch_state
 
-from osv_jax.models.clip_text import CLIPText, CLIPTextConfig, CLIPTextProjection
+from osv_jax.models.clip_text import CLIPText, CLIPTextConfig, CLIPTextProjection, CLIPTextProjectionConfig
 
 CONFIG = CLIPTextConfig(
     hidden_size=48,
@@ -35,7 +35,8 @@ def tokens_of(*lengths):
 # transformers looks for the highest token where the config has the end token of old files, 2, and else for the end.
 @pytest.mark.parametrize("end", [2, END])
 def test_states_and_projection_match_transformers(end):
-    projected, tokens = CLIPTextProjection(CONFIG, projection_dim=20), tokens_of(3, 10, 0)
+    wanted = CLIPTextProjectionConfig(**dataclasses.asdict(CONFIG), projection_dim=20)
+    projected, tokens = CLIPTextProjection(wanted), tokens_of(3, 10, 0)
     params = random_params(projected, tokens)
     config = transformers.CLIPTextConfig(**dataclasses.asdict(CONFIG), projection_dim=20, eos_token_id=end)
     model = transformers.CLIPTextModelWithProjection(config).eval()
