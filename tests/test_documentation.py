@@ -108,15 +108,20 @@ def test_keys_that_pages_name_exist():
     assert {name for name in named if tuple(name.split(".")[1:]) not in keys} == set()
 
 
+def overrides_of(section):
+    """Those in the tables of a section of docs/training.md, each as arguments."""
+    _, text = (ROOT / "docs/training.md").read_text().split(f"\n## {section}\n")
+    rows = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("|")]
+    return [shlex.split(f"--{found}") for row in rows for found in OVERRIDE.findall(row)]
+
+
 @pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections
 @pytest.mark.parametrize(
     ("section", "file", "count"),
     [("SF-V", "sf_v.py", 6), ("ADD", "stage2.py", 2)],
 )
 def test_ablations_are_overrides_that_a_run_takes(section, file, count):
-    _, text = (ROOT / "docs/training.md").read_text().split(f"\n## {section}\n")
-    rows = [line for line in text.split("\n## ")[0].splitlines() if line.startswith("|")]
-    overrides = [shlex.split(f"--{found}") for row in rows for found in OVERRIDE.findall(row)]
+    overrides = overrides_of(section)
     assert len(overrides) >= count
     plain = command_line.read_config([f"--config={ROOT / 'configs' / file}"]).to_dict()
     for override in overrides:
