@@ -138,6 +138,7 @@ def make_plan(options: TableOptions, chosen: Sequence[MethodOptions]) -> Plan:
             " that, or 0."
         )
     _check_apart(output, options.videos)
+    _check_images(options.weights)
     configs = {name: weights.load_config(options.weights, name) for name in COMPONENTS}
     shapes = expected_params("unet", configs["unet"])
     students = {(m.lora, m.ema): read_student(m.lora or None, m.ema, shapes) for m in chosen}
@@ -189,6 +190,16 @@ def _check_names(names: list[str], target: str) -> None:
         raise UserError(f"Two methods are called {twice[0]!r}: give each a name of its own.")
     if target not in ("", *names):
         raise UserError(f"config.target={target!r} is not one of the methods: {', '.join(names)}.")
+
+
+def _check_images(folder: str) -> None:
+    """The methods of a table begin with first frames, which weights for videos from text cannot."""
+    found = weights.locate(folder)
+    if (found / "unet_2d").is_dir() and not (found / "unet").is_dir():
+        raise UserError(
+            f"{folder} makes videos of prompts, and a table's are made of first frames: make them with osv_jax.sample"
+            " --prompts, and score them with `evaluate fvd` and `evaluate clipscore`."
+        )
 
 
 def _check_apart(output: Path, videos: str) -> None:

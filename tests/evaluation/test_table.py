@@ -379,3 +379,10 @@ def test_the_program_reads_a_configuration_and_what_changes_it(tmp_path, monkeyp
         evaluate.main(["table", "--config=configs/eval.py", "x"])
     with pytest.raises(UserError, match="variants '', 'miniature' and 'tiny', not 'huge'"):
         evaluate.main(["table", "--config=configs/eval.py:huge"])
+
+
+def test_weights_for_videos_from_text_are_refused_in_one_sentence(folder, tmp_path):
+    (tmp_path / "weights" / "unet_2d").mkdir(parents=True)
+    with pytest.raises(UserError, match=r"makes videos of prompts.*`evaluate clipscore`") as caught:
+        plan_of(config_of(folder, tmp_path / "out", weights=str(tmp_path / "weights")))
+    assert "\n" not in str(caught.value)
