@@ -33,6 +33,9 @@ DTYPES = {"bfloat16": ml_dtypes.bfloat16, "float32": np.float32, "float16": np.f
 # To round these to bfloat16 would change every latent and every embedding.
 _KEPT = frozenset({"vae", "image_encoder", "image_vae", "text_encoder"})
 
+# Of the tensors that do not fit, so many are named in a message.
+_NAMED = 3
+
 # Tensors that released checkpoints carry and no forward pass uses.
 IGNORED = frozenset(
     {
@@ -186,7 +189,7 @@ def make_plan(component: str, config: Config, reader: Reader, translate: Transla
     """Matches the tensors of `reader` with the parameters that `component` has under `config`.
 
     Raises:
-        UserError: missing, left-over or misshapen tensors, with the first ten names and their number.
+        UserError: missing, left-over or misshapen tensors, with the first names and their number.
     """
     available: dict[str, tuple[str, int, int]] = {}
     left_over, ignored = set(), []
@@ -213,7 +216,7 @@ def make_plan(component: str, config: Config, reader: Reader, translate: Transla
         else:
             left_over.add(name)
     complaints = [
-        f"{len(names)} {kind} tensors ({', '.join(names[:10])}{', ...' if len(names) > 10 else ''})"
+        f"{len(names)} {kind} tensors ({', '.join(names[:_NAMED])}{', ...' if len(names) > _NAMED else ''})"
         for kind, names in (("missing", missing), ("left-over", sorted(left_over)), ("misshapen", misshapen))
         if names
     ]
