@@ -24,6 +24,7 @@ def get_config(variant: str = "") -> ConfigDict:
 
     if variant == "tiny":
         stage1["make_tiny"](config)
+        config.lora.targets = "all"
         config.optimizer.learning_rate = 1e-2
         # Low: features of random networks say little about clips.
         config.adversarial_weight = 0.1
