@@ -69,7 +69,7 @@ def tuned(home, networks):
 def lora_run(home, networks):
     """A run that trained a LoRA of every kind of module, alpha twice its rank."""
     rng, params = np.random.default_rng(3), networks[1]
-    lora = init_lora(jax.random.key(0), params, 4, target_modules(params, "all"))
+    lora = jax.eval_shape(lambda key: init_lora(key, params, 4, target_modules(params, "all")), jax.random.key(0))
     lora = jax.tree.map(lambda x: jnp.asarray(0.1 * rng.standard_normal(x.shape, np.float32)), lora)
     return save_run(home / "runs" / "lora", home, Student(lora=lora, tuned={}))
 
@@ -92,6 +92,7 @@ def test_a_student_is_opened_by_diffusers(home, networks, tuned, inputs, tmp_pat
     assert relative_error(made, networks[0]({"params": networks[1]}, *inputs)) > 0.01
 
 
+@pytest.mark.integration  # Programs of conversion, as the next but one.
 def test_merged_weights_are_the_student_with_everything_beside_it(home, tuned, tmp_path):
     assert main(["merge", str(tuned[0]), str(tmp_path / "out"), "--dtype=float32"]) == 0
     merged = flatten_dict(video_unet(*(load_params(tmp_path / "out", part) for part in PARTS)))
@@ -116,6 +117,7 @@ def test_a_lora_is_peft_of_diffusers_modules(home, networks, lora_run, inputs, t
     assert relative_error(networks[0]({"params": networks[1]}, *inputs), expected) > 0.01
 
 
+@pytest.mark.integration
 def test_an_exported_lora_is_read_again(networks, lora_run, tmp_path):
     shapes = flatten_dict(networks[1])
     for kind in ("peft", "diffusers", "kohya"):
