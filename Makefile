@@ -5,7 +5,7 @@ VENV := .venv
 PIP := $(VENV)/bin/pip install --quiet --disable-pip-version-check --no-compile --constraint constraints.txt
 COMPILE := $(VENV)/bin/python -m compileall -q -j 0 $(VENV)/lib >/dev/null || true
 
-.PHONY: demo test test-integration test-slow test-portable docs lint clean
+.PHONY: demo web test test-integration test-slow test-portable docs lint clean
 
 # XLA's other way to multiply matrices on a CPU takes 1.6 times as long for networks of this kind. The others are for
 # compiling, which is a third of the demo: less optimisation, and no pass that splits every sum of a parameter in two.
@@ -20,12 +20,16 @@ demo: $(VENV)/.demo
 	@echo "runs/demo/stage2 was trained just now, from the stored LoRA of stage 1 (miniature/stage1);"
 	@echo "miniature/stage2 is stored, too: a longer run of stage 2, see docs/miniature.md."
 
+# The page that makes videos, with the miniature and its stored student: http://127.0.0.1:7860.
+web: $(VENV)/.web
+	$(VENV)/bin/python -m osv_jax.serve --weights=miniature --lora=miniature/stage2
+
 # A process waits for the disk and for its children now and then: three keep two cores busy. A file stays in one, for its
 # fixtures, and the shortest files come last, so that all end together.
 PYTEST := $(VENV)/bin/pytest --numprocesses=3 --dist=loadfile --no-loadscope-reorder
 test: $(VENV)/.test
 	$(PYTEST) tests/objectives tests/test_*.py tests/models tests/convert tests/diffusion tests/data tests/training \
-	    tests/evaluation tests/runtime
+	    tests/evaluation tests/runtime tests/web
 
 # Whole programs that are killed, continued, run by two processes or on several devices, and what others make of theirs.
 test-integration: $(VENV)/.test
@@ -64,6 +68,11 @@ $(VENV)/.docs: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.demo: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[demo]'
+	$(COMPILE)
+	touch $@
+
+$(VENV)/.web: $(VENV)/bin/python pyproject.toml constraints.txt
+	$(PIP) --editable '.[web]'
 	$(COMPILE)
 	touch $@
 

@@ -37,7 +37,7 @@ _UPRIGHT: Mapping[object, Image.Transpose] = {
 }
 
 
-def read_image(image: ImageLike) -> UInt8[np.ndarray, "h w 3"]:
+def read_image(image: ImageLike, max_pixels: int | None = None) -> UInt8[np.ndarray, "h w 3"]:
     """RGB values of an image as a viewer shows it, of several frames or pages the first.
 
     Cameras' rotation marks are heeded, what is transparent lies on white, and more than 8 bits are rounded to 8.
@@ -46,12 +46,13 @@ def read_image(image: ImageLike) -> UInt8[np.ndarray, "h w 3"]:
     Args:
         image: a file; a PIL image; or values [height, width] or [height, width, channels] with 1 (grey), 2 (grey,
             alpha), 3 (RGB) or 4 (RGB, alpha) channels: uint8, uint16, bool, or floats in [0, 1].
+        max_pixels: of a file; a larger one is refused before it is decoded. Pillow has a limit of its own.
 
     Raises:
         UserError: a file that is missing, damaged, too large or of another kind; values of another shape or range.
     """
     if isinstance(image, str | os.PathLike):
-        return _read_file(as_path(image))
+        return _read_file(as_path(image), max_pixels)
     with _reading("The image"):
         return _pixels(image, "The image") if isinstance(image, Image.Image) else _from_values(np.asarray(image))
 
@@ -67,13 +68,15 @@ def _from_values(values: np.ndarray) -> UInt8[np.ndarray, "h w 3"]:
     return _pixels(Image.fromarray(np.ascontiguousarray(_to_uint8(values, name))), name)
 
 
-def _read_file(path: Path) -> UInt8[np.ndarray, "h w 3"]:
+def _read_file(path: Path, max_pixels: int | None) -> UInt8[np.ndarray, "h w 3"]:
     with _reading(path):
         if not path.is_file():
             raise UserError(f"{path} {'is no file' if path.exists() else 'does not exist'}: give an image file.")
         with path.open("rb") as file:
             formats = _FORMATS + _check_codec(path, file.read(64))
             with Image.open(file, formats=formats) as opened:
+                if max_pixels is not None and opened.width * opened.height > max_pixels:
+                    raise UserError(f"{path} has more than {max_pixels:,} pixels: scale it down first.")
                 return _pixels(opened, path)
 
 

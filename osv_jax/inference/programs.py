@@ -36,6 +36,7 @@ class Pipeline(abc.ABC):
         seconds: by part, of `parts`; what is started from now on adds its time there when it is done. May be replaced.
         clock: what measures them.
         on_part: called with the name of each part as it begins; for the UNet, with the number of the evaluation, too.
+        before_part: called by who makes a video before each part is started; what it raises ends the video.
     """
 
     def __init__(self, parts: Sequence[str], params: Mapping[str, Any], context: int, data: int):
@@ -45,6 +46,7 @@ class Pipeline(abc.ABC):
         self.seconds = dict.fromkeys(parts, 0.0)
         self.clock = Clock()
         self.on_part: Callable[[str], None] = lambda part: None
+        self.before_part: Callable[[], None] = lambda: None
 
     @property
     @abc.abstractmethod
@@ -70,6 +72,7 @@ class Pipeline(abc.ABC):
 
     def _run(self, part: str, component: str, function: Callable, *inputs: Any, progress: str = "") -> Any:
         """Starts `function(params, *inputs)`, compiled for these shapes, whose time is added up when it is done."""
+        self.before_part()
         params, inputs = self.params[component], jax.device_put(inputs, batch_shardings(self.devices, inputs))
         shapes = tuple(leaf.shape for leaf in jax.tree.leaves(inputs))
         program = (part, self.identity, self.devices, jax.tree.structure(inputs), shapes)

@@ -25,8 +25,8 @@ def open_chromium(profile):
     for flag in (
         *("--headless=new", "--no-sandbox", "--disable-gpu", "--disable-quic", "--disable-dev-shm-usage"),
         *("--no-first-run", "--disable-background-networking", "--disable-component-update", "--disable-sync"),
-        # Nor does it find anybody to talk to.
-        *("--host-resolver-rules=MAP * ~NOTFOUND", f"--user-data-dir={profile}"),
+        # Nor does it find anybody to talk to, but a server of the tests.
+        *("--host-resolver-rules=MAP * ~NOTFOUND, EXCLUDE 127.0.0.1", f"--user-data-dir={profile}"),
     ):
         options.add_argument(flag)
     return webdriver.Chrome(options=options, service=Service(executable_path=driver))

@@ -1,0 +1,95 @@
+"""One computation at a time, in order, and none that nobody wants."""
+
+import threading
+import time
+
+import pytest
+
+from osv_jax.errors import UserError
+from osv_jax.web.jobs import Cancelled, Job, Jobs
+
+SECONDS = 10
+
+
+@pytest.fixture
+def jobs():
+    made = Jobs(most=2)
+    yield made
+    made.close(SECONDS)
+    assert not made._thread.is_alive()
+
+
+class Held:
+    """A job that runs until it is let go of, or cancelled."""
+
+    def __init__(self, owner="", **options):
+        self.go_on, self.begun = threading.Event(), threading.Event()
+        self.job = Job(self._compute, owner, **options)
+
+    def _compute(self, job):
+        self.begun.set()
+        while not self.go_on.wait(0.005):
+            job.check()
+        return self.job.owner
+
+
+def test_jobs_run_one_after_the_other_in_order(jobs):
+    held, order = Held("a"), []
+    later = [Job(lambda job: order.append(job.owner), owner) for owner in ("b", "c")]
+    for job in (held.job, *later):
+        jobs.submit(job)
+        assert held.begun.wait(SECONDS)
+    assert [jobs.before(job) for job in (held.job, *later)] == [0, 1, 2] and jobs.current is held.job
+    assert order == []
+    held.go_on.set()
+    assert later[1].over.wait(SECONDS)
+    assert order == ["b", "c"] and held.job.result == "a" and held.job.error is None
+
+
+def test_a_full_queue_says_so(jobs):
+    held = Held("a")
+    jobs.submit(held.job)
+    assert held.begun.wait(SECONDS)
+    for owner in ("b", "c"):
+        jobs.submit(Job(lambda job: None, owner))
+    with pytest.raises(UserError, match="The queue is full: 2 are waiting already; try again in a while"):
+        jobs.submit(Job(lambda job: None, "d"))
+    with pytest.raises(UserError, match="Your last video is still being made"):
+        jobs.submit(Job(lambda job: None, "b"))
+    jobs.cancel("b")
+    jobs.submit(Job(lambda job: None, "b"))
+
+
+def test_what_is_cancelled_ends_at_its_next_check_or_never_begins(jobs):
+    held, waiting = Held("a"), Held("b")
+    jobs.submit(held.job)
+    jobs.submit(waiting.job)
+    assert held.begun.wait(SECONDS)
+    assert jobs.cancel("b") and waiting.job.over.is_set() and not waiting.begun.is_set()
+    assert jobs.cancel("a") and held.job.over.wait(SECONDS)
+    assert isinstance(held.job.error, Cancelled) and isinstance(waiting.job.error, Cancelled)
+    assert not jobs.cancel("nobody")
+
+
+def test_what_nobody_looks_at_is_cancelled(jobs):
+    held, waiting = Held(patience=0.2), Held(patience=0.2)
+    jobs.submit(held.job)
+    jobs.submit(waiting.job)
+    end = time.monotonic() + 0.5
+    while time.monotonic() < end:
+        held.job.watch()
+        time.sleep(0.01)
+    assert not held.job.over.is_set()
+    assert held.job.over.wait(SECONDS) and isinstance(held.job.error, Cancelled)
+    assert waiting.job.over.wait(SECONDS) and not waiting.begun.is_set()
+
+
+def test_a_mistake_does_not_stop_the_next(jobs):
+    def fail(job):
+        raise UserError("wrong")
+
+    failing, good = Job(fail), Job(lambda job: 3)
+    jobs.submit(failing)
+    jobs.submit(good)
+    assert good.over.wait(SECONDS) and good.result == 3
+    assert str(failing.error) == "wrong"
