@@ -52,7 +52,7 @@ def beginning(unet):
         networks, frozen = one_level_networks_and_frozen()
         # Few parameters: what is new with this UNet is how its convolutions and attention are split.
         state = trained_state(networks, frozen, "attention", ("lora",))
-    return networks, frozen, tiny.tiny_batch(8, height=8), state
+    return networks, frozen, tiny.tiny_batch(8, height=12, width=12), state
 
 
 @functools.cache

@@ -84,7 +84,7 @@ def state(networks, frozen):
 
 @pytest.fixture(scope="module")
 def batch():
-    return tiny.tiny_batch(8, height=8)
+    return tiny.tiny_batch(8, height=12, width=12)
 
 
 class CountingNetworks(Networks):

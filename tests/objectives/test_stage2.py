@@ -61,7 +61,7 @@ def descend(tree, gradient, rate):
 @pytest.fixture(scope="module")
 def real():
     networks, frozen = one_level_networks_and_frozen()
-    return networks, frozen, tiny.tiny_batch(), trained_state(networks, frozen)
+    return networks, frozen, tiny.tiny_batch(height=12, width=12), trained_state(networks, frozen)
 
 
 @pytest.fixture(scope="module")
@@ -155,7 +155,7 @@ def test_no_gradient_reaches_teacher_target_and_dinov2(real):
 @pytest.fixture(scope="module")
 def toy():
     networks, frozen = toy_networks_and_frozen()
-    return networks, frozen, tiny.tiny_batch(), trained_state(networks, frozen)
+    return networks, frozen, tiny.tiny_batch(height=12, width=12), trained_state(networks, frozen)
 
 
 def test_through_the_decoder_too_no_gradient_reaches_what_is_frozen(toy):
