@@ -40,6 +40,7 @@ def test_what_differs_is_not_timed(benchmark):
         benchmark["measure"]("dinov2", wrong, 1, 1.0, 1e-3)
 
 
+@pytest.mark.integration
 def test_an_image_becomes_the_same_frames_and_a_file(benchmark, tmp_path):
     """As latents, too: their decoder is compared with diffusers' elsewhere."""
     output = tmp_path / "beside.json"

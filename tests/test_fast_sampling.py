@@ -93,6 +93,7 @@ def test_parts_are_timed_while_nobody_waits_for_them(monkeypatch):
     assert begun == ["a", "b"] and seconds == {"a": 5.0, "b": 2.0}
 
 
+@pytest.mark.integration
 def test_the_tiny_decoder_decodes(weights, images, tmp_path):
     """Instead of the VAE, in any parts, also in the program."""
     pixels = np.asarray(Image.open(images / "one.png"))

@@ -40,6 +40,7 @@ def model(weights):
     return TextToVideo.load(weights)
 
 
+@pytest.mark.integration
 def test_ddim_is_the_pipeline_of_diffusers(checkpoint, model):
     """Two prompts, one of them too long and with a negative prompt, 16 frames of an odd size, with guidance."""
     prompts, negative = ["the cat on the car", "and then the cat " * 30], ["", "it's 25 cars"]

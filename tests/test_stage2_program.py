@@ -16,6 +16,7 @@ from workdirs import assert_same, metrics_of, state_of
 
 from osv_jax import train
 from osv_jax.errors import UserError
+from osv_jax.models import groups
 from osv_jax.training import loop, origins, setup
 
 STEPS, SWITCH = 4, 2
@@ -174,7 +175,7 @@ def test_a_run_says_where_it_starts_and_what_it_trains(stage1, tmp_path, capsys,
     output = capsys.readouterr().out
     assert f"Starting from step 2 of {stage1}." in output
     rows = {line.split()[0]: line.split() for line in output.splitlines() if line.split()[2::2] == ["M", "M"]}
-    assert list(rows) == ["lora", *setup.groups.GROUPS]
+    assert list(rows) == ["lora", *groups.GROUPS]
     trained = {name for name, row in rows.items() if float(row[3]) > 0}
     assert trained == {"lora", "temporal_transformer"}
     assert "16 x 24 to step 2, 24 x 16 to step 4" in output

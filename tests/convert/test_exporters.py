@@ -70,7 +70,7 @@ def python_lines(page):
 
 
 @pytest.mark.parametrize("kind", ["peft", "diffusers", "unet"])
-@pytest.mark.parametrize("part", ["params", "ema"])
+@pytest.mark.parametrize("part", ["params", pytest.param("ema", marks=pytest.mark.integration)])
 def test_the_lines_on_the_card_load_the_student(home, base, state, kind, part, capsys, monkeypatch):
     assert export("runs/stage2", kind, kind, "--overwrite", *["--ema"] * (part == "ema")) == 0
     assert "the EMA of step" in capsys.readouterr().out or part == "params"
