@@ -287,6 +287,7 @@ def test_the_default_is_one_step_of_time_travel(model, picture):
     np.testing.assert_array_equal(frames, model(picture / 255, height=HEIGHT, width=WIDTH, num_frames=FRAMES))
 
 
+@pytest.mark.integration  # Compiles every program anew, for two models.
 def test_one_program_serves_any_number_of_steps_and_every_student_alike(weights, workdir, picture, monkeypatch):
     monkeypatch.setattr(programs, "_PROGRAMS", {})
     run, _ = workdir

@@ -97,6 +97,7 @@ def test_table_counts_parameters_and_what_is_trained(full_size):
     assert sum(float(row[0]) for row in rows.values()) == pytest.approx(1524.623 + 12.346, abs=0.004)
 
 
+@pytest.mark.integration  # The gradient of every parameter of a UNet.
 def test_select_leaves_out_exactly_what_has_no_gradient(rng):
     shapes = unflatten_dict(expected_params("unet", SMALL))
     params = random_params({"unet": shapes}, 0, np.float32)["unet"]

@@ -295,6 +295,7 @@ def torch_heads(params, spectral, features, image_embedding, c_noise):
     return total
 
 
+@pytest.mark.integration  # The real encoder, twice differentiated here and in PyTorch.
 def test_r1_is_pytorch_s_double_backward_through_the_real_encoder(rng):
     """Its value, and its gradient with respect to a head's kernels."""
     reference = torch_unet(tiny.CONFIGS["unet"])

@@ -247,6 +247,7 @@ def toy_step(toy):
     return run
 
 
+@pytest.mark.integration  # A program of its own, with a VAE in it.
 def test_decoded_clips_are_judged_instead_of_latents(toy, toy_step):
     networks, frozen, batch, state = toy
     latents, decoded = toy_step(), toy_step(discriminator_input="decoded")
