@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 from collections.abc import Mapping
 from typing import Any
 
@@ -96,8 +95,3 @@ class Discriminator(nn.Module):  # type: ignore[misc]  # Mypy sees nothing of Py
             tracks = x.unflatten(0, (batch, frames)).permute(0, 3, 4, 2, 1).flatten(0, 2)
             logits += [temporal(tracks, update).reshape(batch, -1)]
         return torch.cat(logits, dim=1)
-
-
-def levels(grid: np.ndarray, index: np.ndarray, steps: int) -> list[tuple[np.ndarray, np.ndarray]]:
-    """Pairs of noise levels [b] of the teacher's steps, from t_{n + m} down to t_n, where n is `index`."""
-    return list(itertools.pairwise(grid[np.asarray(index) + step] for step in range(steps, -1, -1)))

@@ -7,6 +7,7 @@ a teacher as a third, autocast, and a backward pass through the student for its 
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -16,7 +17,7 @@ import numpy as np
 import optax
 import torch
 from flax.traverse_util import flatten_dict
-from pytorch_discriminator import Discriminator, levels
+from pytorch_discriminator import Discriminator
 from pytorch_pairs import RANK, Bench, Pair, numpy, weights
 
 from osv_jax.convert import naming
@@ -149,10 +150,11 @@ class TorchStep:
         self.cond = [on_device(leaf) for leaf in (batch.cond.image_embedding, batch.cond.image_latents)]
         self.cond[1] = self.cond[1].movedim(-1, 1)
         self.ids = on_device(batch.cond.added_time_ids)
-        self.solver = [
-            tuple(map(on_device, pair)) for pair in levels(grid, draws["index"], getattr(options, "solver_steps", 0))
-        ]
-        self.sigma = self.solver[0][0] if self.solver else on_device(grid[draws["index"]])
+        steps = getattr(options, "solver_steps", 0)
+        # From t_{n + m} down to t_n.
+        levels = [on_device(grid[draws["index"] + step]) for step in range(steps, -1, -1)]
+        self.solver = list(itertools.pairwise(levels))
+        self.sigma = levels[0]
         self.compiled = torch.compile(self.student) if bench.compile_reference else self.student
 
     def base_parameter(self, path: tuple[str, ...]) -> torch.nn.Parameter:

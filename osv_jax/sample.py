@@ -31,7 +31,7 @@ from osv_jax.errors import UserError
 from osv_jax.inference import pipeline, prompts, text_to_video
 from osv_jax.inference.options import CompleteOptions, Options
 from osv_jax.inference.pipeline import ImageToVideo
-from osv_jax.inference.programs import DECODE_DTYPES, DTYPES, Pipeline
+from osv_jax.inference.programs import DECODE_DTYPES, DTYPES, Pipeline, video_key
 from osv_jax.inference.text_options import TEXT_SAMPLERS, TextOptions
 from osv_jax.inference.text_to_video import TextToVideo
 from osv_jax.runtime import arguments, command_line, ending, paths
@@ -116,7 +116,7 @@ def _sample_prompts(args: argparse.Namespace, given: list[str]) -> None:
     _introduce(args, model.notice, options)
 
     def start(i: int) -> list[Array]:
-        noise = model.noise(jax.random.fold_in(jax.random.key(args.seed), i)[None], options)
+        noise = model.noise(video_key(args.seed, i)[None], options)
         latents = model.sample(model.embed([given[i]], [negative]), noise, options)
         return model.start_decoding(latents, options.decode_chunk_size)
 
@@ -170,7 +170,7 @@ def make_videos(model: ImageToVideo, images: list[Path], seed: int, options: Com
     """Videos of images, in their order; see `_make_in_turn`."""
 
     def start(i: int) -> list[Array]:
-        noise = model.noise(jax.random.fold_in(jax.random.key(seed), i)[None], options)
+        noise = model.noise(video_key(seed, i)[None], options)
         latents = model.sample(read_image(images[i])[None], noise, options)
         return model.start_decoding(latents, options.decode_chunk_size)
 

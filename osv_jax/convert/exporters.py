@@ -7,7 +7,7 @@ import dataclasses
 import json
 import os
 import pathlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -217,9 +217,16 @@ def unet_json(config: UNetConfig) -> dict[str, Any]:
         # Only the pipeline's default picture size depends on it; this is SVD's.
         "sample_size": 96,
         **fields,
-        "down_block_types": [("CrossAttn" if has else "") + "DownBlockSpatioTemporal" for has in has_attention],
-        "up_block_types": [("CrossAttn" if has else "") + "UpBlockSpatioTemporal" for has in reversed(has_attention)],
+        **_block_types(has_attention, "SpatioTemporal"),
         "projection_class_embeddings_input_dim": ids * config.addition_time_embed_dim,
+    }
+
+
+def _block_types(has_attention: Sequence[bool], kind: str) -> dict[str, list[str]]:
+    attention = ["CrossAttn" if has else "" for has in has_attention]
+    return {
+        "down_block_types": [f"{name}DownBlock{kind}" for name in attention],
+        "up_block_types": [f"{name}UpBlock{kind}" for name in reversed(attention)],
     }
 
 
@@ -234,8 +241,7 @@ def text_unet_json(config: TextUNetConfig) -> dict[str, Any]:
         "sample_size": 64,
         **fields,
         "attention_head_dim": heads,
-        "down_block_types": [("CrossAttn" if has else "") + "DownBlock2D" for has in has_attention],
-        "up_block_types": [("CrossAttn" if has else "") + "UpBlock2D" for has in reversed(has_attention)],
+        **_block_types(has_attention, "2D"),
     }
 
 

@@ -37,8 +37,10 @@ from osv_jax.inference.programs import (
     Pipeline,
     check_choices,
     check_devices,
+    chunks_of,
     default_dtype,
     normal,
+    video_key,
 )
 from osv_jax.inference.trained import Trained, read_student
 from osv_jax.models.clip_vision import CLIPVision
@@ -47,7 +49,6 @@ from osv_jax.models.svd_unet import SVDUNet
 from osv_jax.models.svd_vae import SVDVAE
 from osv_jax.models.tiny_decoder import TinyDecoder
 from osv_jax.runtime.media import to_float
-from osv_jax.runtime.ranges import SEED
 
 COMPONENTS = ("unet", "vae", "image_encoder")
 PARTS = ("compile", "CLIP", "VAE encode", "UNet", "decode")
@@ -180,10 +181,8 @@ class ImageToVideo(Pipeline):
         Raises:
             UserError: an image that cannot be read, impossible options, or frames that are not finite.
         """
-        SEED.check("seed", seed)
-        SEED.check("number", number)
+        key = video_key(seed, number)
         video = self.complete(Options(**options))
-        key = jax.random.fold_in(jax.random.key(seed), number)
         latents = self.sample(read_image(image)[None], self.noise(key[None], video), video)
         return self.frames(latents, video.decode_chunk_size)[0]
 
@@ -253,7 +252,7 @@ class ImageToVideo(Pipeline):
         self, latents: Float[Array | np.ndarray, "b f latent_h latent_w c"], chunk_size: int
     ) -> list[Float[Array, "b _f h w 3"]]:
         """Frames, about in [-1, 1], of scaled latents, `chunk_size` frames at a time (as diffusers does)."""
-        chunks = [latents[:, start : start + chunk_size] for start in range(0, latents.shape[1], chunk_size)]
+        chunks = chunks_of(latents, chunk_size)
         if self.codec.tiny_decoder is None:
             return [self._run("decode", "vae", self.codec.decode_video, chunk) for chunk in chunks]
         decoded, memory = [], self.codec.tiny_decoder.memory(jnp.asarray(chunks[0]))
@@ -267,12 +266,6 @@ class ImageToVideo(Pipeline):
     ) -> Float[np.ndarray, "b f h w 3"]:
         """What `start_decoding` starts, all of it."""
         return np.concatenate([np.asarray(chunk) for chunk in self.start_decoding(latents, chunk_size)], axis=1)
-
-    def frames(
-        self, latents: Float[Array | np.ndarray, "b f latent_h latent_w c"], chunk_size: int
-    ) -> UInt8[np.ndarray, "b f h w 3"]:
-        """Pixels of scaled latents; see `start_decoding` and `pixels`."""
-        return self.pixels(self.start_decoding(latents, chunk_size))
 
     @property
     def identity(self) -> Hashable:

@@ -19,6 +19,7 @@ from osv_jax.runtime.finite import blame_weights
 from osv_jax.runtime.media import to_uint8
 from osv_jax.runtime.mesh import BATCH_AXES, batch_shardings, make_mesh, replicated
 from osv_jax.runtime.precision import matmul_precision
+from osv_jax.runtime.ranges import SEED
 
 DTYPES = ("bfloat16", "float32")
 # Activations of a decoder fit into float16, which is more exact than bfloat16.
@@ -56,6 +57,18 @@ class Pipeline(abc.ABC):
     @abc.abstractmethod
     def dtype_of(self, component: str) -> Any:
         """What a network computes in."""
+
+    @abc.abstractmethod
+    def start_decoding(
+        self, latents: Float[Array | np.ndarray, "b f latent_h latent_w c"], chunk_size: int
+    ) -> list[Float[Array, "b _f h w 3"]]:
+        """Frames, about in [-1, 1], of scaled latents, `chunk_size` frames at a time."""
+
+    def frames(
+        self, latents: Float[Array | np.ndarray, "b f latent_h latent_w c"], chunk_size: int
+    ) -> UInt8[np.ndarray, "b f h w 3"]:
+        """Pixels of scaled latents; see `start_decoding` and `pixels`."""
+        return self.pixels(self.start_decoding(latents, chunk_size))
 
     def pixels(self, decoded: list[Float[Array, "b _f h w 3"]]) -> UInt8[np.ndarray, "b f h w 3"]:
         """Waits for what `start_decoding` has started.
@@ -107,6 +120,24 @@ def check_devices(context: int) -> None:
 def default_dtype() -> str:
     """What networks compute in where nothing is said."""
     return "float32" if jax.default_backend() == "cpu" else "bfloat16"
+
+
+def video_key(seed: int, number: int) -> Key[Array, ""]:
+    """What one of several videos draws its noise from.
+
+    Raises:
+        UserError: a seed or a number that is not in 0 to 2^32 - 1.
+    """
+    SEED.check("seed", seed)
+    SEED.check("number", number)
+    return jax.random.fold_in(jax.random.key(seed), number)
+
+
+def chunks_of(
+    latents: Float[Array | np.ndarray, "b f latent_h latent_w c"], size: int
+) -> list[Float[Array | np.ndarray, "b _f latent_h latent_w c"]]:
+    """The clips `size` frames at a time."""
+    return [latents[:, start : start + size] for start in range(0, latents.shape[1], size)]
 
 
 def normal(keys: Key[Array, " b"], shape: tuple[int, ...]) -> Float[Array, "b ..."]:

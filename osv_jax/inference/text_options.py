@@ -8,8 +8,8 @@ from typing import Any
 
 from osv_jax.diffusion.ddpm import NUM_TIMES
 from osv_jax.errors import UserError
-from osv_jax.inference.options import check_size
-from osv_jax.runtime.ranges import COUNT, FINITE, FPS, NUM_FRAMES, PIXELS, Range
+from osv_jax.inference.options import RANGES, check_size
+from osv_jax.runtime.ranges import FINITE
 
 TEXT_SAMPLERS = ("ddim", "few-step")
 GUIDANCE_SCALE = 7.5
@@ -19,15 +19,8 @@ _MOST_STEPS = {"ddim": NUM_TIMES // 2, "few-step": NUM_TIMES}
 # AnimateDiff's clips.
 _OWN = {"height": 512, "width": 512, "num_frames": 16, "fps": 8}
 
-_RANGES = {
-    "steps": Range(1, 1000, whole=True),
-    "height": PIXELS,
-    "width": PIXELS,
-    "num_frames": NUM_FRAMES,
-    "fps": FPS,
-    "guidance_scale": FINITE,
-    "decode_chunk_size": COUNT,
-}
+_SHARED = ("steps", "height", "width", "num_frames", "fps", "decode_chunk_size")
+_RANGES = {name: RANGES[name] for name in _SHARED} | {"guidance_scale": FINITE}
 
 
 @dataclasses.dataclass(frozen=True)

@@ -32,8 +32,10 @@ from osv_jax.inference.programs import (
     Pipeline,
     check_choices,
     check_devices,
+    chunks_of,
     default_dtype,
     normal,
+    video_key,
 )
 from osv_jax.inference.text_options import CompleteTextOptions, TextOptions, complete
 from osv_jax.inference.trained import Trained, read_student
@@ -41,7 +43,6 @@ from osv_jax.models.clip_text import CLIPText
 from osv_jax.models.layers import apply
 from osv_jax.models.svd_vae import ImageVAE
 from osv_jax.models.text_unet import TextUNet
-from osv_jax.runtime.ranges import SEED
 
 COMPONENTS = ("unet_2d", "motion_adapter", "image_vae", "text_encoder")
 PARTS = ("compile", "text", "UNet", "decode")
@@ -152,13 +153,11 @@ class TextToVideo(Pipeline):
         Raises:
             UserError: impossible options, or frames that are not finite.
         """
-        SEED.check("seed", seed)
-        SEED.check("number", number)
+        key = video_key(seed, number)
         video = self.complete(TextOptions(**options))
-        key = jax.random.fold_in(jax.random.key(seed), number)
         cond = self.embed([prompt], [negative_prompt])
         latents = self.sample(cond, self.noise(key[None], video), video)
-        return self.pixels(self.start_decoding(latents, video.decode_chunk_size))[0]
+        return self.frames(latents, video.decode_chunk_size)[0]
 
     def complete(self, options: TextOptions) -> CompleteTextOptions:
         """The options with the model's own values for what is not said.
@@ -222,8 +221,9 @@ class TextToVideo(Pipeline):
         self, latents: Float[Array | np.ndarray, "b f latent_h latent_w c"], chunk_size: int
     ) -> list[Float[Array, "b _f h w 3"]]:
         """Frames, about in [-1, 1], of scaled latents, `chunk_size` frames at a time; each is an image of its own."""
-        chunks = [latents[:, start : start + chunk_size] for start in range(0, latents.shape[1], chunk_size)]
-        return [self._run("decode", "image_vae", self.codec.decode_video, chunk) for chunk in chunks]
+        return [
+            self._run("decode", "image_vae", self.codec.decode_video, chunk) for chunk in chunks_of(latents, chunk_size)
+        ]
 
     @property
     def identity(self) -> Hashable:
