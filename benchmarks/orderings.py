@@ -13,18 +13,15 @@ paper claims, but shows that all works: --size=tiny, with networks that learn no
 from __future__ import annotations
 
 import dataclasses
-import hashlib
 import json
 import pathlib
 import shlex
-import subprocess
-import sys
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from papers_tables import Way, as_markdown, plan_rows, results
+from programs_in_steps import Step, do
 
-from osv_jax.errors import UserError
 from osv_jax.runtime import ending, paths
 from osv_jax.runtime.arguments import Parser
 
@@ -71,29 +68,6 @@ SIZES = {
     "full": Size((32, 48), (64, 96), 14, (2048, 1024), (2000, 2000), 1000, 250, 3, 40, {}),
     "tiny": Size((16, 24), (32, 48), 10, (2, 2), (1, 1), 3, 1, 2, 2, _SMALLEST_UNET),
 }
-
-
-@dataclasses.dataclass(frozen=True)
-class Step:
-    """A call of one of the package's programs.
-
-    Attributes:
-        name: unique.
-        program: prepare, train or merge.
-        arguments: its command line.
-        after: names of the steps whose results it needs.
-    """
-
-    name: str
-    program: str
-    arguments: tuple[str, ...]
-    after: tuple[str, ...] = ()
-
-    @property
-    def command(self) -> str:
-        """As one would give it."""
-        program = "convert_weights merge" if self.program == "merge" else self.program
-        return f"python -m osv_jax.{program} {shlex.join(self.arguments)}"
 
 
 def plan_steps(size: Size, output: pathlib.Path) -> list[Step]:
@@ -162,56 +136,6 @@ def _training(
 
 def _pixels(size: tuple[int, int]) -> str:
     return f"{size[0]}x{size[1]}"
-
-
-def do(step: Step, output: pathlib.Path, done: dict[str, str]) -> None:
-    """Does a step, or finds that it has been done.
-
-    Args:
-        done: fingerprints of the steps before, to which this one's is added.
-
-    Raises:
-        UserError: it was begun with other settings; and what the programs raise.
-    """
-    description = json.dumps([step.program, step.arguments, [done[name] for name in step.after]])
-    done[step.name] = hashlib.sha256(description.encode()).hexdigest()[:16]
-    file = output / "steps" / f"{step.name}.json"
-    stored = json.loads(file.read_text()) if file.exists() else {"fingerprint": done[step.name], "done": False}
-    if stored["fingerprint"] != done[step.name]:
-        raise UserError(f"{output} was begun with other settings ({step.name}): give another --output, or delete it.")
-    if stored["done"]:
-        print(f"{step.name} is done.")
-        return
-    paths.write_text(file, json.dumps(stored))
-    print(f"\n{step.command}", flush=True)
-    PROGRAMS[step.program](step.arguments)
-    paths.write_text(file, json.dumps(stored | {"done": True}))
-
-
-def _prepare(arguments: Sequence[str]) -> None:
-    from osv_jax import prepare
-
-    prepare.main(arguments)
-
-
-def _train(arguments: Sequence[str]) -> None:
-    import jax
-
-    from osv_jax import train
-    from osv_jax.runtime import command_line
-
-    (workdir,) = (argument for argument in arguments if argument.startswith("--workdir="))
-    config = command_line.read_config([argument for argument in arguments if argument != workdir])
-    train.train(config, paths.as_path(workdir.partition("=")[2]))
-    jax.clear_caches()  # A dozen programs are compiled, and none is needed again.
-
-
-def _merge(arguments: Sequence[str]) -> None:
-    # On its own, for it keeps JAX from using any accelerator.
-    subprocess.run([sys.executable, "-m", "osv_jax.convert_weights", "merge", *arguments], check=True)
-
-
-PROGRAMS = {"prepare": _prepare, "train": _train, "merge": _merge}
 
 
 def evaluate(size: Size, output: pathlib.Path, ways: Sequence[Way], fvd_weights: str) -> dict[str, Any]:

@@ -170,7 +170,7 @@ class TextToVideo(Pipeline):
             self._video,
             self.codec.vae.config.downscale,
             self._max_frames,
-            is_student=self._trained.step > 0,
+            is_student=self._trained.step > 0 and not self._trained.is_teacher,
             context=self.devices.shape["context"],
         )
 

@@ -56,6 +56,12 @@ class Trained:
         size = dict(zip(("height", "width"), sizes[-1], strict=True)) if sizes else {}
         return size | {name: data[name] for name in ("num_frames", "fps") if data.get(name)}
 
+    @property
+    def is_teacher(self) -> bool:
+        """Whether a run trained another teacher, which takes as many steps as the one it started from."""
+        name = self.config.get("objective")
+        return is_known(name) and "teacher" in find(str(name)).product
+
     def check_fits(self, shapes: Mapping[Path, Any], source: Any) -> None:
         """Checks the student against the UNet it is to be merged into.
 

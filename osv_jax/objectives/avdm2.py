@@ -13,19 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
-from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Int
-from ml_collections import ConfigDict
 
-from osv_jax.convert.text_to_video import video_unet
 from osv_jax.diffusion.ddpm import (
     NUM_TIMES,
     DDPMBackbone,
     TextConditioning,
     add_noise,
     animatediff_schedule,
-    ddim,
-    ddim_times,
     few_step,
     few_step_input,
     few_step_times,
@@ -38,44 +33,40 @@ from osv_jax.models.layers import apply
 from osv_jax.models.multiscale_head import MultiscaleHead
 from osv_jax.objectives import losses
 from osv_jax.objectives.avdm2_options import AVDM2Options, adamw, clipped
-from osv_jax.objectives.batches import TextBatch, text_batch_of_records
+from osv_jax.objectives.batches import TextBatch
 from osv_jax.objectives.networks import Params
-from osv_jax.objectives.objective import Draws, Metrics, Objective, register
+from osv_jax.objectives.objective import Draws, Metrics, register
 from osv_jax.objectives.players import Player, Student, TrainState, norms, start
-from osv_jax.objectives.text_networks import COMPONENTS, TextNetworks, build_text_networks
+from osv_jax.objectives.text_objective import (
+    TextObjective,
+    clip_keys,
+    draw_frames,
+    student_parts,
+    take_frames,
+    to_float32,
+)
 
-# What the teacher is sampled with.
-_TEACHER_GUIDANCE = 7.5
 # Metrics of the student's losses.
 _OF_STUDENT = ("loss_student", "loss_sdm", "loss_adversarial")
 
 
 @register
-class AVDM2(Objective):
+class AVDM2(TextObjective):
     """A few-step student of a text-to-video teacher, by a video GAN and by matching scores."""
 
     name = "avdm2"
     Options = AVDM2Options
-    components = COMPONENTS
-    vae = "image_vae"
-    starts_from_image = False
     curves = ("loss_sdm", "loss_adversarial", "loss_disc", "loss_fake_score")
     product = "text-to-video student"
     # In the steps in which the student does not learn.
     may_be_missing = (*_OF_STUDENT, "grad_norm/student")
-    networks: TextNetworks
 
     @classmethod
     def check(cls, options: AVDM2Options, num_frames: int) -> None:
-        if not num_frames:
-            raise UserError("config.data.num_frames=0: AnimateDiff has no number of its own; set it, for example 16.")
+        super().check(options, num_frames)
         count = options.sdm_frames
         if options.sdm == "frames" and count > num_frames:
             raise UserError(f"config.sdm_frames={count} must be at most {num_frames}, the frames of a clip.")
-
-    @classmethod
-    def make_networks(cls, architectures: Mapping[str, Any], **options: Any) -> TextNetworks:
-        return build_text_networks(architectures, **options)
 
     def make_optimizers(self) -> dict[str, optax.GradientTransformation]:
         chosen = self.options.optimizer
@@ -101,14 +92,6 @@ class AVDM2(Objective):
         given = {"student": student, "disc": head, "fake_score": to_float32(self.real_score(frozen))}
         return {name: start(params, self.optimizers[name]) for name, params in given.items()}
 
-    def batch(self, frozen: Params, clips: Mapping[str, Array], key: jax.Array, data: ConfigDict) -> TextBatch:
-        """Records with their texts; a video has none, and is given the empty prompt."""
-        if "video" not in clips:
-            return text_batch_of_records(clips)
-        empty = self.networks.embed_empty(frozen["text_encoder"], len(clips["video"]))
-        latents = self.networks.codec.encode_video(frozen["image_vae"], clips["video"])
-        return TextBatch(latents, TextConditioning(empty, empty))
-
     def step(self, state: TrainState, frozen: Params, batch: TextBatch, key: jax.Array) -> tuple[TrainState, Metrics]:
         return step(self, state, frozen, batch, key)
 
@@ -122,18 +105,9 @@ class AVDM2(Objective):
         """The student's, descending."""
         return few_step_times(self.options.steps)
 
-    def teacher(self, frozen: Params) -> Params:
-        """The video teacher's parameters."""
-        return video_unet(frozen["unet_2d"], frozen["motion_adapter"])
-
     def real_score(self, frozen: Params) -> Params:
         """Those of the network whose scores are matched."""
         return frozen["unet_2d"] if self.options.sdm == "frames" else self.teacher(frozen)
-
-    def backbone(self, frozen: Params, student: Student | None, cond: TextConditioning) -> DDPMBackbone:
-        teacher = self.teacher(frozen)
-        variables = {"params": teacher} if student is None else student.variables(teacher)
-        return DDPMBackbone(self.networks.unet_with(variables), cond, animatediff_schedule())
 
     def score(self, params: Params, cond: TextConditioning) -> DDPMBackbone:
         """The denoiser of a score, real or fake, with the schedule that it was trained with."""
@@ -142,26 +116,12 @@ class AVDM2(Objective):
         network = functools.partial(apply, self.networks.unet_2d, {"params": params})
         return DDPMBackbone(network, cond, stable_diffusion_schedule())
 
-    def parameter_table(self, frozen: Params, student: Student) -> str:
-        sizes = dict.fromkeys(("unet", "motion"), 0)
-        for path, part in flatten_dict(student_parts(student).tuned).items():
-            sizes[part] += flatten_dict(student.tuned)[path].size
-        return "\n".join(f"  {part:<9} {size / 1e6:.3f} M of the student" for part, size in sizes.items())
-
     @property
     def preview_label(self) -> str:
         return f"sample, {self.options.steps} steps"
 
     def preview(self, denoiser: Denoiser, noise: Float[Array, "b f h w c"]) -> Float[Array, "b f h w c"]:
         return few_step(denoiser, noise, self.times, animatediff_schedule(), clip_keys(jax.random.key(0), len(noise)))
-
-    def teacher_denoiser(self, backbone: DDPMBackbone, num_frames: int) -> Denoiser:
-        return guided_denoiser(backbone, jnp.full(num_frames, _TEACHER_GUIDANCE))
-
-    def teacher_sample(
-        self, denoiser: Denoiser, noise: Float[Array, "b f h w c"], steps: int
-    ) -> Float[Array, "b f h w c"]:
-        return ddim(denoiser, noise, ddim_times(steps), animatediff_schedule())
 
 
 def step(
@@ -218,22 +178,6 @@ def draw(key: jax.Array, batch: TextBatch, options: AVDM2Options) -> Draws:
 def draw_times(key: jax.Array, clips: int, low: float, high: float) -> Int[Array, " b"]:
     """Times, uniform in [low T, high T], both ends included; T itself is no time of a network, so T - 1 is the last."""
     return jax.random.randint(key, (clips,), round(low * NUM_TIMES), min(round(high * NUM_TIMES), NUM_TIMES - 1) + 1)
-
-
-def draw_frames(key: jax.Array, clips: int, frames: int, count: int) -> Int[Array, "b k"]:
-    """The numbers of `count` different frames of each clip, in their order; any set of them is as probable."""
-    order = jax.vmap(lambda own: jax.random.permutation(own, frames))(clip_keys(key, clips))
-    return jnp.sort(order[:, :count], axis=1)
-
-
-def clip_keys(key: jax.Array, clips: int) -> Any:
-    """A key for each clip."""
-    return jax.random.split(key, clips)
-
-
-def take_frames(clips: Float[Array, "b f h w c"], numbers: Int[Array, "b k"]) -> Float[Array, "b k h w c"]:
-    """x^K of section 4.2."""
-    return jnp.take_along_axis(clips, numbers[:, :, None, None, None], axis=1)
 
 
 def student_forward(
@@ -320,14 +264,3 @@ def fake_score_loss(
     predicted = score.network(noisy, t.astype(jnp.float32), batch.cond.context)
     loss = losses.squared_error(predicted, noise).mean()
     return loss, {"loss_fake_score": loss}
-
-
-def student_parts(student: Student) -> Student:
-    """The student's tree with `motion` in the place of parameters of motion modules, and `unet` in that of others."""
-    paths = flatten_dict(student.tuned)
-    parts = {path: "motion" if any(name.startswith("motion_modules_") for name in path) else "unet" for path in paths}
-    return Student(lora=student.lora, tuned=unflatten_dict(parts))
-
-
-def to_float32(params: Params) -> Any:
-    return jax.tree.map(lambda leaf: leaf.astype(jnp.float32), params)

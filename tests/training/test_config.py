@@ -28,7 +28,8 @@ VARIANTS = {
     "animatelcm.py": ("", "tiny", "miniature"),
     "sf_v.py": ("", "tiny", "miniature"),
     "add.py": ("", "tiny", "miniature"),
-    "avdm2.py": ("", "tiny"),
+    "avdm2.py": ("", "tiny", "miniature"),
+    "animatediff.py": ("", "unet", "tiny", "miniature", "miniature_unet"),
 }
 NAMES = [f"{name}:{variant}" for name, variants in VARIANTS.items() for variant in variants]
 # Checked by functions of their own, which have tests.
@@ -82,7 +83,7 @@ def test_the_project_s_own_configurations_are_allowed(configs, name):
         assert ranged or not is_number(value), f"{key} has no range"
 
 
-@pytest.mark.parametrize("name", ["stage1", "stage2", "finetune", "animatelcm", "sf_v", "add", "avdm2"])
+@pytest.mark.parametrize("name", ["stage1", "stage2", "finetune", "animatelcm", "sf_v", "add", "avdm2", "animatediff"])
 def test_a_configuration_has_the_keys_of_its_run_and_its_objective_and_no_others(name):
     keys = {key for cls in (RunOptions, objective.find(name).Options) for key in ranges_of(cls)}
     config = default_config(name)
@@ -107,7 +108,7 @@ def sentence(config, key, value) -> str:
     "name",
     [
         *("stage2.py:tiny", "finetune.py:tiny", "vae.py:tiny", "animatelcm.py:tiny", "sf_v.py:tiny", "add.py:tiny"),
-        "avdm2.py:tiny",
+        *("avdm2.py:tiny", "animatediff.py:tiny"),
     ],
 )
 def test_no_number_may_be_something_else(configs, name):

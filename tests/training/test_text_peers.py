@@ -1,4 +1,4 @@
-"""AVDM2's program: it trains, is stopped, continues bit for bit, and devices change nothing."""
+"""The programs of AVDM2 and of its teacher: they train, are stopped, and continue bit for bit."""
 
 import dataclasses
 import pathlib
@@ -8,6 +8,7 @@ import jax
 import numpy as np
 import pytest
 import tiny
+from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from small_videos import small_videos
 from workdirs import assert_same, metrics_of, state_of
@@ -21,6 +22,7 @@ from osv_jax.training import setup
 from osv_jax.training.config import check_config, phases_of, read_config
 
 CONFIG = pathlib.Path(__file__).parents[2] / "configs" / "avdm2.py"
+TEACHER = CONFIG.with_name("animatediff.py")
 STEPS = 8
 UNET = TextUNetConfig(
     block_out_channels=(32,),
@@ -69,7 +71,36 @@ def test_a_stopped_run_continues_bit_for_bit(tmp_path, monkeypatch, capsys):
     assert all(missing & set(row) == (missing if number % 2 == 0 else set()) for number, row in rows.items())
     assert {"loss_disc", "loss_fake_score"} <= set(rows[1])
     trained = load_trained(workdir)
-    assert trained.step == STEPS and set(trained.student.tuned) >= {"down_blocks_0", "mid_block"}
+    assert (
+        not trained.is_teacher
+        and trained.step == STEPS
+        and set(trained.student.tuned) >= {"down_blocks_0", "mid_block"}
+    )
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("part", ["unet", "motion"])
+def test_a_teacher_is_trained_part_by_part_and_stopped(part, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr(train.mesh, "make_mesh", lambda *sizes: tiny.one_device_mesh())
+    config, workdir, stopped = (
+        read_config(f"{CONFIG.with_name('animatediff.py')}:tiny"),
+        tmp_path / "run",
+        tmp_path / "s",
+    )
+    micro = micro_config()
+    for key in ("random_networks", "data", "checkpoint_every", "picture_every", "log_every", "num_steps"):
+        config[key] = micro[key]
+    config.part, config.frames = part, 2
+    train.train(config, workdir)
+    assert list((workdir / "pictures").iterdir()) and "frozen    unet_2d" in capsys.readouterr().out
+    shutil.copytree(workdir, stopped)
+    shutil.rmtree(stopped / "checkpoints" / str(STEPS))
+    train.train(config, stopped)
+    assert_same(state_of(stopped, STEPS), state_of(workdir, STEPS))
+    trained = load_trained(workdir, ema=True)
+    assert trained.is_teacher and not trained.student.lora
+    has_motion = any("motion_modules_0" in path for path in flatten_dict(trained.student.tuned))
+    assert has_motion == (part == "motion") and ("conv_in" in trained.student.tuned) == (part == "unet")
 
 
 @pytest.mark.integration
