@@ -15,7 +15,9 @@ import argparse
 from collections.abc import Mapping, Sequence
 from typing import Any
 
+from osv_jax.errors import UserError
 from osv_jax.evaluation.generation import generate
+from osv_jax.evaluation.kinds import makes_videos_of_prompts
 from osv_jax.evaluation.options import MethodOptions, TableOptions, student_methods
 from osv_jax.evaluation.planning import Plan, make_plan
 from osv_jax.evaluation.showing import kinds, sheet_rows, shown_clips
@@ -44,6 +46,11 @@ def main(given: list[str] | None = None) -> None:
         UserError: on anything the user can fix, before anything is compiled.
     """
     args = _parser().parse_args(given)
+    if makes_videos_of_prompts(args.weights):
+        raise UserError(
+            f"{args.weights} makes videos of prompts: `python -m osv_jax.evaluate table` compares such; students of"
+            " images are compared here."
+        )
     output = as_path(args.output)
     paths.check_folder(output, "--output")
     for name in _FILES:

@@ -284,13 +284,12 @@ def _export_lora(trained: Trained, args: argparse.Namespace) -> None:
             f" {len(tuned)} arrays, without which the LoRA is not the student. Export them with --format=unet, or what"
             " a LoRA can be of them with --rank."
         )
-    if bases.is_text_to_video(trained, args.weights):
-        if args.format == "comfyui":
+    config = None
+    if args.format == "comfyui":
+        if bases.is_text_to_video(trained, args.weights):
             raise UserError("--format=comfyui is for SVD: export AnimateDiff's LoRA as peft, diffusers or kohya.")
-        config, card = None, None
-    else:
-        config = _base(trained, args)[1] if args.format == "comfyui" else None
-        card = _card(trained, args, told)
+        config = _base(trained, args)[1]
+    card = _card(trained, args, told)
     exporters.export_lora(args.format, adapter, args.output, args.dtype, args.overwrite, config, card)
     modules = len(lora_files.ranks(adapter))
     print(f"{args.output}: the LoRA of {_which(trained, args)}, {modules} modules, alpha = rank. {told}".rstrip())
@@ -325,7 +324,8 @@ def _export_video_unet(trained: Trained, args: argparse.Namespace) -> None:
     base = bases.load_video_base(trained, args.source, args.weights)
     exporters.check_output(args.output, args.overwrite, base.folder)
     merged = trained.merge_into(base.params)
-    exporters.export_video_unet(base.unet, base.motion, merged, args.output, args.dtype, args.overwrite)
+    card = _card(trained, args)
+    exporters.export_video_unet(base.unet, base.motion, merged, args.output, args.dtype, args.overwrite, card)
     print(f"{args.output}: unet and motion_adapter with {_which(trained, args)} merged, for diffusers.")
 
 
@@ -351,7 +351,8 @@ def _which(trained: Trained, args: argparse.Namespace) -> str:
 
 
 def _card(trained: Trained, args: argparse.Namespace, note: str = "") -> Card:
-    return Card(as_path(args.output).name, trained.config, trained.step, args.ema, trained.video, note)
+    of_prompts = bases.is_text_to_video(trained, args.weights)
+    return Card(as_path(args.output).name, trained.config, trained.step, args.ema, trained.video, note, of_prompts)
 
 
 def _merge(args: argparse.Namespace) -> None:

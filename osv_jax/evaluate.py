@@ -12,8 +12,9 @@ on; their file, which is printed, can be given instead of the folder, as --real 
 clipscore: how well videos, in the order of their names, fit the prompts in a file, one on each line, as
 osv_jax.sample --prompts makes them. --weights is a folder with CLIP in it (convert_weights clip).
 
-table: makes videos of the first frames of test videos by several methods, the teacher's and students', and writes a
-table of what is measured of them, their films and a page. Started again it does what is missing.
+table: makes videos of the first frames of test videos, or of their captions, by several methods, the teacher's and
+students', and writes a table of what is measured of them, their films and a page. Started again it does what is
+missing.
 """
 
 from __future__ import annotations
@@ -44,6 +45,7 @@ from osv_jax.evaluation.features import (
 )
 from osv_jax.evaluation.fvd import fvd
 from osv_jax.evaluation.generation import generate
+from osv_jax.evaluation.kinds import makes_videos_of_prompts
 from osv_jax.evaluation.networks import NETWORKS, FeatureNetwork, load_network
 from osv_jax.evaluation.options import methods_of, read_options
 from osv_jax.evaluation.planning import make_plan
@@ -127,7 +129,7 @@ def _clip_score(args: argparse.Namespace) -> None:
 
 def _table(config: ConfigDict) -> None:
     options = read_options(config)
-    plan = make_plan(options, methods_of(options))
+    plan = make_plan(options, methods_of(options, makes_videos_of_prompts(options.weights)))
     files = [plan.output / name for name in (*FILES, SHEET, PAGE)]
     for file in files:
         paths.check_file(file, "config.output")

@@ -109,13 +109,14 @@ def export_video_unet(
     output: str | os.PathLike,
     dtype: str = "float32",
     overwrite: bool = False,
+    card: Card | None = None,
 ) -> None:
     """Writes a folder with `unet` and `motion_adapter`, which diffusers' `from_pretrained` of each opens.
 
     Args:
         unet, motion: the architectures.
         params: all parameters of the video UNet, LoRA merged.
-        dtype: see `export_lora`.
+        dtype, card: see `export_lora`.
 
     Raises:
         UserError: as `export_lora`.
@@ -136,6 +137,8 @@ def export_video_unet(
             (folder / part).mkdir()
             (folder / part / "config.json").write_text(json.dumps(config, indent=2) + "\n")
             save_file(tensors, folder / part / "diffusion_pytorch_model.safetensors", {"format": "pt"})
+        if card:
+            card.write(folder, "unet")
 
 
 def _positions(motion: MotionConfig, paths_of: Iterable[tuple[str, ...]]) -> Iterator[tuple[str, np.ndarray]]:

@@ -28,6 +28,8 @@ from osv_jax.models.layers import apply
 from osv_jax.runtime.finite import NotFinite, blame_weights, is_finite
 from osv_jax.runtime.precision import matmul_precision
 
+# Of a weights folder, beside the tokenizer.
+TOWERS = ("clip_text", "clip_vision")
 _FACTOR = 100.0
 
 
@@ -42,7 +44,7 @@ class CLIPScore:
     """
 
     def __init__(self, folder: str):
-        text, vision = (weights.load_config(folder, name) for name in ("clip_text", "clip_vision"))
+        text, vision = (weights.load_config(folder, name) for name in TOWERS)
         self._tokenizer = Tokenizer(tokenizer_of(folder))
         sizes = text.projection_dim, vision.projection_dim, text.vocab_size, self._tokenizer.vocab_size
         if sizes[0] != sizes[1] or sizes[2] != sizes[3]:
@@ -52,8 +54,7 @@ class CLIPScore:
             )
         self._length, self._side = text.max_position_embeddings, vision.image_size
         self._text, self._vision = CLIPTextProjection(text), CLIPVision(vision)
-        names = ("clip_text", "clip_vision")
-        self._params = {name: weights.load_params(folder, name, dtype=jnp.float32) for name in names}
+        self._params = {name: weights.load_params(folder, name, dtype=jnp.float32) for name in TOWERS}
 
     def __call__(self, frames: UInt8[np.ndarray, "f h w 3"], prompt: str) -> float:
         """A video's score, 0 to 100; of a long prompt, its beginning counts.

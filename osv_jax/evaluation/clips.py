@@ -14,9 +14,10 @@ import numpy as np
 from jaxtyping import Array, Float, UInt8
 
 from osv_jax.data import demo, latents, pixels, world
+from osv_jax.data.schemas import TextSchema
 from osv_jax.errors import UserError
+from osv_jax.evaluation.kinds import Video
 from osv_jax.evaluation.stamps import modified
-from osv_jax.inference.options import CompleteOptions
 from osv_jax.models.svd_vae import VAEConfig
 from osv_jax.runtime.paths import Path, size_of
 
@@ -51,6 +52,10 @@ class Clips(abc.ABC):
     @abc.abstractmethod
     def read(self, numbers: Sequence[int], decode: Decode | None) -> UInt8[np.ndarray, "n f h w 3"]:
         """Some of the clips; `decode` is for those that are `encoded`."""
+
+    def captions(self, numbers: Sequence[int]) -> list[str]:
+        """What is to be seen in some of the clips; empty where that is not known."""
+        return [""] * len(numbers)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -100,6 +105,9 @@ class DatasetClips(Clips):
         stored = (self.dataset.read(self.chosen[i])["latents"].astype(np.float32) for i in numbers)
         return np.concatenate([decode(clip[None]) for clip in stored])
 
+    def captions(self, numbers: Sequence[int]) -> list[str]:
+        return [self.dataset.read(self.chosen[i])["caption"] for i in numbers]
+
 
 @dataclasses.dataclass(frozen=True)
 class PackageClips(Clips):
@@ -122,7 +130,7 @@ class WorldClips(Clips):
     """The first `count` clips of the drawn world's split `test`, seed 0, at a size and rate."""
 
     count: int
-    video: CompleteOptions
+    video: Video
 
     def __len__(self) -> int:
         return self.count
@@ -134,11 +142,16 @@ class WorldClips(Clips):
         size = (self.video.num_frames, self.video.fps, self.video.height, self.video.width)
         return np.stack([world.draw(world.scene(self._address(number)), *size) for number in numbers])
 
+    def captions(self, numbers: Sequence[int]) -> list[str]:
+        return [world.scene(self._address(number)).caption for number in numbers]
+
     def _address(self, number: int) -> world.Address:
         return world.Address(0, "test", number)
 
 
-def open_clips(name: str, count: int, stride: float, video: CompleteOptions, vae: VAEConfig, cache: Path) -> Clips:
+def open_clips(
+    name: str, count: int, stride: float, video: Video, vae: VAEConfig, of_prompts: bool, cache: Path
+) -> Clips:
     """Up to `count` clips, evenly spread over what there is.
 
     Args:
@@ -147,6 +160,7 @@ def open_clips(name: str, count: int, stride: float, video: CompleteOptions, vae
         stride: of a folder, from the start of a clip to that of the next, in clips; 0: one clip a video.
         video: the size and rate that clips must have.
         vae: which decodes a dataset.
+        of_prompts: whether videos are made of prompts, and a dataset has latents for that.
         cache: file that remembers what a folder's videos are.
 
     Raises:
@@ -163,6 +177,12 @@ def open_clips(name: str, count: int, stride: float, video: CompleteOptions, vae
     folder = demo.video_folder(name)
     if (folder / "metadata.json").exists() or (folder / "plan.json").exists():
         dataset = latents.open_dataset(folder, "test")
+        if isinstance(dataset.schema, TextSchema) != of_prompts:
+            made, wanted_for = ("images", "prompts") if of_prompts else ("prompts", "images")
+            raise UserError(
+                f"{folder} was prepared for videos of {made}, and the methods make videos of {wanted_for}: prepare"
+                " another with these weights."
+            )
         own = {key: dataset.metadata[key] for key in wanted}
         _check_same(
             f"The dataset {folder}", own, wanted, "set config.height and the others to these, or prepare another"

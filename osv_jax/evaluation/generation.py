@@ -15,12 +15,13 @@ from jaxtyping import Array, Float, UInt8
 from tqdm import tqdm
 
 from osv_jax.evaluation import measures
+from osv_jax.evaluation.clip_score import CLIPScore
 from osv_jax.evaluation.features import clip_features, settings
 from osv_jax.evaluation.networks import FeatureNetwork, load_network
 from osv_jax.evaluation.parts import Part, load_part, save_part
 from osv_jax.evaluation.planning import Method, Plan
 from osv_jax.evaluation.stamps import as_text
-from osv_jax.inference.pipeline import ImageToVideo
+from osv_jax.inference.programs import Pipeline
 from osv_jax.models.lpips import load_lpips
 from osv_jax.runtime.paths import Path
 
@@ -37,10 +38,8 @@ def generate(plan: Plan) -> None:
         for key, items in itertools.groupby(work, lambda item: item.model):
             model = None  # Before the next is loaded: one UNet is in memory at a time.
             if key is not None:
-                options, (lora, ema) = plan.options, key
-                model = ImageToVideo.load(
-                    options.weights, lora, ema, options.dtype or None, context=options.context, data=plan.data
-                )
+                lora, ema = key
+                model = plan.kind.load(plan.options, lora, ema, plan.data)
             for item in items:
                 bar.set_description(item.method.name if item.method else "real")
                 save_part(item.file, _make(plan, item, model, tools))
@@ -81,25 +80,33 @@ class _Tools:
         return load_network(self._plan.options.fvd_weights, self._plan.protocol.network, self._plan.fvd_frames)
 
     @functools.cached_property
+    def clip_score(self) -> CLIPScore:
+        return CLIPScore(self._plan.options.clip_weights)
+
+    @functools.cached_property
     def lpips(self) -> dict[str, Any]:
         return load_lpips()
 
 
-def _make(plan: Plan, item: _Item, model: ImageToVideo | None, tools: _Tools) -> Part:
+def _make(plan: Plan, item: _Item, model: Pipeline | None, tools: _Tools) -> Part:
     numbers, method = item.numbers, item.method
     shown = sum(number < plan.options.films for number in numbers)
+    of_prompts = plan.kind.of_prompts
     if method is None:
         chunk = plan.video.decode_chunk_size
         # One clip of a dataset at a time is copied to all devices, of which one would do.
         decode = functools.partial(_decode, model, plan.data, chunk) if model else None
         frames = plan.clips.read(numbers, decode)
-        return _measure(plan, frames, frames[:, 0], tools) | {"first": frames[:, 0], "shown": frames[:shown]}
+        sources = _prompts(plan, numbers) if of_prompts else frames[:, 0]
+        part = _measure(plan, frames, sources, tools) | {"shown": frames[:shown]}
+        return part | ({} if of_prompts else {"first": sources})
     assert model is not None, "a method has one"
-    first = _needed(plan, None, numbers, "first")
-    latents, frames, seconds = _sample(plan, model, method, first, numbers)
+    sources = _prompts(plan, numbers) if of_prompts else _needed(plan, None, numbers, "first")
+    latents, frames, seconds = _sample(plan, model, method, sources, numbers)
     target = latents if method is plan.target else _needed(plan, plan.target, numbers, "latents")
-    part = _measure(plan, frames, first, tools) | {"shown": frames[:shown], "seconds": seconds}
-    part["first_frame_psnr"] = measures.first_frame_psnr(frames, first)
+    part = _measure(plan, frames, sources, tools) | {"shown": frames[:shown], "seconds": seconds}
+    if not of_prompts:
+        part["first_frame_psnr"] = measures.first_frame_psnr(frames, sources)
     part["mse"] = ((latents - target) ** 2).mean(axis=(1, 2, 3, 4))
     return part | ({"latents": latents} if method is plan.target else {})
 
@@ -110,13 +117,20 @@ def _needed(plan: Plan, method: Method | None, numbers: list[int], name: str) ->
     return part[name]
 
 
+def _prompts(plan: Plan, numbers: Sequence[int]) -> np.ndarray:
+    return np.array(plan.prompts_of(numbers), object)
+
+
 def _sample(
-    plan: Plan, model: ImageToVideo, method: Method, images: UInt8[np.ndarray, "n h w 3"], numbers: Sequence[int]
+    plan: Plan, model: Pipeline, method: Method, sources: np.ndarray, numbers: Sequence[int]
 ) -> tuple[Float[np.ndarray, "n f latent_h latent_w c"], UInt8[np.ndarray, "n f h w 3"], Float[np.ndarray, " n"]]:
     """Latents, frames, and the seconds that the networks took for a clip, without compiling.
 
     A clip's noise depends on the seed and its number alone, so that it is the same for all methods, and on any number
     of devices.
+
+    Args:
+        sources: first frames [n h w 3], or n prompts.
     """
     keys = jax.vmap(jax.random.fold_in, (None, 0))(jax.random.key(plan.options.seed), np.array(numbers))
     latents, frames, seconds = [], [], []
@@ -124,31 +138,32 @@ def _sample(
         chosen = np.arange(start, start + plan.batch_size).clip(max=len(numbers) - 1)  # The last fills the batch.
         count = min(plan.batch_size, len(numbers) - start)
         before = _running_seconds(model)
-        made = model.sample(images[chosen], model.noise(keys[chosen], method.video), method.video)
+        made = plan.kind.sample(model, sources[chosen], keys[chosen], method.video)
         frames.append(model.frames(made, method.video.decode_chunk_size)[:count])
         latents.append(np.asarray(made)[:count])
         seconds += [(_running_seconds(model) - before) / plan.batch_size] * count
     return np.concatenate(latents), np.concatenate(frames), np.array(seconds)
 
 
-def _running_seconds(model: ImageToVideo) -> float:
+def _running_seconds(model: Pipeline) -> float:
     model.wait()
     return sum(seconds for part, seconds in model.seconds.items() if part != "compile")
 
 
 def _decode(
-    model: ImageToVideo, copies: int, chunk_size: int, latents: Float[Array, "1 f latent_h latent_w c"]
+    model: Pipeline, copies: int, chunk_size: int, latents: Float[Array, "1 f latent_h latent_w c"]
 ) -> UInt8[np.ndarray, "1 f h w 3"]:
     return model.frames(np.repeat(latents, copies, axis=0), chunk_size)[:1]
 
 
-def _measure(
-    plan: Plan, frames: UInt8[np.ndarray, "n f h w 3"], first: UInt8[np.ndarray, "n h w 3"], tools: _Tools
-) -> Part:
-    """What is measured of real clips and of others alike."""
+def _measure(plan: Plan, frames: UInt8[np.ndarray, "n f h w 3"], sources: np.ndarray, tools: _Tools) -> Part:
+    """What is measured of real clips and of others alike; `sources` as for `_sample`."""
     part = {"motion": measures.motion(frames), "flicker": measures.flicker(frames)}
     if plan.options.lpips:
-        part["lpips"] = measures.lpips_to_condition(tools.lpips, frames, first)
+        part["lpips"] = measures.lpips_to_condition(tools.lpips, frames, sources)
+    if plan.options.clip_weights:
+        scores = [tools.clip_score(*pair) for pair in zip(frames, sources, strict=True)]
+        part["clip_score"] = np.array(scores)
     if plan.protocol is not None:
         part["features"] = clip_features(frames, plan.protocol, tools.network)
         part["made_with"] = np.array(as_text(settings(plan.protocol, tools.network)))

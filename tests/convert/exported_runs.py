@@ -1,7 +1,8 @@
-"""Runs to be exported, weights that they do not fit, and how ComfyUI takes a LoRA."""
+"""Runs to be exported, weights that they do not fit, how ComfyUI takes a LoRA, and the lines of cards."""
 
 import dataclasses
 import json
+import re
 
 import jax
 import jax.numpy as jnp
@@ -20,6 +21,11 @@ from osv_jax.training import setup
 
 SHAPES = expected_params("unet", tiny_pipeline.UNET)
 SCALE = 3.0
+
+
+def python_lines(page):
+    """The Python lines of a page, by block."""
+    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 def make_home(home):

@@ -1,6 +1,8 @@
 """What a run made of AnimateDiff, opened by diffusers and PEFT: the same noise as here."""
 
 import json
+import pathlib
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -8,14 +10,25 @@ import numpy as np
 import pytest
 import tiny_animatediff
 import torch
+import transformers
 from conftest import relative_error
-from diffusers import MotionAdapter, UNet2DConditionModel, UNetMotionModel
+from diffusers import (
+    AutoencoderKL,
+    DDIMScheduler,
+    MotionAdapter,
+    StableDiffusionPipeline,
+    UNet2DConditionModel,
+    UNetMotionModel,
+)
+from exported_runs import python_lines
 from flax.traverse_util import flatten_dict, unflatten_dict
 from peft import PeftModel
+from PIL import Image
 from tool import convert as main
 
 from osv_jax.convert.text_to_video import video_unet, video_unet_shapes
 from osv_jax.convert.weights import load_config, load_params
+from osv_jax.diffusion import ddpm
 from osv_jax.inference.bases import PARTS
 from osv_jax.inference.trained import load_trained, read_student
 from osv_jax.models.lora import init_lora, target_modules
@@ -24,6 +37,7 @@ from osv_jax.objectives.players import Player, Student, TrainState
 from osv_jax.runtime import checkpoint
 
 FRAMES = 3
+DATA = {"num_frames": FRAMES, "resolutions": [[0, 16, 24]]}
 
 
 @pytest.fixture(scope="module")
@@ -50,7 +64,7 @@ def inputs():
 
 
 def save_run(workdir, home, student):
-    config = {"weights": str(home / "weights"), "lora": {"alpha": 8.0, "rank": 4}, "data": {"num_frames": FRAMES}}
+    config = {"weights": str(home / "weights"), "lora": {"alpha": 8.0, "rank": 4}, "data": DATA, "student_every": 2}
     checkpoint.write_config(workdir, config)
     with checkpoint.open_checkpoints(workdir, 1) as checkpoints:
         checkpoint.save(checkpoints, 9, TrainState(np.int32(9), {"student": Player(student, {}, (), student)}), {})
@@ -100,7 +114,11 @@ def test_merged_weights_are_the_student_with_everything_beside_it(home, tuned, t
         np.testing.assert_array_equal(merged[path], leaf)
     kept = {"image_vae", "text_encoder", "tokenizer"}
     assert kept <= {folder.name for folder in (tmp_path / "out").iterdir()}
-    assert json.loads((tmp_path / "out" / "video.json").read_text()) == {"num_frames": FRAMES}
+    assert json.loads((tmp_path / "out" / "video.json").read_text()) == {
+        "height": 16,
+        "width": 24,
+        "num_frames": FRAMES,
+    }
 
 
 def test_a_lora_is_peft_of_diffusers_modules(home, networks, lora_run, inputs, tmp_path):
@@ -115,6 +133,46 @@ def test_a_lora_is_peft_of_diffusers_modules(home, networks, lora_run, inputs, t
     expected = networks[0]({"params": merged}, *inputs)
     assert relative_error(theirs(unet.eval(), inputs), expected) < 1e-4
     assert relative_error(networks[0]({"params": networks[1]}, *inputs), expected) > 0.01
+
+
+@pytest.mark.integration
+@pytest.mark.parametrize("kind", ["unet", "peft"])
+def test_the_card_of_an_export_makes_a_video_with_the_students_sampler(
+    home, tuned, lora_run, kind, tmp_path, monkeypatch
+):
+    """Its lines are run as they stand, beside a pipeline of Stable Diffusion and a motion adapter."""
+    monkeypatch.chdir(tmp_path)
+    source = home / "sd"
+    StableDiffusionPipeline(
+        vae=AutoencoderKL.from_pretrained(source / "vae"),
+        text_encoder=transformers.CLIPTextModel.from_pretrained(source / "text_encoder"),
+        tokenizer=transformers.CLIPTokenizer.from_pretrained(source / "tokenizer", model_max_length=77),
+        unet=UNet2DConditionModel.from_pretrained(source / "unet"),
+        scheduler=DDIMScheduler(steps_offset=1, clip_sample=False),
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    ).save_pretrained("sd15")
+    shutil.copytree(home / "motion", "motion")
+    assert main(["export-lora", str(tuned[0] if kind == "unet" else lora_run), "carded", f"--format={kind}"]) == 0
+    card = pathlib.Path("carded", "README.md").read_text()
+    assert "pipeline_tag: text-to-video" in card and "Trained from AnimateDiff" in card and "after 9 steps" in card
+    assert "Video Diffusion" not in card and not pathlib.Path("carded", "time_travel_scheduler.py").exists()
+    loaded = {}
+    for lines in python_lines(pathlib.Path("carded", "README.md")):
+        exec(lines, loaded)
+    with Image.open("cat.gif") as made:
+        assert made.size == (24, 16) and made.n_frames == FRAMES
+    scheduler = loaded["pipe"].scheduler
+    times = ddpm.few_step_times(4)
+    assert scheduler.timesteps.tolist() == times.tolist()
+    scheduler.set_timesteps(4)
+    rng = np.random.default_rng(4)
+    x, eps = (rng.standard_normal((1, 4, FRAMES, 8, 12)).astype(np.float32) for _ in range(2))
+    for t in times:
+        predicted = scheduler.step(torch.tensor(eps), int(t), torch.tensor(x)).denoised.numpy()
+        expected = ddpm.remove_noise(x, eps, jnp.array([t]), ddpm.animatediff_schedule())
+        assert relative_error(predicted, expected) < 1e-4
 
 
 @pytest.mark.integration

@@ -12,7 +12,7 @@ import orbax.checkpoint as ocp
 import pytest
 import tiny_pipeline
 from conftest import relative_error
-from exported_runs import SCALE, SHAPES
+from exported_runs import SCALE, SHAPES, python_lines
 from flax.traverse_util import flatten_dict, unflatten_dict
 from PIL import Image
 from safetensors.numpy import load_file
@@ -62,11 +62,6 @@ def tuned_run(home, state):
 
 def export(source, output, kind, *options):
     return convert(["export-lora", str(source), str(output), f"--format={kind}", *options])
-
-
-def python_lines(page):
-    """The Python lines of a page, by block."""
-    return re.findall(r"^```python\n(.*?)^```", page.read_text(), re.MULTILINE | re.DOTALL)
 
 
 @pytest.mark.parametrize("kind", ["peft", "diffusers", "unet"])

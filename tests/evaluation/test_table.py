@@ -20,7 +20,7 @@ from osv_jax.data import latents, video, world
 from osv_jax.data.cutting import Location
 from osv_jax.data.schemas import Schema
 from osv_jax.errors import UserError
-from osv_jax.evaluation import generation, planning, showing
+from osv_jax.evaluation import generation, kinds, planning, showing
 from osv_jax.evaluation.features import resize
 from osv_jax.evaluation.frechet import frechet_distance
 from osv_jax.evaluation.networks import load_network
@@ -171,7 +171,7 @@ def test_a_run_that_was_killed_goes_on(folder, made, tmp_path, monkeypatch, caps
 
     # Finished: nothing is read, made or written.
     before, printed = (tmp_path / "table.json").stat(), capsys.readouterr().out
-    monkeypatch.setattr(generation, "ImageToVideo", None)
+    monkeypatch.setattr(kinds.OfImages, "load", None)
     monkeypatch.setattr(evaluate, "make_rows", None)
     evaluate._table(config)
     assert (tmp_path / "table.json").stat() == before and capsys.readouterr().out == printed
@@ -336,7 +336,9 @@ def test_configurations_are_whole(variant):
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
-        ({"methods": ({"name": "a", "sampler": "ddim"},)}, r"config.methods\[0\].sampler='ddim' is not one of tts"),
+        ({"methods": ({"name": "a", "sampler": "ddim"},)}, "sampler='ddim' is not one of tts"),
+        ({"methods": ({"name": "a", "sampler": "other"},)}, r"config.methods\[0\].sampler='other' is not one of"),
+        ({"prompts": "prompts.txt"}, "config.prompts is for videos of prompts, and .* makes videos of images"),
         ({"methods": ({"name": "a", "steps": 0},)}, r"config.methods\[0\].steps=0 must be a whole number"),
         ({"methods": ({"name": "a", "guidance": 1},)}, r"config.methods\[0\].guidance is no key of a method"),
         ({"methods": ({"steps": 1},)}, r"config.methods\[0\] must be a mapping with a name"),
@@ -379,10 +381,3 @@ def test_the_program_reads_a_configuration_and_what_changes_it(tmp_path, monkeyp
         evaluate.main(["table", "--config=configs/eval.py", "x"])
     with pytest.raises(UserError, match="variants '', 'miniature' and 'tiny', not 'huge'"):
         evaluate.main(["table", "--config=configs/eval.py:huge"])
-
-
-def test_weights_for_videos_from_text_are_refused_in_one_sentence(folder, tmp_path):
-    (tmp_path / "weights" / "unet_2d").mkdir(parents=True)
-    with pytest.raises(UserError, match=r"makes videos of prompts.*`evaluate clipscore`") as caught:
-        plan_of(config_of(folder, tmp_path / "out", weights=str(tmp_path / "weights")))
-    assert "\n" not in str(caught.value)
