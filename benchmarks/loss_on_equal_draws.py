@@ -32,7 +32,7 @@ from osv_jax.training.config import phases_of
 
 # The step draws everything from its number: numbers that training has not reached are fresh draws.
 _FRESH = 1_000_000
-_LOSSES = ("loss_huber", "loss")
+_LOSSES = ("loss_huber", "loss_distillation", "loss")
 
 
 def main() -> None:

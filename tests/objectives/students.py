@@ -55,8 +55,12 @@ def toy_networks_and_frozen(dtype=jnp.float32):
 
 
 def toy_add(options, optimizers, dtype=jnp.float32):
-    """ADD with the toy for the UNet, frozen parameters, and a state in which everything has moved."""
-    networks, frozen = toy_networks_and_frozen(dtype)
+    """`add_of` with the toy for the UNet."""
+    return add_of(*toy_networks_and_frozen(dtype), options, optimizers)
+
+
+def add_of(networks, frozen, options, optimizers):
+    """ADD, frozen parameters, and a state in which everything has moved."""
     # Random ones see hardly a difference between frames; norms would amplify that, and rounding errors with it.
     embeddings = frozen["dinov2"]["embeddings"]
     patches = jax.tree.map(lambda leaf: 100 * leaf, embeddings["patch_embeddings"])

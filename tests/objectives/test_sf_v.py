@@ -30,7 +30,7 @@ from torch_reference import flax_params, torch_unet
 
 from osv_jax.diffusion.edm import discretised_lognormal, scalings, sigma_grid
 from osv_jax.errors import UserError
-from osv_jax.models.unet_heads import UNetHeads
+from osv_jax.models.unet_heads import KINDS, UNetHeads
 from osv_jax.objectives import losses
 from osv_jax.objectives.judges import UNetJudge
 from osv_jax.objectives.players import first_state
@@ -381,3 +381,17 @@ def test_heads_and_features_of_the_ablations(toy):
     assert names() == {"spatial_0", "temporal_0", "spatial_condition", "temporal_condition"}
     assert names(discriminator_heads=("temporal",)) == {"temporal_0", "temporal_condition"}
     assert {"spatial_2", "temporal_2"} < names(discriminator_features="unet")
+
+
+def test_an_encoder_of_svds_four_blocks_has_eight_heads():
+    levels = 4
+    config = dataclasses.replace(
+        tiny.CONFIGS["unet"],
+        block_out_channels=(32,) * levels,
+        num_attention_heads=(1,) * levels,
+        has_attention=(True, True, True, False),
+    )
+    judge = UNetJudge(UNetHeads(), tiny.tiny_networks().unet.clone(config=config), "encoder", -1.0, 1.0)
+    params = jax.eval_shape(judge.init, jax.random.key(0))[0]
+    heads = {f"{kind}_{level}" for kind in KINDS for level in range(levels)}
+    assert params.keys() - {"spatial_condition", "temporal_condition"} == heads and len(heads) == 8
