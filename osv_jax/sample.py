@@ -97,7 +97,8 @@ def _sample_images(args: argparse.Namespace) -> None:
 
 def _sample_prompts(args: argparse.Namespace, given: list[str]) -> None:
     chosen = _chosen(TextOptions, args)
-    prompts.check_prompts(given)
+    negative = args.negative_prompt or ""
+    prompts.check_prompts(given, negative)
     names = prompts.names_of(given)
     outputs = _plan_outputs(names, args.output, [])
     model = TextToVideo.load(
@@ -110,7 +111,6 @@ def _sample_prompts(args: argparse.Namespace, given: list[str]) -> None:
             " leave it out, or use --sampler=ddim with a --guidance_scale above 1."
         )
     check_rate(args.output, options.fps)
-    negative = args.negative_prompt or ""
     for warning in prompts.cut_warnings([*given, negative], model.tokenize([*given, negative])):
         print(warning)
     _introduce(args, model.notice, options)

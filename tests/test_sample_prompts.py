@@ -112,6 +112,8 @@ def test_the_program_makes_what_python_makes(weights, tmp_path, capsys):
         ([], "Give one of --image, --prompt and --prompts"),
         (["--prompt=a", "--image=a.png"], "Give one of --image, --prompt"),
         (["--prompt", "a", " "], "A prompt is empty"),
+        (["--prompt", "a \udcff"], "is not UTF-8: type it anew"),
+        (["--prompt=a", "--negative_prompt", "\udcff"], "is not UTF-8: type it anew"),
         (["--prompts=missing.txt"], "missing.txt cannot be read"),
         (["--prompts=blank.txt"], "blank.txt holds no prompts"),
         (["--prompts=bytes.txt"], "bytes.txt cannot be read"),

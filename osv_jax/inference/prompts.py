@@ -34,10 +34,15 @@ def read_prompts(file: str) -> list[str]:
     return prompts
 
 
-def check_prompts(prompts: Sequence[str]) -> None:
-    """Raises UserError for a prompt that says nothing."""
+def check_prompts(prompts: Sequence[str], negative: str = "") -> None:
+    """Raises UserError for a prompt that says nothing, and for one, or a negative one, that is no text."""
     if not all(prompt.strip() for prompt in prompts):
         raise UserError("A prompt is empty: say what the video is to show.")
+    for prompt in (*prompts, negative):
+        try:
+            prompt.encode()
+        except UnicodeEncodeError as error:  # Of bytes that are no UTF-8, Python makes halves of letters.
+            raise UserError(f"The prompt {_short(prompt)} is not UTF-8: type it anew.") from error
 
 
 def names_of(prompts: Sequence[str]) -> list[str]:
