@@ -12,6 +12,7 @@
     python -m osv_jax.convert_weights import-lora  LORA           OUTPUT
     python -m osv_jax.convert_weights merge        WORKDIR        OUTPUT
     python -m osv_jax.convert_weights pack         WEIGHTS        OUTPUT
+    python -m osv_jax.convert_weights push         EXPORTED       OWNER/NAME
 
 FOLDER_OR_FILE is a local Stable Video Diffusion folder in diffusers layout, or a file such as svd_xt.safetensors;
 FOLDER_OR_PTH a transformers DINOv2 folder, or a torch-hub file such as dinov2_vits14_pretrain.pth. I3D and VideoMAE are
@@ -23,7 +24,8 @@ adapter, a diffusers folder or a file such as mm_sd_v15_v2.ckpt. CLIP_FOLDER is 
 CLIPScore. The first eight commands may share one OUTPUT. WORKDIR is that of a training run; LORA is a PEFT adapter
 folder or a LoRA .safetensors file. What merge writes is a weights
 folder again: a fine-tuned SVD becomes the teacher of stage 1 that way. WEIGHTS is a weights folder; pack makes one file
-of each of its networks, small enough to be kept with the code.
+of each of its networks, small enough to be kept with the code. EXPORTED is what export-lora wrote; push copies it to
+where programs look for what they have of a model hub, so that these load it as OWNER/NAME without network.
 """
 
 from __future__ import annotations
@@ -35,7 +37,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from osv_jax.convert import exporters, importers, lora_files, text_to_video, weights
+from osv_jax.convert import exporters, hub, importers, lora_files, text_to_video, weights
 from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.clip import plan_clip
 from osv_jax.convert.i3d import plan_i3d
@@ -77,8 +79,9 @@ def main(arguments: list[str] | None = None) -> None:
         "import-lora": _import_lora,
         "merge": _merge,
         "pack": _pack,
+        "push": hub.run,
     }
-    if commands[args.command] not in (_import, _import_sd):
+    if commands[args.command] not in (_import, _import_sd, hub.run):
         exporters.check_output(args.output, args.overwrite, args.source, *filter(None, [vars(args).get("weights")]))
     commands[args.command](args)
 
@@ -153,6 +156,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--weights", help="the base's weights folder (default: the run's own)")
     for command in (export, lora, merge, pack):
         command.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+    hub.add_parser(commands)
     return parser
 
 

@@ -1,23 +1,28 @@
 """Stability's names and single files: the released names, the first stage's encoder, and what is refused."""
 
+import hashlib
 import json
+import re
 
 import numpy as np
 import pytest
 import tiny
 import torch
 from conftest import relative_error
-from flax.traverse_util import unflatten_dict
+from diffusers import UNetSpatioTemporalConditionModel
+from flax.traverse_util import flatten_dict, unflatten_dict
 from safetensors import safe_open
 from safetensors.numpy import load_file, save_file
 from tiny_pipeline import UNET
 
 from osv_jax.convert.architectures import expected_params
-from osv_jax.convert.naming import torch_name
+from osv_jax.convert.lora_files import write_comfyui, write_kohya
+from osv_jax.convert.naming import flax_shape_to_torch, torch_name
 from osv_jax.convert.single_file import plan_single_file, write_single_file
 from osv_jax.convert.stability_names import file_names
 from osv_jax.errors import UserError
 from osv_jax.models.clip_vision import CLIPVisionConfig
+from osv_jax.models.lora import without_effect
 from osv_jax.models.svd_unet import UNetConfig
 from osv_jax.models.svd_vae import VAEConfig
 from osv_jax.objectives.random_networks import random_params
@@ -80,6 +85,13 @@ RELEASED = {
 }
 # How many tensors the released file has for each.
 COUNTS = {"unet": 1428, "vae": 374, "image_encoder": 392}
+# Of all their names, sorted and a line each, as DiffSynth-Studio lists them one by one to read the released file and
+# nobody made them by a rule: `from_civitai` in diffsynth/models/svd_*.py of diffsynth 1.1.7 on PyPI (Apache-2.0).
+SHA256 = {
+    "unet": "281ec0cd2d50e45ad350b6e7c707d769c35f8f5947d39f9d0546795e2c27a7c1",
+    "vae": "2ff2157eea3fc7da0e12c281b5b69d1a468c15354d2cc240d11c3aedbef9065f",
+    "image_encoder": "597069c71341cf4cf373637430db382aacdfd862e54a2db6909be3ad27d9257d",
+}
 CONFIGS = tiny.CONFIGS | {"unet": UNET}
 
 
@@ -99,11 +111,73 @@ def file(tmp_path_factory):
 def test_the_released_names(component):
     config = {"unet": UNetConfig(), "vae": VAEConfig(), "image_encoder": CLIPVisionConfig()}[component]
     where = file_names(component, map(torch_name, expected_params(component, config)))
-    assert len({name for name, _, _ in where.values()}) == COUNTS[component]
+    names = sorted({name for name, _, _ in where.values()})
+    assert len(names) == COUNTS[component]
+    assert hashlib.sha256("\n".join(names).encode()).hexdigest() == SHA256[component]
     for name, ours in RELEASED[component].items():
         assert where[ours][0] == name
     packed = [part for _, part, parts in where.values() if parts == 3]
     assert packed.count(0) == packed.count(1) == packed.count(2) == (64 if component == "image_encoder" else 0)
+
+
+def full_lora():
+    """Of rank 1, for every layer of the released UNet that a LoRA has an effect in; it holds nothing."""
+    shapes = expected_params("unet", UNetConfig())
+    layers = {path[:-1] for path in shapes if path[-1] == "kernel"}
+    lora = {}
+    for path in sorted(layers - without_effect(layers)):
+        *window, features = shapes[(*path, "kernel")].shape
+        lora[(*path, "a")] = np.broadcast_to(np.float32(0), (*window, 1))
+        lora[(*path, "b")] = np.broadcast_to(np.float32(0), (1, features))
+    return shapes, unflatten_dict(lora)
+
+
+def modules_of(file, layers):
+    """Modules of a file that has a LoRA for each of so many layers, as kohya's scripts and ComfyUI read it."""
+    tensors = load_file(file)
+    modules = {name.split(".", 1)[0] for name in tensors}
+    parts = ("lora_down.weight", "lora_up.weight", "alpha")
+    assert set(tensors) == {f"{module}.{part}" for module in modules for part in parts}
+    assert len(modules) == layers, "two layers have one name"
+    return modules, tensors
+
+
+def test_comfyui_knows_every_key_of_a_lora(tmp_path):
+    """It makes `lora_unet_` keys of the names of a checkpoint's weights, with `_` for `.` (its comfy/lora.py)."""
+    shapes, lora = full_lora()
+    write_comfyui(tmp_path / "lora.safetensors", lora, shapes)
+    layers = {path[:-1] for path in flatten_dict(lora)}
+    modules, tensors = modules_of(tmp_path / "lora.safetensors", len(layers))
+    stored = file_names("unet", map(torch_name, shapes))
+    known = {}
+    for path, leaf in shapes.items():
+        name = stored[torch_name(path)][0].removeprefix("model.")
+        if name.endswith(".weight"):
+            size = flax_shape_to_torch(path, leaf.shape)
+            known[f"lora_unet_{name.removeprefix('diffusion_model.').removesuffix('.weight').replace('.', '_')}"] = size
+    assert modules <= known.keys()
+    for module in modules:
+        up, down = tensors[f"{module}.lora_up.weight"].shape, tensors[f"{module}.lora_down.weight"].shape
+        # Their product, reshaped as it is there, is the weight.
+        assert up[0] * np.prod(down[1:]) == np.prod(known[module]) and up[0] == known[module][0]
+    # Left out are layers of one number or vector, and what has no effect.
+    left = {module for module in known.keys() - modules if len(known[module]) > 1}
+    assert left and all(re.search(r"_attn2_to_[qk]$", module) for module in left)
+
+
+def test_every_key_of_a_lora_for_kohya_is_of_a_layer_of_diffusers(tmp_path):
+    """Its scripts name a layer after where it stands in diffusers' network (`LoRANetwork` in networks/lora.py)."""
+    _, lora = full_lora()
+    write_kohya(tmp_path / "lora.safetensors", lora)
+    layers = {path[:-1] for path in flatten_dict(lora)}
+    modules, _ = modules_of(tmp_path / "lora.safetensors", len(layers))
+    with torch.device("meta"):
+        network = UNetSpatioTemporalConditionModel()
+    kinds = (torch.nn.Linear, torch.nn.Conv2d, torch.nn.Conv3d)
+    known = {f"lora_unet_{n.replace('.', '_')}" for n, layer in network.named_modules() if isinstance(layer, kinds)}
+    assert modules <= known
+    left = known - modules
+    assert left and all(re.search(r"_attn2_to_[qk]$", module) for module in left)
 
 
 def test_the_first_stage_has_quant_conv_in_its_encoder(file):
