@@ -7,7 +7,7 @@
 FROM python:3.11-slim
 
 COPY . /osv_jax
-RUN pip install --no-cache-dir --constraint /osv_jax/constraints.txt 'jax[cuda13]' '/osv_jax[convert,gcs,web]'
+RUN pip install --no-cache-dir --constraint /osv_jax/constraints.txt 'jax[cuda13]' '/osv_jax[convert,gcs,text,web]'
 # As in launch/gpu_host.sh.
 ENV XLA_PYTHON_CLIENT_MEM_FRACTION=0.92 XLA_FLAGS=--xla_gpu_enable_latency_hiding_scheduler=true
 WORKDIR /work

@@ -1,7 +1,10 @@
 """What is installed from a wheel: commands, and the configurations under their names wherever one stands."""
 
 import importlib
+import importlib.metadata
 import pathlib
+import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -45,6 +48,37 @@ def test_other_names_are_refused_with_those_there_are(name, tmp_path, monkeypatc
     monkeypatch.chdir(tmp_path)
     with pytest.raises(UserError, match=r"does not exist; give the path of yours, or one of add, .*stage1, stage2"):
         arguments.config_file(name)
+
+
+def test_the_container_file_installs_and_names_what_there_is():
+    """There is no program here to build it with: what it copies, installs, sets and tells of is looked up."""
+    text = (ROOT / "Dockerfile").read_text()
+    steps = [line.split(maxsplit=1) for line in text.splitlines() if line and not line.startswith("#")]
+    assert [step for step, _ in steps] == ["FROM", "COPY", "RUN", "ENV", "WORKDIR"]
+    (image, copied, command, variables, _) = (rest for _, rest in steps)
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    lowest, highest = re.search(r"Python 3\.(\d+) to 3\.(\d+)", (ROOT / "constraints.txt").read_text()).groups()
+    assert int(lowest) <= int(re.fullmatch(r"python:3\.(\d+)-slim", image)[1]) <= int(highest)
+    assert copied == ". /osv_jax"
+    pip, install, *given = shlex.split(command)
+    assert (pip, install) == ("pip", "install")
+    (constraints,) = [word for word in given if word.startswith("/osv_jax/")]
+    assert (ROOT / constraints.removeprefix("/osv_jax/")).is_file()
+    (extras,) = [re.fullmatch(r"/osv_jax\[(.*)\]", word)[1] for word in given if word.startswith("/osv_jax[")]
+    assert set(extras.split(",")) <= set(project["optional-dependencies"])
+    (cuda,) = [re.fullmatch(r"jax\[(.*)\]", word)[1] for word in given if word.startswith("jax[")]
+    assert cuda in importlib.metadata.metadata("jax").get_all("Provides-Extra")
+    launch = (ROOT / "launch" / "gpu_host.sh").read_text()
+    for name, value in (variable.split("=", 1) for variable in variables.split()):
+        assert re.search(rf"{name}.*{re.escape(value)}", launch), name
+    commands = set(re.findall(r"\bosv-[a-z-]+", text))
+    assert commands and commands <= set(SCRIPTS)
+    for name in re.findall(r"--config=(\w+)", text):
+        assert arguments.config_file(name).is_file()
+    ignored = (ROOT / ".dockerignore").read_text().split()
+    assert not {"osv_jax", "configs", "setup.py", "pyproject.toml", "constraints.txt", "README.md", "LICENSE"} & set(
+        ignored
+    )
 
 
 @pytest.mark.integration

@@ -84,6 +84,24 @@ def test_every_page_is_in_the_sites_menu():
     assert {page.name for page in (ROOT / "docs").glob("*.md")} <= set(re.findall(r"[\w-]+\.md", menu))
 
 
+def test_the_cost_of_the_real_run_follows_from_the_plans():
+    row = r"^\| stage [12], [\dx ]+ \| ([\d,]+) \| (\d+), [^|]* \| ([\d.]+ GB)[^|]* \| ([\d.]+) s \| ([\d.]+) \|$"
+    text = (ROOT / "docs" / "install.md").read_text()
+    plans = (ROOT / "docs" / "scaling.md").read_text().splitlines()
+    rows = re.findall(row, text, re.MULTILINE)
+    assert len(rows) == 3
+    whole = 0.0
+    for steps, clips, memory, seconds, hours in rows:
+        assert any(f"**{memory}**" in line and line.endswith(f"{seconds} s |") for line in plans)
+        bound = int(steps.replace(",", "")) * int(clips) * float(seconds) / 3600
+        assert round(bound, 1) == float(hours)
+        whole += bound
+    (total,) = re.findall(r"^\| together [| ]+ ([\d.]+) \|$", text, re.MULTILINE)
+    assert round(whole, 1) == float(total)
+    (slowness, cost) = re.findall(rf"{total} x ([\d.]+) x 1 = (\d+)", text)[0]
+    assert round(whole * float(slowness)) == int(cost)
+
+
 def texts():
     """Every text in the package, with a 0 where a value is put in."""
     for file in sorted((ROOT / "osv_jax").rglob("*.py")):
