@@ -1,11 +1,11 @@
-"""A page in the browser that makes videos of images, or one that shows runs.
+"""A page in the browser that makes videos of images or of prompts, or one that shows runs.
 
     python -m osv_jax.serve --weights=weights/svd --lora=runs/stage2
     python -m osv_jax.serve --runs=runs
 
-The first takes images from those who open the page, one after the other; the last results are kept in --output. The
-second shows curves, pictures and tables of the runs in a folder while they train, and changes nothing. Either is open
-to this machine alone, unless --host says otherwise.
+The first takes images, or with AnimateDiff's weights prompts, from those who open the page, one after the other; the
+last results are kept in --output. The second shows curves, pictures and tables of the runs in a folder while they
+train, and changes nothing. Either is open to this machine alone, unless --host says otherwise.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import argparse
 import importlib.util
 import os
 import pathlib
+import socket
 import tempfile
 
 from osv_jax.errors import UserError
@@ -53,13 +54,17 @@ def _make_videos(args: argparse.Namespace, uploads: pathlib.Path) -> None:
     if in_bucket(output):
         raise UserError(f"--output={output} is in a bucket: results are kept in a folder of this machine.")
     paths.check_folder(output, "--output")
-    from osv_jax.web import generation, server, studio
+    from osv_jax.evaluation.kinds import makes_videos_of_prompts
+    from osv_jax.web import forms, generation, server
+    from osv_jax.web.images import ImageStudio
     from osv_jax.web.jobs import Jobs
     from osv_jax.web.results import Results
+    from osv_jax.web.texts import TextStudio
 
     opened = server.open_port(args.host, args.port)
     results = Results(pathlib.Path(output), args.keep)
-    made = studio.Studio.load(
+    of_texts = makes_videos_of_prompts(args.weights)
+    made = (TextStudio if of_texts else ImageStudio).load(
         *(args.weights, args.lora, args.ema, args.dtype, args.context),
         sizes=args.size,
         num_frames=args.num_frames,
@@ -70,13 +75,14 @@ def _make_videos(args: argparse.Namespace, uploads: pathlib.Path) -> None:
             print(model.notice)
     jobs = Jobs(args.queue)
     try:
-        page = generation.make_page(made, jobs, generation.example_pictures(uploads))
+        form = forms.TextForm() if of_texts else forms.ImageForm(forms.example_pictures(uploads))
+        page = generation.make_page(made, jobs, form)
 
         def find(name: str) -> pathlib.Path | None:
             return results.file(*name.split("/")) if name.count("/") == 1 else None
 
-        app = server.make_app(page, "/results/", find, uploads, studio.MAX_BYTES)
-        _announce(opened.getsockname())
+        app = server.make_app(page, "/results/", find, None if of_texts else uploads, made.max_bytes)
+        _announce(opened)
         server.serve(app, opened)
     finally:
         jobs.close(_ENDING_SECONDS)
@@ -94,12 +100,14 @@ def _show_runs(args: argparse.Namespace) -> None:
     opened = server.open_port(args.host, args.port)
     runs = Runs(pathlib.Path(folder))
     app = server.make_app(training.make_page(runs), f"/{training.PICTURES}/", runs.file, None, 0)
-    _announce(opened.getsockname())
+    _announce(opened)
     server.serve(app, opened)
 
 
-def _announce(address: tuple) -> None:
-    host, port = address[:2]
+def _announce(opened: socket.socket) -> None:
+    # Whoever comes at once waits for an answer, and is not turned away.
+    opened.listen()
+    host, port = opened.getsockname()[:2]
     host = f"[{host}]" if ":" in host else host
     print(f"The page is at http://{host}:{port} (Ctrl-C ends it).", flush=True)
 

@@ -33,12 +33,15 @@ class Pipeline(abc.ABC):
     """Networks that make videos. Nothing waits for the devices but what returns NumPy arrays, and `wait`.
 
     Attributes:
+        notice: a sentence about the LoRA for the user, or empty.
         params: of the networks, by name.
         seconds: by part, of `parts`; what is started from now on adds its time there when it is done. May be replaced.
         clock: what measures them.
         on_part: called with the name of each part as it begins; for the UNet, with the number of the evaluation, too.
         before_part: called by who makes a video before each part is started; what it raises ends the video.
     """
+
+    notice: str
 
     def __init__(self, parts: Sequence[str], params: Mapping[str, Any], context: int, data: int):
         """`context` devices share every video, `data` groups of them a batch."""
@@ -57,6 +60,14 @@ class Pipeline(abc.ABC):
     @abc.abstractmethod
     def dtype_of(self, component: str) -> Any:
         """What a network computes in."""
+
+    @abc.abstractmethod
+    def complete(self, options: Any) -> Any:
+        """Options with the model's own values for what is not said; those of `options.py` or `text_options.py`."""
+
+    @abc.abstractmethod
+    def __call__(self, *inputs: Any, **options: Any) -> UInt8[np.ndarray, "f height width 3"]:
+        """Makes a video."""
 
     @abc.abstractmethod
     def start_decoding(

@@ -1,1 +1,1 @@
-"""Pages in the browser, Gradio's: videos made of images, and runs while they train."""
+"""Pages in the browser, Gradio's: videos made of images and of prompts, and runs while they train."""

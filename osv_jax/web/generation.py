@@ -1,54 +1,48 @@
-"""The page that makes videos of images."""
+"""The page that makes videos."""
 
 from __future__ import annotations
 
 import asyncio
 import importlib.resources
-import os
-import pathlib
 import random
 import sys
-from collections.abc import AsyncIterator, Sequence
+from collections.abc import AsyncIterator
 from typing import Any
 
 import gradio as gr
 
-from osv_jax.diffusion.samplers import SAMPLERS
 from osv_jax.errors import UserError
-from osv_jax.inference.options import DEFAULT_STEPS
 from osv_jax.runtime.ranges import SEED
 from osv_jax.web import render, studio
+from osv_jax.web.forms import Form
 from osv_jax.web.jobs import Cancelled, Job, Jobs
-from osv_jax.web.studio import Request, Studio
+from osv_jax.web.studio import Studio
 
 # Between two looks at how far a video is [s].
 _LOOK = 0.25
 
 
-def make_page(made: Studio, jobs: Jobs, examples: Sequence[os.PathLike]) -> gr.Blocks:
+def make_page(made: Studio, jobs: Jobs, form: Form) -> gr.Blocks:
     """The page.
 
     Args:
-        examples: pictures to pick from.
+        form: of the studio's kind of videos.
     """
     compiling = Job(made.compile, patience=float("inf"))
     jobs.submit(compiling)
     sizes = [f"{height} x {width}" for height, width in made.sizes]
-    first = "euler" if made.main == studio.TEACHER else "tts"
+    first, has_student = made.first_sampler, len(made.models) > 1
     with gr.Blocks(title="osv_jax", analytics_enabled=False, delete_cache=(3600, 86400)) as page:
-        gr.Markdown("# From an image to a video")
+        gr.Markdown(f"# {form.title}")
         notice = gr.HTML(elem_id="notice")
         with gr.Row():
             with gr.Column(scale=1, min_width=280):
-                image = gr.Image(label="Image", type="filepath", sources=["upload", "clipboard"], elem_id="image")
-                # Not decoded by Gradio: files are read as everywhere here, within the limits of uploads. (Of a class
-                # derived from its own Gradio would write a file beside this one.)
-                vars(image)["preprocess"] = _uploaded
-                if examples:
-                    gr.Examples([[os.fspath(path)] for path in examples], [image], cache_examples=False)
+                own = form.add()
                 with gr.Row():
-                    sampler = gr.Dropdown(list(SAMPLERS), value=first, label="Sampler", elem_id="sampler")
-                    steps = gr.Slider(1, studio.MAX_STEPS, DEFAULT_STEPS[first], step=1, label="Steps", elem_id="steps")
+                    sampler = gr.Dropdown(list(made.default_steps), value=first, label="Sampler", elem_id="sampler")
+                    steps = gr.Slider(
+                        1, studio.MAX_STEPS, made.default_steps[first], step=1, label="Steps", elem_id="steps"
+                    )
                 with gr.Row(equal_height=True):
                     seed = gr.Number(
                         0, label="Seed", precision=0, minimum=0, maximum=SEED.high, elem_id="seed", min_width=120
@@ -56,16 +50,14 @@ def make_page(made: Studio, jobs: Jobs, examples: Sequence[os.PathLike]) -> gr.B
                     dice = gr.Button("⚄ Another seed", elem_id="dice", min_width=120)
                 size = gr.Dropdown(sizes, value=sizes[0], label="Height x width [px]", elem_id="size")
                 with gr.Accordion("More", open=False):
-                    fps = gr.Slider(1, 50, made.own.fps, step=0.5, label="Frames a second")
-                    motion = gr.Slider(1, 255, 127, step=1, label="Motion bucket")
-                beside = gr.Checkbox(
-                    False, label="The teacher beside it", visible=len(made.models) > 1, elem_id="beside"
-                )
+                    fps = gr.Slider(1, 50, made.own.fps, step=0.5, label="Frames a second", elem_id="fps")
+                    own += form.add_more()
+                beside = gr.Checkbox(False, label="The teacher beside it", visible=has_student, elem_id="beside")
                 teacher_steps = gr.Slider(
-                    *(1, studio.MAX_STEPS, DEFAULT_STEPS["euler"]),
+                    *(1, studio.MAX_STEPS, made.default_steps[made.teacher_sampler]),
                     step=1,
                     label="Steps of the teacher",
-                    visible=len(made.models) > 1,
+                    visible=has_student,
                     elem_id="teacher_steps",
                 )
                 with gr.Row():
@@ -82,23 +74,25 @@ def make_page(made: Studio, jobs: Jobs, examples: Sequence[os.PathLike]) -> gr.B
         timer = gr.Timer(1)
 
         async def generate(
-            image: str | None,
+            request: gr.Request,
             sampler: str,
             steps: int,
             seed: int | None,
             fps: float,
-            motion: float,
             size: str,
             beside: bool,
             teacher_steps: int,
-            request: gr.Request,
+            *values: Any,
         ) -> AsyncIterator[tuple[Any, ...]]:
             try:
-                if image is None:
-                    raise UserError("There is no image: upload one, or pick an example.")
                 height, width = made.sizes[sizes.index(size)]
-                wanted = Request(
-                    *(image, sampler, int(steps), int(seed or 0), fps, motion, (height, width)),
+                wanted = form.request(
+                    *values,
+                    sampler=sampler,
+                    steps=int(steps),
+                    seed=int(seed or 0),
+                    fps=fps,
+                    size=(height, width),
                     beside=beside,
                     teacher_steps=int(teacher_steps),
                 )
@@ -139,7 +133,7 @@ def make_page(made: Studio, jobs: Jobs, examples: Sequence[os.PathLike]) -> gr.B
             return _notice(compiling), gr.Timer(active=not compiling.over.is_set())
 
         quick: dict[str, Any] = {"queue": False, "api_visibility": "private", "show_progress": "hidden"}
-        inputs = [image, sampler, steps, seed, fps, motion, size, beside, teacher_steps]
+        inputs = [sampler, steps, seed, fps, size, beside, teacher_steps, *own]
         start.click(
             generate,
             inputs,
@@ -150,7 +144,7 @@ def make_page(made: Studio, jobs: Jobs, examples: Sequence[os.PathLike]) -> gr.B
         )
         stop.click(cancel, **quick)
         dice.click(lambda: random.randint(0, int(SEED.high)), outputs=seed, **quick)
-        sampler.input(lambda chosen: DEFAULT_STEPS[chosen], sampler, steps, **quick)
+        sampler.input(lambda chosen: made.default_steps[chosen], sampler, steps, **quick)
         gallery.click(show, outputs=shown, **quick)
         timer.tick(refresh, outputs=[notice, timer], **quick)
         page.load(
@@ -158,10 +152,6 @@ def make_page(made: Studio, jobs: Jobs, examples: Sequence[os.PathLike]) -> gr.B
         )
         page.unload(cancel)
     return page
-
-
-def _uploaded(payload: Any) -> str | None:
-    return payload.path if payload else None
 
 
 def _where(jobs: Jobs, job: Job) -> str:
@@ -180,16 +170,3 @@ def _notice(compiling: Job) -> str:
     if compiling.over.is_set():
         return ""
     return render.message(f"Compiling ahead; videos wait until it is done. {compiling.part}")
-
-
-def example_pictures(folder: pathlib.Path) -> list[pathlib.Path]:
-    """First frames of the clips that come with the miniature, written to a folder."""
-    from PIL import Image as Pillow
-
-    from osv_jax.data.demo import held_out_clips
-
-    pictures = []
-    for number, clip in enumerate(held_out_clips()[0], start=1):
-        pictures.append(folder / f"frame_{number}.png")
-        Pillow.fromarray(clip[0]).save(pictures[-1])
-    return pictures

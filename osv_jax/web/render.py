@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import html
+import textwrap
 from collections.abc import Sequence
 from typing import Any
 
@@ -29,17 +30,24 @@ def player(result: Result | None) -> str:
     if result is None:
         return '<p class="empty">Videos appear here.</p>'
     about = result.about
-    image = html.escape(str(about["image"]))
     films = "".join(_film(result, video) for video in about["videos"])
     controls = (
         '<div class="controls"><button type="button" class="play">Play</button>'
         '<input type="range" class="scrub" min="0" max="1" step="any" value="0" aria-label="Time">'
         '<span class="time"></span></div>'
     )
-    how = (
-        f'<p class="how">{image} at {about["height"]} x {about["width"]}, seed {about["seed"]},'
-        f" {about['fps']:g} fps, motion {about['motion_bucket_id']:g}</p>"
-    )
+    settings = [f"seed {about['seed']}", f"{about['fps']:g} fps"]
+    if "prompt" in about:
+        subject = f"“{about['prompt']}”"
+        if any(video["sampler"] == "ddim" for video in about["videos"]):
+            settings.append(f"guidance {about['guidance_scale']:g}")
+        if about["negative_prompt"]:
+            settings.append(f"without “{about['negative_prompt']}”")
+    else:
+        subject = str(about["image"])
+        settings.append(f"motion {about['motion_bucket_id']:g}")
+    made = html.escape(f"{subject} at {about['height']} x {about['width']}, {', '.join(settings)}")
+    how = f'<p class="how">{made}</p>' + "".join(map(message, about.get("notices", ())))
     return (
         f'<div class="player" data-result="{result.identifier}"><div class="films">{films}</div>{controls}{how}</div>'
     )
@@ -65,8 +73,12 @@ def gallery(results: Sequence[Result]) -> str:
     cards = "".join(
         f'<button type="button" class="card" data-result="{result.identifier}">'
         f'<img src="{RESULTS}/{result.identifier}/{IMAGE}" alt="" loading="lazy">'
-        f"<span>{' and '.join(html.escape(str(video['name'])) for video in result.about['videos'])},"
-        f" seed {result.about['seed']}</span></button>"
+        f"<span>{html.escape(_caption(result.about))}</span></button>"
         for result in results
     )
     return f'<div class="gallery">{cards}</div>' if cards else ""
+
+
+def _caption(about: dict[str, Any]) -> str:
+    made = f"{' and '.join(str(video['name']) for video in about['videos'])}, seed {about['seed']}"
+    return f"{made}: {textwrap.shorten(about['prompt'], 60)}" if "prompt" in about else made

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
 import logging
 import os
 import pathlib
 import re
 import signal
 import socket
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 import fastapi
@@ -97,6 +98,7 @@ def make_app(
         uploads, max_bytes: see `Gate`.
     """
     app = fastapi.FastAPI(docs_url=None, redoc_url=None, openapi_url=None)
+    keep_to_uploads(page, uploads)
 
     @app.get(f"{files}{{name:path}}")
     def send_file(name: str) -> fastapi.Response:
@@ -124,14 +126,44 @@ def make_app(
     return Gate(app, uploads, files, max_bytes)
 
 
+def keep_to_uploads(page: gr.Blocks, uploads: pathlib.Path | None) -> None:
+    """Has a page refuse what names other files than uploads, whichever control it is given for.
+
+    Gradio copies whatever file a request names, and what a URL does, to where uploads are; its own check is for pages
+    that it serves itself.
+    """
+    preprocess = page.preprocess_data
+
+    async def checked(function: Any, inputs: list[Any], *others: Any, **options: Any) -> Any:
+        for path in _paths(inputs):
+            if uploads is None or uploads not in pathlib.Path(os.path.realpath(path)).parents:
+                raise gr.Error("That file was not uploaded here.", print_exception=False)
+        return await preprocess(function, inputs, *others, **options)
+
+    vars(page)["preprocess_data"] = checked
+
+
+def _paths(value: Any) -> Iterator[str]:
+    """Of files that are named somewhere in what a request says."""
+    if isinstance(value, dict):
+        if "path" in value:
+            yield str(value["path"])
+        value = list(value.values())
+    if isinstance(value, list | tuple):
+        for inner in value:
+            yield from _paths(inner)
+
+
 def open_port(host: str, port: int) -> socket.socket:
     """Raises UserError if nothing can be served there. Port 0 is any that is free."""
     try:
         family, kind, protocol, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        opened = socket.socket(family, kind, protocol)
-        opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        opened.bind(address)
-        return opened
+        with contextlib.ExitStack() as stack:
+            opened = stack.enter_context(socket.socket(family, kind, protocol))
+            opened.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            opened.bind(address)
+            stack.pop_all()
+            return opened
     except (OSError, OverflowError) as error:
         reason = getattr(error, "strerror", None) or error
         raise UserError(f"{host}:{port} cannot be served ({reason}): choose another --host or --port.") from error

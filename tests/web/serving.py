@@ -9,25 +9,36 @@ import subprocess
 import sys
 import time
 
+import av
 import jax
+import numpy as np
 from selenium.common.exceptions import StaleElementReferenceException
 from selenium.webdriver.common.by import By
 
 ROOT = pathlib.Path(__file__).parents[2]
 
 
-@contextlib.contextmanager
-def served(*arguments, log):
-    """Runs `osv_jax.serve` and gives its address; ends it in good order."""
+def command(program, *arguments):
+    """What `subprocess` is given to run one of the programs on the CPU."""
     environment = os.environ | {
         "JAX_PLATFORMS": "cpu",
         "JAX_COMPILATION_CACHE_DIR": jax.config.jax_compilation_cache_dir,
         "JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS": "0.5",
         "PYTHONUNBUFFERED": "1",
     }
-    command = [sys.executable, "-m", "osv_jax.serve", "--port=0", *map(str, arguments)]
+    return {
+        "args": [sys.executable, "-m", f"osv_jax.{program}", *map(str, arguments)],
+        "cwd": ROOT,
+        "env": environment,
+    }
+
+
+@contextlib.contextmanager
+def served(*arguments, log):
+    """Runs `osv_jax.serve` and gives its address; ends it in good order."""
     with log.open("w") as file:
-        process = subprocess.Popen(command, cwd=ROOT, env=environment, stdout=file, stderr=subprocess.STDOUT)
+        started = command("serve", "--port=0", *arguments)
+        process = subprocess.Popen(**started, stdout=file, stderr=subprocess.STDOUT)
     try:
         until(lambda: "The page is at" in log.read_text() or process.poll() is not None, 300)
         assert process.poll() is None, log.read_text()
@@ -48,6 +59,19 @@ def until(holds, seconds=120.0):
                 return found
         assert time.monotonic() < end, "it did not happen"
         time.sleep(0.05)
+
+
+def assert_same_video(actual, expected):
+    """Of two processes, whose programs round as they were compiled: next to nothing apart, as both are shown."""
+    frames = []
+    for file in (actual, expected):
+        with av.open(str(file)) as opened:
+            rate = opened.streams.video[0].average_rate
+            frames.append((rate, np.stack([frame.to_ndarray(format="rgb24") for frame in opened.decode(video=0)])))
+    (rate, made), (wanted_rate, wanted) = frames
+    assert rate == wanted_rate and made.shape == wanted.shape
+    difference = np.abs(made.astype(np.float64) - wanted)
+    assert difference.mean() < 0.1 * wanted.std() and wanted.std() > 2
 
 
 class Page:
@@ -79,6 +103,24 @@ class Page:
             "for (const name of ['input', 'change']) field.dispatchEvent(new Event(name, {bubbles: true}));",
             *(selector, value),
         )
+
+    def set_text(self, selector, text):
+        """Of a text box."""
+        self.run(
+            "const field = document.querySelector(arguments[0] + ' textarea, ' + arguments[0] + ' input');"
+            "field.value = arguments[1]; field.dispatchEvent(new Event('input', {bubbles: true}));",
+            *(selector, text),
+        )
+
+    def choose(self, selector, option):
+        """Of a menu."""
+        until(lambda: self.all(f"{selector} input"))[0].click()
+        until(lambda: [found for found in self.all("[role=option]") if found.text.strip().endswith(option)])[0].click()
+        until(lambda: self.value(selector) == option)
+
+    def value(self, selector):
+        """Of what a control has in its field."""
+        return self.run("return document.querySelector(arguments[0] + ' input').value", selector)
 
     def text(self, selector):
         """What is seen of an element; "" if there is none."""

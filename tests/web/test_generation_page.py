@@ -1,6 +1,10 @@
 """The page that makes videos, served by a process of its own, as headless Chromium shows it."""
 
+import http.client
 import json
+import pathlib
+import socket
+import subprocess
 import urllib.error
 import urllib.parse
 import urllib.request
@@ -9,9 +13,11 @@ import browser
 import numpy as np
 import pytest
 from PIL import Image
-from serving import Page, served, until
+from serving import Page, assert_same_video, command, served, until
+from small_pictures import png_without_pixels
 
 pytestmark = pytest.mark.integration
+MODEL = ["--weights=miniature", "--lora=miniature/stage2"]
 SIZE = ["--num_frames=3", "--size", "32x48"]
 
 
@@ -23,9 +29,10 @@ def output(tmp_path_factory):
 @pytest.fixture(scope="module")
 def url(tmp_path_factory, output):
     log = tmp_path_factory.mktemp("log") / "log.txt"
-    weights = ["--weights=miniature", "--lora=miniature/stage2"]
-    with served(*weights, *SIZE, "--queue=1", f"--output={output}", "--keep=3", log=log) as address:
+    with served(*MODEL, *SIZE, "--queue=1", f"--output={output}", "--keep=3", log=log) as address:
         yield address
+        uploads = upload(address, b"mine").parents[1]
+    assert not uploads.exists(), "uploads are deleted when the program ends"
 
 
 @pytest.fixture(scope="module")
@@ -49,12 +56,36 @@ def picture(tmp_path_factory):
     return file
 
 
-def status_of(url, data=None):
+def status_of(url, path):
+    """What is answered to a path, exactly as it stands here."""
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=20)
     try:
-        with urllib.request.urlopen(urllib.request.Request(url, data), timeout=20) as answer:
-            return answer.status
-    except urllib.error.HTTPError as error:
-        return error.code
+        connection.request("GET", f"/{path}")
+        return connection.getresponse().status
+    finally:
+        connection.close()
+
+
+def upload(url, data, name="a.png"):
+    """Where the server keeps what is uploaded."""
+    form = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
+    headers = {"Content-Type": "multipart/form-data; boundary=x"}
+    request = urllib.request.Request(f"{url}/gradio_api/upload", form + data + b"\r\n--x--\r\n", headers)
+    with urllib.request.urlopen(request, timeout=20) as answer:
+        return pathlib.Path(json.load(answer)[0])
+
+
+def ask(url, values):
+    """Presses the page's button with values of one's own, without a page; what the server tells at the end."""
+    with urllib.request.urlopen(f"{url}/config", timeout=20) as answer:
+        config = json.load(answer)
+    (button,) = [part["id"] for part in config["components"] if part["props"].get("elem_id") == "generate"]
+    (number,) = [call["id"] for call in config["dependencies"] if [button, "click"] in call["targets"]]
+    body = json.dumps({"data": values, "fn_index": number, "session_hash": "mine"}).encode()
+    request = urllib.request.Request(f"{url}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
+    urllib.request.urlopen(request, timeout=20).close()
+    with urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash=mine", timeout=60) as answer:
+        return next(line.decode() for line in answer if b"process_completed" in line)
 
 
 def test_it_says_that_it_compiles_and_loads_nothing_from_elsewhere(page, url):
@@ -117,6 +148,31 @@ def test_the_gallery_shows_what_was_made_before(page, output):
     assert page.run("return document.querySelectorAll('.card').length") == len(cards)
 
 
+def test_a_video_is_that_of_the_program_with_the_same_settings(page, picture, output, tmp_path):
+    """Sampler, steps, seed, frames a second and motion bucket are those that were chosen."""
+    page.upload(picture)
+    page.choose("#sampler", "consistency")
+    until(lambda: page.value("#steps") == "1")
+    page.set_number("#steps", 2)
+    page.set_text("#seed", 5)
+    page.click(".label-wrap")
+    until(lambda: page.all("#fps input"))
+    page.set_number("#fps", 9.5)
+    page.set_number("#motion", 200)
+    made = page.generate()
+    assert "seed 5, 9.5 fps, motion 200" in page.text(".how") and "consistency, 2 steps" in page.text("figcaption")
+    settings = ["--sampler=consistency", "--steps=2", "--seed=5", "--fps=9.5", "--motion_bucket_id=200"]
+    size = ["--height=32", "--width=48", "--num_frames=3"]
+    file = tmp_path / "student.mp4"
+    subprocess.run(
+        **command("sample", *MODEL, f"--image={picture}", f"--output={file}", *settings, *size),
+        check=True,
+        timeout=300,
+    )
+    assert_same_video(output / made / "student.mp4", file)
+    page.choose("#sampler", "tts")
+
+
 def start_long(page, picture):
     """Begins what takes long: fifty steps beside the teacher's."""
     page.open("#generate")
@@ -146,6 +202,9 @@ def test_a_bad_image_is_a_message(page, tmp_path):
     until(lambda: "bad.png cannot be read as an image" in page.text("#status"))
     assert str(tmp_path) not in page.text("body") and "/tmp" not in page.text("#status")
     until(lambda: "bad.png cannot be read as an image" in page.text(".toast-wrap"))
+    page.upload(png_without_pixels(tmp_path / "wide.png", 10_000, 5_001))
+    page.click("#generate")
+    until(lambda: "wide.png has more than 50,000,000 pixels: scale it down first." in page.text("#status"))
     page.click("#image [aria-label='Remove Image']")
     page.click("#generate")
     until(lambda: "There is no image" in page.text("#status"))
@@ -179,31 +238,50 @@ def test_a_phone_needs_no_sideways_scrolling(page, picture):
 
 def test_no_path_of_the_server_is_readable(url, output):
     result = sorted(output.iterdir())[-1]
-    assert status_of(f"{url}/results/{result.name}/image.png") == 200
-    (output / "secret.txt").write_text("secret")
-    tried = [
-        "/etc/passwd",
-        str(output / "secret.txt"),
-        str(result / "result.json"),
-        "http://127.0.0.1/",
-        "../etc/passwd",
-    ]
-    paths = [f"gradio_api/{kind}{urllib.parse.quote(path)}" for kind in ("file=", "file/") for path in tried]
+    assert status_of(url, f"results/{result.name}/image.png") == 200
+    secret = output / "secret.png"
+    Image.new("RGB", (8, 8)).save(secret)
+    uploaded = upload(url, b"mine")
+    assert status_of(url, f"gradio_api/file={uploaded}") == 200
+    link, folder = uploaded.with_name("link.png"), uploaded.with_name("folder")
+    link.symlink_to(secret)
+    folder.symlink_to(output)
+    tried = ["/etc/passwd", secret, result / "result.json", "http://127.0.0.1/", "../etc/passwd"]
+    tried += [link, folder / "secret.png", f"{uploaded}/../../../../etc/passwd", f"{uploaded}\0.png", f"/{uploaded}"]
+    paths = [f"gradio_api/{kind}{urllib.parse.quote(str(path))}" for kind in ("file=", "file/") for path in tried]
+    paths += [f"gradio_api/file={uploaded.parent}/{end}" for end in ("%2e%2e/%2e%2e/x", "..%2f..%2fx", "..%5c..%5cx")]
     paths += [
         f"results/{path}"
-        for path in ("..%2Fsecret.txt", "%2e%2e/secret.txt", "secret.txt", f"{result.name}/result.json")
+        for path in ("..%2Fsecret.png", "%2e%2e/secret.png", "secret.png", f"{result.name}/result.json")
     ]
-    paths += [f"results/{result.name}/%2e%2e%2fsecret.txt", "static/..%2f..%2froutes.py", "assets/%2e%2e/index.html"]
+    paths += [f"results/{result.name}/%2e%2e%2fsecret.png", "static/..%2f..%2froutes.py", "assets/%2e%2e/index.html"]
+    paths += ["results/%2fetc/passwd", "results//etc/passwd", "gradio_api/stream/x", "docs", "openapi.json"]
     paths += ["gradio_api/proxy=http://127.0.0.1/", "gradio_api/runs", "gradio_api/vibe-code", "gradio_api/deep_link"]
-    assert {path: code for path in paths if (code := status_of(f"{url}/{path}")) not in (403, 404)} == {}
+    assert {path: code for path in paths if (code := status_of(url, path)) not in (400, 403, 404)} == {}
+
+
+def test_no_image_of_the_server_is_made_a_video_of(url, output, tmp_path):
+    """A request names the image: it is one that was uploaded, or an example."""
+    before = {folder.name for folder in output.iterdir()}
+    secret = tmp_path / "secret.png"
+    Image.new("RGB", (8, 8)).save(secret)
+    uploaded = upload(url, b"mine").parent
+    for path in (secret, uploaded / ".." / ".." / ".." / secret.relative_to("/"), "http://127.0.0.1:1/a.png"):
+        image = {"path": str(path), "meta": {"_type": "gradio.FileData"}}
+        told = ask(url, ["tts", 1, 0, 7, "32 x 48", False, 25, image, 127])
+        assert '"success":false' in told.replace(" ", "")
+    assert {folder.name for folder in output.iterdir()} == before
+    assert not list(uploaded.parent.rglob("secret.png"))
+
+
+def test_it_is_open_to_this_machine_alone(url):
+    address = urllib.parse.urlsplit(url)
+    assert address.hostname == "127.0.0.1"
+    with pytest.raises(ConnectionRefusedError):
+        socket.create_connection(("127.0.0.2", address.port), 5)
 
 
 def test_large_uploads_are_refused(url):
-    boundary = b"--x\r\nContent-Disposition: form-data; name=files; filename=a.png\r\n\r\n"
-    data = boundary + bytes(31_000_000) + b"\r\n--x--\r\n"
-    request = urllib.request.Request(
-        f"{url}/gradio_api/upload", data, {"Content-Type": "multipart/form-data; boundary=x"}
-    )
     with pytest.raises((urllib.error.HTTPError, ConnectionError, urllib.error.URLError)) as raised:
-        urllib.request.urlopen(request, timeout=20)
+        upload(url, bytes(31_000_000))
     assert getattr(raised.value, "code", 413) == 413

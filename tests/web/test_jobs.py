@@ -93,3 +93,54 @@ def test_a_mistake_does_not_stop_the_next(jobs):
     jobs.submit(good)
     assert good.over.wait(SECONDS) and good.result == 3
     assert str(failing.error) == "wrong"
+
+
+def test_many_people_come_leave_and_cancel_and_nobody_waits_for_ever():
+    """Whoever comes is served, told that the queue is full, or gone: in the order in which they came."""
+    jobs, begun, came, refused = Jobs(most=12), [], [], []
+
+    def compute(job):
+        begun.append(job)
+        time.sleep(0.002)
+        job.check()
+        if job.owner.endswith("3"):
+            raise UserError("wrong")
+        return job.owner
+
+    def look(job):
+        end = time.monotonic() + SECONDS
+        while not job.over.wait(0.002):
+            job.watch()
+            jobs.before(job)
+            assert time.monotonic() < end, job.owner
+
+    people = []
+    for number in range(60):
+        leaves = number % 10 == 5
+        job = Job(compute, str(number), patience=0.01 if leaves else SECONDS)
+        try:
+            jobs.submit(job)
+        except UserError:
+            refused.append(job)
+            continue
+        came.append(job)
+        if number % 10 == 7:
+            jobs.cancel(job.owner)
+        if not leaves:
+            people.append(threading.Thread(target=look, args=(job,)))
+            people[-1].start()
+        time.sleep(0.001)
+    for person in people:
+        person.join(SECONDS)
+    assert all(job.over.wait(SECONDS) for job in came) and len(came) + len(refused) == 60
+    assert begun == [job for job in came if job in begun]
+    for job in came:
+        number = int(job.owner) % 10
+        if number == 3:
+            assert str(job.error) == "wrong"
+        elif number in (5, 7) and job.error is not None:
+            assert isinstance(job.error, Cancelled)
+        else:
+            assert job.result == job.owner
+    jobs.close(SECONDS)
+    assert not jobs._thread.is_alive()

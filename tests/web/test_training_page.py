@@ -1,6 +1,7 @@
 """The page of runs, served by a process of its own, as headless Chromium shows it."""
 
 import json
+import re
 import shutil
 import urllib.error
 import urllib.request
@@ -8,8 +9,12 @@ import urllib.request
 import browser
 import numpy as np
 import pytest
+import toy_objective_config
 from PIL import Image
 from serving import Page, served, until
+from toy_unet import toy_training
+
+from osv_jax import train
 
 pytestmark = pytest.mark.integration
 
@@ -49,6 +54,11 @@ def page(tmp_path_factory, url):
     page.open("#panels svg")
     yield page
     opened.quit()
+
+
+def contents(folder):
+    """Of all files in it, with when they were written."""
+    return {file: (file.read_bytes(), file.stat().st_mtime_ns) for file in folder.rglob("*") if file.is_file()}
 
 
 def curves(page, panel):
@@ -93,12 +103,40 @@ def test_runs_are_chosen_and_may_disappear(page, runs):
     shutil.move(runs.parent / f"{runs.name}-moved", runs / "more")
 
 
+def test_a_run_is_shown_while_it_really_trains(page, runs, monkeypatch):
+    """Its steps, its curves over another run's, and its end; the page is looked at between two steps."""
+    config = toy_objective_config.get_config()
+    config.num_steps, config.log_every = 8, 1
+    global_batches = train.mesh.global_batches
+
+    def watched(local_batches, devices):
+        def read():
+            for number, batch in enumerate(local_batches, 1):
+                if number == 6:
+                    until(lambda: "toy" in page.text("#runs"))
+                    page.run("[...document.querySelectorAll('#runs label')].find((l) => l.innerText == 'toy').click()")
+                    until(lambda: re.search(r"running\s+[1-5] of 8", page.text("#overview")))
+                    until(lambda: {"toy", "first"} <= set(curves(page, "loss")))
+                yield batch
+
+        return global_batches(read(), devices)
+
+    monkeypatch.setattr(train.mesh, "global_batches", watched)
+    with toy_training():
+        train.train(config, runs / "toy")
+    until(lambda: re.search(r"finished\s+8 of 8", page.text("#overview")))
+    shutil.rmtree(runs / "toy")
+
+
 def test_a_phone_needs_no_sideways_scrolling(page):
     page.open("#panels svg", width=360, height=740, mobile=True)
     assert page.run("return [document.documentElement.scrollWidth, innerWidth]") == [360, 360]
 
 
-def test_nothing_is_written_and_only_pictures_are_read(url, runs):
+def test_nothing_is_written_and_only_pictures_are_read(page, url, runs):
+    before = contents(runs)
+    page.open("#panels svg")
+    until(lambda: page.all(".pictures img"))
     assert urllib.request.urlopen(f"{url}/pictures/first/sample_0000000.png").read(4)[1:] == b"PNG"
     tried = {"GET": ["pictures/secret.png", "pictures/first/..%2f..%2fsecret.png", "pictures/first/config.json"]}
     tried["GET"] += [
@@ -117,3 +155,4 @@ def test_nothing_is_written_and_only_pictures_are_read(url, runs):
             except urllib.error.HTTPError as error:
                 answers[path] = error.code
     assert set(answers.values()) <= {403, 404, 413}
+    assert contents(runs) == before
