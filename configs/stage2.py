@@ -36,10 +36,11 @@ def get_config(variant: str = "") -> ConfigDict:
         config.data.dataset = "runs/demo/latents"
         config.trainable = ("lora",)
         config.lora.rank = config.lora.alpha = 4
-        # The teacher's whole trajectory at once, on a coarse grid: in parts, what it has at the low end of the noise
-        # levels takes long to reach the high end.
-        config.num_levels = 9
+        # The teacher's whole trajectory in two parts of eight steps. Samplers of one and two steps visit these two
+        # levels alone; what the upper one is to predict is what the lower one does.
+        config.num_levels = 17
         config.solver_steps = 8
+        config.level_weights = ((9, 0.5), (17, 0.5))
         config.batch_size = 1
         config.num_steps = 20
         config.optimizer.learning_rate = 4e-3

@@ -85,10 +85,10 @@ def test_stage_2_begins_with_the_lora_of_stage_1():
 MEASURED = {
     "teacher": (0.0, 0.118638),
     "untrained": (0.200144, 0.0855735),
-    "one step": (0.106511, 0.0597613),
-    "two steps": (0.157513, 0.106810),
-    "time travel": (0.155529, 0.109709),
-    "euler": (0.153511, 0.107701),
+    "one step": (0.111556, 0.0512059),
+    "two steps": (0.112735, 0.0516525),
+    "time travel": (0.111898, 0.0538155),
+    "euler": (0.111692, 0.0536116),
 }
 
 
@@ -124,17 +124,19 @@ def test_the_teacher_keeps_its_picture(sampled):
 
 
 @pytest.mark.integration
-def test_the_stored_student_comes_to_its_teacher_in_one_step(sampled):
+def test_the_stored_student_comes_to_its_teacher_by_every_sampler(sampled):
     _, _, latents = sampled
     error = {name: ((made - latents["teacher"]) ** 2).mean() for name, made in latents.items()}
     assert error["one step"] < error["untrained"] / 1.5
+    # It has learnt the second level, too, which the other samplers visit.
+    assert max(error["two steps"], error["time travel"]) < 1.02 * error["one step"]
 
 
 @pytest.mark.integration
 @pytest.mark.parametrize("way", MEASURED)
 def test_every_sampler_makes_of_the_stored_weights_what_it_made_of_them(sampled, way):
-    """A tolerance of 1e-4: what tells time travel's mean of two noises from either of them alone is five times that."""
+    """A tolerance of 3e-5: what tells time travel's mean of two noises from either of them alone is five times that."""
     _, _, latents = sampled
     error = ((latents[way] - latents["teacher"]) ** 2).mean()
     motion = np.abs(np.diff(latents[way], axis=1)).mean()
-    assert (error, motion) == pytest.approx(MEASURED[way], rel=1e-4)
+    assert (error, motion) == pytest.approx(MEASURED[way], rel=3e-5)
