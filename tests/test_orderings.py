@@ -26,7 +26,13 @@ def orderings(monkeypatch):
 
 
 @pytest.fixture
-def called(orderings, monkeypatch):
+def programs(orderings):
+    """What the benchmark calls, by name."""
+    return importlib.import_module("programs_in_steps").PROGRAMS
+
+
+@pytest.fixture
+def called(programs, monkeypatch):
     """Names of what is trained, prepared and evaluated, by programs that do nothing else."""
     names = []
 
@@ -40,8 +46,8 @@ def called(orderings, monkeypatch):
         folder.mkdir()
         (folder / "table.json").write_text(json.dumps({"rows": rows, "about": {"clips": "2 of the world"}}))
 
-    for program in orderings.PROGRAMS:
-        monkeypatch.setitem(orderings.PROGRAMS, program, lambda arguments: names.append(arguments[1].split("/")[-1]))
+    for program in programs:
+        monkeypatch.setitem(programs, program, lambda arguments: names.append(arguments[1].split("/")[-1]))
     monkeypatch.setattr(evaluate, "main", table)
     return names
 
@@ -95,7 +101,9 @@ def test_ablations_change_one_thing(orderings, tmp_path):
     assert configs["b"].init_from == "" and configs["c"].objective == configs["g"].objective == "stage1"
 
 
-def test_a_stopped_run_goes_on_and_a_finished_one_is_left_alone(orderings, called, tmp_path, monkeypatch, capsys):
+def test_a_stopped_run_goes_on_and_a_finished_one_is_left_alone(
+    orderings, programs, called, tmp_path, monkeypatch, capsys
+):
     output = tmp_path / "made"
     arguments = ["--size=tiny", f"--output={output}"]
 
@@ -103,7 +111,7 @@ def test_a_stopped_run_goes_on_and_a_finished_one_is_left_alone(orderings, calle
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setitem(orderings.PROGRAMS, "merge", stop)
+        patch.setitem(programs, "merge", stop)
         with pytest.raises(KeyboardInterrupt):
             orderings.main(arguments)
     assert called == ["16x24", "32x48", "teacher"]
