@@ -34,7 +34,7 @@ def get_config(name, *overrides):
     if "phases" in config:
         # The toy has no spatial transformer.
         config.trainable = ("temporal_transformer",)
-        config.phases = ((0, "temporal_transformer", config.phases[1][2]),)
+        config.phases = ((0, "temporal_transformer", 1e-2),)
     config.num_steps, config.checkpoint_every, config.picture_every = STEPS, STEPS // 2, STEPS
     return config
 
