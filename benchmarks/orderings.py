@@ -20,7 +20,7 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
 from papers_tables import Way, as_markdown, plan_rows, results
-from programs_in_steps import Step, do
+from programs_in_steps import Step, begin, do_all
 
 from osv_jax.runtime import ending, paths
 from osv_jax.runtime.arguments import Parser
@@ -164,28 +164,14 @@ def main(given: Sequence[str] | None = None) -> None:
     Raises:
         UserError: on anything the user can fix.
     """
-    parser = Parser(prog="python benchmarks/orderings.py", description=__doc__)
-    parser.add_argument("--size", choices=SIZES, required=True, help="full: hours; tiny: to see that it works")
-    parser.add_argument("--output", required=True, metavar="DIR", help="for everything that is made")
-    parser.add_argument("--fvd_weights", default="", metavar="DIR", help="folder with i3d; without: MSE, no FVD")
-    args = parser.parse_args(given)
-    from osv_jax.convert import weights
-    from osv_jax.runtime import command_line
     from osv_jax.runtime.finite import strict_json
 
-    command_line.keep_compiled_programs()
-    size, output = SIZES[args.size], pathlib.Path(args.output)
-    if args.fvd_weights:
-        weights.load_config(args.fvd_weights, "i3d")  # Needed hours from now.
-    (output / "steps").mkdir(parents=True, exist_ok=True)
-    for name in FILES:
-        paths.check_file(output / name, "--output")
-    done: dict[str, str] = {}
+    parser = Parser(prog="python benchmarks/orderings.py", description=__doc__)
+    size, output, fvd_weights = begin(parser, SIZES, FILES, "MSE, no FVD", given)
     steps = plan_steps(size, output)
-    for step in steps:
-        do(step, output, done)
+    do_all(steps, output)
     ways, lines = plan_rows(size.seeds)
-    found = results(evaluate(size, output, ways, args.fvd_weights), lines, size.clips[1])
+    found = results(evaluate(size, output, ways, fvd_weights), lines, size.clips[1])
     markdown = as_markdown(found, [step.command for step in steps])
     paths.write_text(output / FILES[0], markdown)
     paths.write_text(output / FILES[1], strict_json(found, indent=2) + "\n")

@@ -9,10 +9,14 @@ import pathlib
 import shlex
 import subprocess
 import sys
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import TypeVar
 
 from osv_jax.errors import UserError
 from osv_jax.runtime import paths
+from osv_jax.runtime.arguments import Parser
+
+SizeT = TypeVar("SizeT")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -37,6 +41,46 @@ class Step:
         program = {"merge": "-m osv_jax.convert_weights merge", "text_world": "benchmarks/text_world.py"}
         named = program.get(self.program, f"-m osv_jax.{self.program}")
         return f"python {named} {shlex.join(self.arguments)}"
+
+
+def begin(
+    parser: Parser, sizes: Mapping[str, SizeT], files: Sequence[str], without: str, given: Sequence[str] | None
+) -> tuple[SizeT, pathlib.Path, str]:
+    """Reads a benchmark's command line, and tries what it needs hours from now.
+
+    Args:
+        files: that it writes at its end.
+        without: what there is without weights for FVD.
+        given: the command line.
+
+    Returns:
+        The size, the folder for everything that is made, and the folder with I3D or nothing.
+
+    Raises:
+        UserError: on anything the user can fix.
+    """
+    parser.add_argument("--size", choices=sizes, required=True, help="full: hours; tiny: to see that it works")
+    parser.add_argument("--output", required=True, metavar="DIR", help="for everything that is made")
+    parser.add_argument("--fvd_weights", default="", metavar="DIR", help=f"folder with i3d; without: {without}")
+    args = parser.parse_args(given)
+    from osv_jax.convert import weights
+    from osv_jax.runtime import command_line
+
+    command_line.keep_compiled_programs()
+    output = pathlib.Path(args.output)
+    if args.fvd_weights:
+        weights.load_config(args.fvd_weights, "i3d")
+    (output / "steps").mkdir(parents=True, exist_ok=True)
+    for name in files:
+        paths.check_file(output / name, "--output")
+    return sizes[args.size], output, args.fvd_weights
+
+
+def do_all(steps: Sequence[Step], output: pathlib.Path) -> None:
+    """Does what has not been done, one step after the other; raises what `do` raises."""
+    done: dict[str, str] = {}
+    for step in steps:
+        do(step, output, done)
 
 
 def do(step: Step, output: pathlib.Path, done: dict[str, str]) -> None:

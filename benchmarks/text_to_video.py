@@ -16,9 +16,10 @@ from collections.abc import Iterator, Mapping, Sequence
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
-from programs_in_steps import Step, do
+from programs_in_steps import Step, begin, do_all
 
 from osv_jax.data import world
+from osv_jax.data.motion import motion
 from osv_jax.runtime import ending, paths
 from osv_jax.runtime.arguments import Parser
 
@@ -27,7 +28,7 @@ if TYPE_CHECKING:
     from osv_jax.inference.text_to_video import TextToVideo
 
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-NAME = "text_to_video"
+FILES = ("text_to_video.md", "text_to_video.json", "text_to_video.png")
 PROTOCOL = "stylegan-v"
 _HEIGHT, _WIDTH, _FRAMES, _FPS = 32, 48, 16, 12.0
 # Clips in the picture, and frames of each.
@@ -203,7 +204,7 @@ def score(size: Size, files: Mapping[str, pathlib.Path], output: pathlib.Path, f
     rows, real = [], None
     for name, file in files.items():
         clips = np.load(file)
-        change = np.abs(np.diff(clips.astype(np.int16), axis=1)).mean(axis=(1, 2, 3, 4))
+        change = motion(clips)
         row = {"name": name, "change": float(change.mean()), "change_std": float(change.std())}
         if network is not None:
             stored = output / "samples" / f"{file.stem}.features.npz"
@@ -247,36 +248,21 @@ def main(given: Sequence[str] | None = None) -> None:
     Raises:
         UserError: on anything the user can fix.
     """
-    parser = Parser(prog="python benchmarks/text_to_video.py", description=__doc__)
-    parser.add_argument("--size", choices=SIZES, required=True, help="full: hours; tiny: to see that it works")
-    parser.add_argument("--output", required=True, metavar="DIR", help="for everything that is made")
-    parser.add_argument("--fvd_weights", default="", metavar="DIR", help="folder with i3d; without: no FVD")
-    args = parser.parse_args(given)
-    from osv_jax.convert import weights
-    from osv_jax.runtime import command_line
     from osv_jax.runtime.finite import strict_json
     from osv_jax.runtime.media import write_picture
 
-    command_line.keep_compiled_programs()
-    size, output = SIZES[args.size], pathlib.Path(args.output)
-    if args.fvd_weights:
-        weights.load_config(args.fvd_weights, "i3d")  # Needed hours from now.
-    (output / "steps").mkdir(parents=True, exist_ok=True)
-    results = {kind: output / f"{NAME}.{kind}" for kind in ("md", "json", "png")}
-    for file in results.values():
-        paths.check_file(file, "--output")
-    done: dict[str, str] = {}
+    parser = Parser(prog="python benchmarks/text_to_video.py", description=__doc__)
+    size, output, fvd_weights = begin(parser, SIZES, FILES, "no FVD", given)
     steps = plan_steps(size, output)
-    for step in steps:
-        do(step, output, done)
+    do_all(steps, output)
     files = make_samples(size, output)
-    write_picture(results["png"], picture(files))
-    rows = score(size, files, output, args.fvd_weights)
+    write_picture(output / FILES[2], picture(files))
+    rows = score(size, files, output, fvd_weights)
     markdown = as_markdown(rows, captions(range(min(_SHOWN, size.clips[1]))), steps)
-    about = {"clips": size.clips[1], "protocol": PROTOCOL if args.fvd_weights else None}
-    paths.write_text(results["md"], markdown)
-    paths.write_text(results["json"], strict_json({"rows": rows, "about": about}, indent=2) + "\n")
-    print(f"\n{markdown}\n{', '.join(map(str, results.values()))}")
+    about = {"clips": size.clips[1], "protocol": PROTOCOL if fvd_weights else None}
+    paths.write_text(output / FILES[0], markdown)
+    paths.write_text(output / FILES[1], strict_json({"rows": rows, "about": about}, indent=2) + "\n")
+    print(f"\n{markdown}\n{', '.join(str(output / name) for name in FILES)}")
 
 
 if __name__ == "__main__":

@@ -30,6 +30,7 @@ from osv_jax.models.clip_text import CLIPTextConfig
 from osv_jax.models.layers import apply
 from osv_jax.models.svd_vae import ImageVAE
 from osv_jax.models.text_unet import MotionConfig, TextUNetConfig
+from osv_jax.objectives.autoencoder import frame_psnr
 from osv_jax.objectives.random_networks import random_params, shapes_of
 from osv_jax.runtime import ending, paths
 from osv_jax.runtime.arguments import Parser
@@ -145,8 +146,7 @@ def image_vae(vae: ImageVAE, video: Params, steps: int) -> tuple[dict[str, Any],
     latents = np.concatenate([np.asarray(encode(tests[i : i + _BATCH])) for i in range(0, len(tests), _BATCH)])
     decode = jax.jit(lambda z: apply(vae, {"params": params}, z, method="decode"))
     decoded = np.concatenate([np.asarray(decode(latents[i : i + _BATCH])) for i in range(0, len(tests), _BATCH)])
-    errors = np.square(np.clip(decoded, -1, 1) - tests).reshape(len(tests), -1).mean(axis=1)
-    return params | {"scaling_factor": float(1 / latents.std())}, float(np.mean(10 * np.log10(4 / errors)))
+    return params | {"scaling_factor": float(1 / latents.std())}, float(frame_psnr(decoded[None], tests[None]).mean())
 
 
 def spatial(decoder: Params) -> dict[str, Any]:

@@ -31,6 +31,7 @@ class Kind(abc.ABC):
         configs: their architectures.
         shapes: of the parameters that students are merged into, by path.
         vae: which of the components decodes.
+        pipeline_class: the class of the networks that make videos.
         of_prompts: whether videos are made of prompts.
     """
 
@@ -38,6 +39,7 @@ class Kind(abc.ABC):
     configs: Mapping[str, Any]
     shapes: Mapping[Any, Any]
     vae: str
+    pipeline_class: type[pipeline.ImageToVideo] | type[text_to_video.TextToVideo]
     of_prompts: bool
 
     @abc.abstractmethod
@@ -59,9 +61,11 @@ class Kind(abc.ABC):
             trained: the method's student.
         """
 
-    @abc.abstractmethod
     def load(self, options: TableOptions, lora: str | None, ema: bool, data: int) -> Pipeline:
         """A method's networks."""
+        return self.pipeline_class.load(
+            options.weights, lora, ema, options.dtype or None, context=options.context, data=data
+        )
 
     @abc.abstractmethod
     def sample(self, model: Any, sources: np.ndarray, keys: Key[Array, " b"], video: Any) -> Latents:
@@ -73,6 +77,7 @@ class OfImages(Kind):
 
     components = pipeline.COMPONENTS
     vae = "vae"
+    pipeline_class = pipeline.ImageToVideo
     of_prompts = False
 
     def __init__(self, folder: str):
@@ -102,11 +107,6 @@ class OfImages(Kind):
         levels = trained.config.get("num_levels", 100)
         return image_options.complete(said, own, self.configs[self.vae].downscale, levels, context)
 
-    def load(self, options: TableOptions, lora: str | None, ema: bool, data: int) -> Pipeline:
-        return pipeline.ImageToVideo.load(
-            options.weights, lora, ema, options.dtype or None, context=options.context, data=data
-        )
-
     def sample(
         self,
         model: pipeline.ImageToVideo,
@@ -122,6 +122,7 @@ class OfPrompts(Kind):
 
     components = text_to_video.COMPONENTS
     vae = "image_vae"
+    pipeline_class = text_to_video.TextToVideo
     of_prompts = True
 
     def __init__(self, folder: str):
@@ -141,11 +142,6 @@ class OfPrompts(Kind):
         most = self.configs["motion_adapter"].motion_max_seq_length
         downscale = self.configs[self.vae].downscale
         return text_options.complete(said, dict(stored) | first.video, downscale, most, context=context)
-
-    def load(self, options: TableOptions, lora: str | None, ema: bool, data: int) -> Pipeline:
-        return text_to_video.TextToVideo.load(
-            options.weights, lora, ema, options.dtype or None, context=options.context, data=data
-        )
 
     def sample(
         self,
