@@ -78,5 +78,6 @@ $(VENV)/.web: $(VENV)/bin/python pyproject.toml constraints.txt
 
 $(VENV)/.test: $(VENV)/bin/python pyproject.toml constraints.txt
 	$(PIP) --editable '.[test]'
+	$(PIP) --no-deps open-clip-torch  # a vocabulary is all that is read of it, and what it depends on is a gigabyte
 	$(COMPILE)
 	touch $@

@@ -8,6 +8,7 @@
     python -m osv_jax.convert_weights sd           SD             OUTPUT
     python -m osv_jax.convert_weights motion       ADAPTER        OUTPUT
     python -m osv_jax.convert_weights clip         CLIP_FOLDER    OUTPUT
+    python -m osv_jax.convert_weights tokenizer    TOKENIZER      OUTPUT
     python -m osv_jax.convert_weights export-lora  WORKDIR        OUTPUT --format=FORMAT
     python -m osv_jax.convert_weights import-lora  LORA           OUTPUT
     python -m osv_jax.convert_weights merge        WORKDIR        OUTPUT
@@ -21,9 +22,10 @@ i3d_torchscript.pt, or a state dict such as i3d_pretrained_400.pt; VideoMAE, fin
 .pth of VideoMAE V2. TAESDV_PTH is taesdv.pth, for --decoder=tiny. SD is Stable Diffusion 1.5, or a model made from it:
 a folder in diffusers layout, or a file in LDM's naming, which has no tokenizer. ADAPTER is AnimateDiff's motion
 adapter, a diffusers folder or a file such as mm_sd_v15_v2.ckpt. CLIP_FOLDER is transformers' of a whole CLIP, for
-CLIPScore. The first eight commands may share one OUTPUT. WORKDIR is that of a training run; LORA is a PEFT adapter
-folder or a LoRA .safetensors file. What merge writes is a weights
-folder again: a fine-tuned SVD becomes the teacher of stage 1 that way. WEIGHTS is a weights folder; pack makes one file
+CLIPScore. TOKENIZER is for the SD that has none: any SD's folder `tokenizer`, or `open-clip-torch` (the installed
+package), its wheel or bpe_simple_vocab_16e6.txt.gz. The first nine commands may share one OUTPUT. WORKDIR is that of
+a training run; LORA is a PEFT adapter folder or a LoRA .safetensors file. What merge writes is a weights folder again:
+a fine-tuned SVD becomes the teacher of stage 1 that way. WEIGHTS is a weights folder; pack makes one file
 of each of its networks, small enough to be kept with the code. EXPORTED is what export-lora wrote; push copies it to
 where programs look for what they have of a model hub, so that these load it as OWNER/NAME without network.
 """
@@ -37,7 +39,7 @@ import jax
 import numpy as np
 from tqdm import tqdm
 
-from osv_jax.convert import exporters, hub, importers, lora_files, text_to_video, weights
+from osv_jax.convert import exporters, hub, importers, lora_files, text_to_video, vocabulary, weights
 from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.clip import plan_clip
 from osv_jax.convert.i3d import plan_i3d
@@ -75,13 +77,14 @@ def main(arguments: list[str] | None = None) -> None:
         "sd": _import_sd,
         "motion": _import,
         "clip": _import_sd,
+        "tokenizer": vocabulary.run,
         "export-lora": _export,
         "import-lora": _import_lora,
         "merge": _merge,
         "pack": _pack,
         "push": hub.run,
     }
-    if commands[args.command] not in (_import, _import_sd, hub.run):
+    if commands[args.command] not in (_import, _import_sd, vocabulary.run, hub.run):
         exporters.check_output(args.output, args.overwrite, args.source, *filter(None, [vars(args).get("weights")]))
     commands[args.command](args)
 
@@ -156,6 +159,7 @@ def _parser() -> argparse.ArgumentParser:
         command.add_argument("--weights", help="the base's weights folder (default: the run's own)")
     for command in (export, lora, merge, pack):
         command.add_argument("--overwrite", action="store_true", help="replace OUTPUT if it exists")
+    vocabulary.add_parser(commands)
     hub.add_parser(commands)
     return parser
 
@@ -194,8 +198,8 @@ def _import_sd(args: argparse.Namespace) -> None:
         text_to_video.copy_tokenizer(args.source, args.output, args.overwrite)
     elif is_file and not text_to_video.tokenizer_of(args.output).exists():
         print(
-            "A file has no tokenizer: take that of any Stable Diffusion 1.5 folder, `python -m"
-            f" osv_jax.convert_weights sd FOLDER {args.output} --components=tokenizer`."
+            "A file has no tokenizer: `pip download --no-deps open-clip-torch` and `python -m"
+            f" osv_jax.convert_weights tokenizer open_clip_torch-*.whl {args.output}` add the one that all have."
         )
 
 

@@ -106,15 +106,18 @@ def _read_merges(file: Path, vocabulary: dict[str, int]) -> list[tuple[str, str]
 
 def _check_bytes(folder: Path, vocabulary: dict[str, int]) -> None:
     """What a text is made of must all have tokens, alone and at the end of a word: else words would end a prompt."""
-    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
-    # GPT-2's letters for bytes: those that are visible stand for themselves, the others are the next 68 from 256 on.
-    letters = [*map(chr, visible), *(chr(256 + i) for i in range(256 - len(visible)))]
-    missing = [token for letter in letters for token in (letter, f"{letter}</w>") if token not in vocabulary]
+    missing = [token for letter in byte_letters() for token in (letter, f"{letter}</w>") if token not in vocabulary]
     if missing:
         raise UserError(
             f"{folder / FILES[0]} has no token for {len(missing)} of the letters that texts are made of (first:"
             f" {missing[0]!r}), so prompts would have unknown tokens: download it again."
         )
+
+
+def byte_letters() -> list[str]:
+    """GPT-2's letters for bytes, in its order: visible ones are themselves, the others are the next from 256 on."""
+    visible = [*range(33, 127), *range(161, 173), *range(174, 256)]
+    return [*map(chr, visible), *(chr(256 + i) for i in range(256 - len(visible)))]
 
 
 def _encoder(vocabulary: dict[str, int], merges: list[tuple[str, str]]) -> Any:

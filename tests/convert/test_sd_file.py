@@ -61,7 +61,7 @@ def test_the_import_of_the_file_is_that_of_the_folder(checkpoint, tmp_path, caps
     folder, *_ = checkpoint
     assert main(["sd", str(folder / "model.safetensors"), str(tmp_path), "--dtype=float32"]) == 0
     printed = capsys.readouterr().out
-    assert "--components=tokenizer" in printed and "position_ids is not used" in printed
+    assert "convert_weights tokenizer" in printed and "position_ids is not used" in printed
     for component in SD_COMPONENTS:
         expected = flatten_dict(load_params(folder / "weights", component))
         made = flatten_dict(load_params(tmp_path, component))
