@@ -137,7 +137,16 @@ def avdm2():
 STEPS = (stage1, stage2, denoising, add, sf_v, animatelcm)
 # What the programs of the steps read and write [MB], before any compiler has fused anything: it does not depend on the
 # machine. A change that costs or saves more than 2 % of it comes with the new figure.
-TRAFFIC = {stage1: 427.8, stage2: 2614.9, denoising: 358.4, animatelcm: 817.3}
+TRAFFIC = {
+    stage1: 427.8,
+    stage2: 2614.9,
+    denoising: 358.4,
+    animatelcm: 817.3,
+    add: 1178.1,
+    sf_v: 761.8,
+    # Its simulation ends after a random number of steps: one is counted.
+    avdm2: 33.1,
+}
 
 
 @functools.cache
@@ -210,7 +219,7 @@ def test_traffic_with_memory_is_as_committed(case, monkeypatch):
     # Of 180,000 calls the checks take most of the time.
     monkeypatch.setattr(jaxtyping.config, "jaxtyping_disable", True)
     counted = traffic_of(text)
-    assert counted.unknown_loops == 0
+    assert counted.unknown_loops == (case is avdm2)
     assert counted.total / 1e6 == pytest.approx(TRAFFIC[case], rel=0.02), counted
 
 
