@@ -19,6 +19,8 @@ ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 # Above this many queries the XLA path works through them in chunks, so that the score matrix never exists whole
 # (9,216 tokens x 14 frames x 5 heads of float32 scores would be 24 GB).
 _QUERY_CHUNK = 1024
+# From so many tokens on, a CPU takes one head of one image after the other: the scores of one stay in its caches.
+_MANY_TOKENS = 256
 # Fused kernels pay from here on; scores of fewer keys than this are about as large as the activations.
 _MANY_KEYS = 128
 
@@ -122,6 +124,9 @@ def dot_product_attention(
         return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
     if wants_splash and keys >= _MANY_KEYS and length % 128 == 0 and keys % 128 == 0:
         return _splash_attention(q, k, v, interpret=platform == "cpu")
+    mesh = jax.sharding.get_abstract_mesh()
+    if platform == "cpu" and min(length, keys) >= _MANY_TOKENS and (mesh.empty or mesh.size == 1):
+        return _attention_by_head(q, k, v)
     if length <= _QUERY_CHUNK or keys < _MANY_KEYS:
         return jax.nn.dot_product_attention(q, k, v, implementation="xla")
     return _chunked_attention(q, k, v)
@@ -136,6 +141,20 @@ def _chunked_attention(q: Array, k: Array, v: Array) -> Array:
     attend = jax.checkpoint(lambda chunk: jax.nn.dot_product_attention(chunk, k, v, implementation="xla"))
     y = lax.map(attend, padded)
     return y.swapaxes(0, 1).reshape(batch, -1, heads, dim)[:, :length]
+
+
+def _attention_by_head(q: Array, k: Array, v: Array) -> Array:
+    def attend(q: Array, k: Array, v: Array) -> Array:
+        scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
+        y = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        return (y / weights.sum(-1, keepdims=True)).astype(v.dtype)
+
+    batch, _, heads, dim = q.shape
+    by_head = [x.swapaxes(1, 2).reshape(batch * heads, -1, dim) for x in (q, k, v)]
+    # Scores are computed again in the backward pass, instead of kept.
+    y = lax.map(lambda head: jax.checkpoint(attend)(*head), by_head)
+    return y.reshape(batch, heads, -1, dim).swapaxes(1, 2)
 
 
 def _splash_attention(q: Array, k: Array, v: Array, interpret: bool) -> Array:

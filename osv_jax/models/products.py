@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import functools
+import itertools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -51,6 +53,14 @@ def convolve(x: Array, kernel: Array, stride: int, padding: Sequence[tuple[int, 
         return multiply(x, kernel.reshape(kernel.shape[-2:]), dtype)
     rank = len(window)
     leading, space = x.shape[: -rank - 1], x.shape[-rank - 1 :]
+    if compiled_for() == "cpu":
+        extents = zip(space, padding, window, strict=False)
+        out = [(size + sum(ends) - extent) // stride + 1 for size, ends, extent in extents]
+        if min(math.prod(space[:-1]), math.prod(out)) < math.prod(window):
+            # XLA would take the kernel for the image, here or in the gradient, to which it knows only a slow way.
+            patches = _patches(x.reshape(-1, *space), window, stride, padding)
+            y = multiply(patches, kernel.reshape(-1, kernel.shape[-1]), dtype)
+            return y.reshape(*leading, *y.shape[1:])
     letters = "HW"[-rank:]
     y = lax.conv_general_dilated(
         x.reshape(-1, *space),
@@ -61,6 +71,15 @@ def convolve(x: Array, kernel: Array, stride: int, padding: Sequence[tuple[int, 
         preferred_element_type=dtype,
     )
     return y.reshape(*leading, *y.shape[1:])
+
+
+def _patches(x: Array, window: Sequence[int], stride: int, padding: Sequence[tuple[int, int]]) -> Array:
+    """What is under the window, in the order of a kernel's axes: [n, *out, window's positions x c]."""
+    x = jnp.pad(x, ((0, 0), *padding, (0, 0)))
+    ends = [size - extent + 1 for size, extent in zip(x.shape[1:-1], window, strict=True)]
+    starts = itertools.product(*map(range, window))
+    slices = [[slice(begin, begin + end, stride) for begin, end in zip(at, ends, strict=True)] for at in starts]
+    return jnp.concatenate([x[:, *places] for places in slices], axis=-1)
 
 
 def multiply_widely(x: Array, kernel: Float[Array, "c features"]) -> Float[Array, "*batch features"]:

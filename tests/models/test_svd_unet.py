@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from torch_reference import flax_params, torch_unet
 
 from osv_jax.convert.architectures import expected_params
-from osv_jax.models import attention, lora
+from osv_jax.models import attention, lora, products
 from osv_jax.models.svd_unet import SVDUNet, TransformerSpatioTemporal, UNetConfig
 from osv_jax.objectives.random_networks import random_params
 from osv_jax.runtime import mesh
@@ -110,6 +110,33 @@ def test_attention_to_one_key_does_not_depend_on_queries(network, rng):
     assert relative_error(np.broadcast_to(actual[:, None], expected.shape), expected) < TOLERANCE
 
 
+@pytest.mark.parametrize(
+    ("pixels", "window", "stride", "padding"),
+    [
+        ((2, 3), (3, 3), 1, 1),
+        ((1, 2), (3, 3), 1, 1),
+        ((2, 2), (3, 3), 2, 1),
+        ((4, 5), (7, 3), 2, 3),
+        ((2,), (3,), 1, 1),
+    ],
+)
+def test_convolutions_of_images_smaller_than_their_window_match_torch(rng, pixels, window, stride, padding):
+    x, kernel = rng.standard_normal((2, 3, *pixels, 8), np.float32), rng.standard_normal((*window, 8, 6), np.float32)
+    rank = len(window)
+    theirs = [torch.tensor(x).flatten(0, 1).movedim(-1, 1), torch.tensor(kernel).movedim(-1, 0).movedim(-1, 1)]
+    theirs = [tensor.requires_grad_() for tensor in theirs]
+    convolve = {1: torch.nn.functional.conv1d, 2: torch.nn.functional.conv2d}[rank]
+    y = convolve(*theirs, stride=stride, padding=padding)
+    y.square().sum().backward()
+    ours = lambda x, kernel: products.convolve(x, kernel, stride, ((padding, padding),) * rank)  # noqa: E731
+    assert "conv_general_dilated" not in str(jax.make_jaxpr(ours)(x, kernel))
+    assert relative_error(ours(x, kernel), y.detach().movedim(1, -1).unflatten(0, (2, 3))) < 1e-6
+    gradients = jax.grad(lambda *args: jnp.square(ours(*args)).sum(), (0, 1))(x, kernel)
+    wanted = theirs[0].grad.movedim(1, -1).unflatten(0, (2, 3)), theirs[1].grad.movedim(1, -1).movedim(0, -1)
+    for actual, expected in zip(gradients, wanted, strict=True):
+        assert relative_error(actual, expected) < 1e-5
+
+
 def qkv(rng, length, dtype=jnp.float32, batch=2):
     return tuple(jnp.asarray(rng.standard_normal((batch, length, 2, 64)), dtype) for _ in range(3))
 
@@ -129,6 +156,20 @@ def test_attention_matches_torch(rng):
     heads_first = (torch.tensor(np.array(x)).transpose(1, 2) for x in (q, k, v))
     expected = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
     assert relative_error(attention.dot_product_attention(q, k, v, "xla"), expected) < 1e-5
+
+
+def test_heads_one_by_one_match_torch_with_their_gradients(rng):
+    (q, direction), (k, v) = qkv(rng, 261)[:2], qkv(rng, 283)[:2]
+    attended = attend_and_differentiate("xla")
+    assert "scan" in str(jax.make_jaxpr(attended)(q, k, v, direction))
+    heads_first = [torch.tensor(np.array(x)).transpose(1, 2).requires_grad_() for x in (q, k, v)]
+    y = torch.nn.functional.scaled_dot_product_attention(*heads_first).transpose(1, 2)
+    y.backward(torch.tensor(np.array(direction)))
+    wanted = [y.detach(), *(x.grad.transpose(1, 2) for x in heads_first)]
+    for actual, expected in zip(attended(q, k, v, direction), wanted, strict=True):
+        assert relative_error(actual, expected) < 1e-5
+    half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
+    assert relative_error(attention.dot_product_attention(*half, "xla"), y.detach()) < 0.02
 
 
 def test_queries_in_chunks_change_nothing(rng, monkeypatch):
