@@ -31,7 +31,8 @@ test: $(VENV)/.test
 	$(PYTEST) tests/objectives tests/test_*.py tests/models tests/convert tests/diffusion tests/data tests/training \
 	    tests/evaluation tests/runtime tests/web
 
-# Whole programs that are killed, continued, run by two processes or on several devices, and what others make of theirs.
+# Whole programs that are killed, continued, run by two processes or on several devices, what others make of theirs, and
+# what compiles for long.
 test-integration: $(VENV)/.test
 	$(PYTEST) -m integration
 

@@ -60,7 +60,7 @@ jax.config.update("jax_persistent_cache_min_compile_time_secs", 0.5)
 
 # Why a test is left out where its mark is not asked for, by `-m`.
 _LEFT_OUT = {
-    "integration": "runs whole programs, some in several processes: run `make test-integration`, as CI does",
+    "integration": "runs whole programs, or compiles for long: run `make test-integration`, as CI does",
     "slow": "takes many minutes or 16 GiB of memory: run `make test-slow`",
 }
 

@@ -71,6 +71,8 @@ def run(name: str, tests: list[str], processes: int) -> None:
         "PYTHONDONTWRITEBYTECODE": "1",
     }
     command = [sys.executable, "-m", "pytest", "-p", "margins", "-q", f"--numprocesses={processes}", "--dist=loadfile"]
+    # What `make test` leaves for `make test-integration` is compared, too.
+    command += ["-m", "integration or not slow"]
     print(f"{name}: XLA_FLAGS='{variant.flags}' NPROC={variant.nproc}", flush=True)
     start = time.monotonic()
     finished = subprocess.run([*command, *tests], env=environment, cwd=_TESTS)

@@ -92,6 +92,7 @@ def test_a_clip_does_not_depend_on_its_batch(encoder, clips):
         np.testing.assert_array_equal(many[name][:1], value)
 
 
+@pytest.mark.integration
 def test_clip_alone_is_computed_in_bfloat16(checkpoint, encoder, clips):
     _, networks = preparation._networks(argparse.Namespace(weights=checkpoint[1]), None)
     settings = {**SIZE, "num_augmented": 2, "batch_size": 8, "dtype": "bfloat16"}

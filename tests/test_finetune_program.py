@@ -63,6 +63,7 @@ def whole(tmp_path_factory):
     return workdir
 
 
+@pytest.mark.integration
 def test_a_stopped_run_continues_bit_for_bit(straight, tmp_path, capsys):
     workdir = tmp_path / "run"
     shutil.copytree(straight, workdir)
@@ -132,6 +133,7 @@ def test_what_a_run_writes(straight):
     assert (straight / "losses.png").stat().st_size > 1000
 
 
+@pytest.mark.integration
 def test_a_loss_that_is_not_finite_stops_the_run(tmp_path):
     sentence = refused(finetune_config(**{"optimizer.learning_rate": 1e30}), tmp_path / "run")
     assert "Step 1: " in sentence and "param_norm/student is inf" in sentence and "Lower the learning rates" in sentence
@@ -151,6 +153,7 @@ def test_weights_that_are_not_finite_are_named(network, module, tmp_path, monkey
     assert sentence.startswith(f"The weights are damaged: {network}/{module}/bias has values that are NaN or infinite")
 
 
+@pytest.mark.integration
 def test_a_run_continues_another(straight, tmp_path, capsys):
     """With more layers, which start as they are in the base."""
     config = finetune_config(init_from=str(straight), num_steps=1, trainable=("lora", "all"))
@@ -218,6 +221,7 @@ def denoise_with(params, lora=None):
     return ToyUNet(ARCHITECTURES["unet"].config()).apply(variables, *inputs)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(("run", "ema"), [("straight", False), ("whole", True)])
 def test_merged_weights_are_the_student(run, ema, request, tmp_path, one_device):
     workdir, output = request.getfixturevalue(run), tmp_path / "merged"
@@ -242,6 +246,7 @@ def test_merged_weights_are_the_student(run, ema, request, tmp_path, one_device)
     assert relative_error(denoise_with(base["unet"]), expected) > 1e-4
 
 
+@pytest.mark.integration
 def test_packed_weights_are_the_same_weights(straight, tmp_path, one_device, capsys):
     """One file a network, for `config.weights`, `merge` and `pack` alike."""
     assert main(["merge", str(straight), str(tmp_path / "merged")]) == 0

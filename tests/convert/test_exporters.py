@@ -64,8 +64,9 @@ def export(source, output, kind, *options):
     return convert(["export-lora", str(source), str(output), f"--format={kind}", *options])
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("kind", ["peft", "diffusers", "unet"])
-@pytest.mark.parametrize("part", ["params", pytest.param("ema", marks=pytest.mark.integration)])
+@pytest.mark.parametrize("part", ["params", "ema"])
 def test_the_lines_on_the_card_load_the_student(home, base, state, kind, part, capsys, monkeypatch):
     assert export("runs/stage2", kind, kind, "--overwrite", *["--ema"] * (part == "ema")) == 0
     assert "the EMA of step" in capsys.readouterr().out or part == "params"

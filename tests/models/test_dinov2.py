@@ -123,6 +123,7 @@ def test_the_gradient_of_the_pixels_matches_torch(actual, expected):
     assert relative_error(actual[1], expected[1]) <= 2e-5
 
 
+@pytest.mark.integration
 def test_half_precision_stays_close(case, expected):
     config, _, params, pixels, _ = case
     run = jax.jit(Dinov2(config, dtype=jnp.bfloat16).apply, static_argnums=2)

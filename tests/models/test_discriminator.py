@@ -219,6 +219,7 @@ def test_heads_match_a_torch_implementation(rng, variables, score, frames):
         assert relative_error(logits[kind], torch.cat(parts, dim=1)) < TOLERANCE
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("frames", [1, 14, 25])
 def test_any_number_of_frames_and_no_crosstalk_in_the_batch(rng, variables, judge, frames):
     latents = latent_video(rng, frames)
@@ -299,6 +300,7 @@ def test_backbone_sees_imagenet_normalised_patches(variables):
     assert relative_error(images, np.broadcast_to(expected, images.shape)) < TOLERANCE
 
 
+@pytest.mark.integration
 def test_bfloat16_is_finite_and_close(rng, variables, backbone_params, judge):
     latents = latent_video(rng)
     half = DISC.clone(dtype=jnp.bfloat16), BACKBONE.clone(dtype=jnp.bfloat16)

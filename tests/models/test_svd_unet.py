@@ -182,6 +182,7 @@ def test_queries_in_chunks_change_nothing(rng, monkeypatch):
         assert relative_error(actual, expected) < 1e-5
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("sizes", [None, (4, 2, 1), (2, 2, 2)], ids=["one device", "mesh", "context"])
 def test_splash_kernel_agrees_with_xla(rng, sizes):
     batch = 8 if sizes else 2
@@ -236,6 +237,7 @@ def plain_gradient(objective):
     return jax.jit(jax.grad(of("none")))(params)
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("remat", ["dots", "full"])
 def test_rematerialisation_changes_no_gradient(objective, plain_gradient, remat):
     params, of = objective
@@ -253,6 +255,7 @@ def test_rematerialisation_keeps_less():
     assert kept("none") > 1.5 * kept("dots") > 1.5**2 * kept("full")
 
 
+@pytest.mark.integration
 def test_only_what_one_key_makes_irrelevant_has_no_gradient(plain_gradient):
     gradient = flatten_dict(plain_gradient)
     blocks = {path[:3] for path in gradient if "transformer_blocks" in "/".join(path)}
@@ -263,6 +266,7 @@ def test_only_what_one_key_makes_irrelevant_has_no_gradient(plain_gradient):
     }
 
 
+@pytest.mark.integration
 def test_bfloat16_is_finite_and_close(objective):
     params, _ = objective
     inputs = random_inputs(ONE_LEVEL, 3, 4, 6)

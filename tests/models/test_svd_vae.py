@@ -94,6 +94,7 @@ def test_whole_matches_diffusers(pair, rng):
     assert relative_error(jax.jit(vae.apply)({"params": params}, video), expected) < TOLERANCE
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("pair", CONFIGS[:1], ids=["2stages"], indirect=True)
 def test_gradient_through_the_rematerialised_decoder_matches_torch(pair, rng):
     config, vae, params, reference, _, _ = pair

@@ -146,6 +146,7 @@ class ApartADD(ADD):
         return super().backbone({"unet": frozen["teacher"]} if student is None else frozen, student, cond)
 
 
+@pytest.mark.integration
 def test_no_gradient_reaches_what_is_frozen(toy):
     objective, frozen, batch, state = toy
     apart = ApartADD(objective.networks, OPTIONS, SGD)

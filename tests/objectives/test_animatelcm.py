@@ -76,6 +76,7 @@ def test_step_is_one_guided_step_of_the_teacher_and_the_emas_prediction(toy, gra
     assert set(new.players) == {"student"} and new.step == state.step + 1
 
 
+@pytest.mark.integration
 def test_half_precision_step_is_that_of_float32_about(toy):
     networks, frozen = toy_networks_and_frozen(jnp.bfloat16)
     key, (*_, batch, state) = jax.random.key(3), toy

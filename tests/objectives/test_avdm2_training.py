@@ -65,6 +65,7 @@ def counts(player):
     return {int(leaf) for leaf in leaves if leaf.ndim == 0 and jnp.issubdtype(leaf.dtype, jnp.integer)}
 
 
+@pytest.mark.integration
 def test_the_others_learn_twice_as_often_as_the_student(toy):
     networks, frozen, batch = toy
     objective = make(networks, optimizers=None)

@@ -215,6 +215,7 @@ def test_only_what_is_named_trains(toy):
     assert list(toy_state(toy, KEEPER, ("all",)).players) == ["student"]
 
 
+@pytest.mark.integration
 def test_the_parts_of_a_batch_make_the_same_step(toy):
     networks, frozen, batch = toy
     state, key = toy_state(toy, KEEPER, ("lora", "all")), jax.random.key(4)
@@ -230,6 +231,7 @@ def test_the_parts_of_a_batch_make_the_same_step(toy):
         np.testing.assert_allclose(metrics_1[name], metrics_4[name], rtol=1e-4, err_msg=name)
 
 
+@pytest.mark.integration
 def test_the_loss_falls_with_lora_alone(toy):
     """On the clips it sees, at noise levels and conditions that it does not."""
     networks, frozen, batch = toy

@@ -181,6 +181,7 @@ def test_step_is_equations_6_to_11(toy):
     assert differences(disc_of(new)["spectral"], disc["spectral"])[0] < 1e-5
 
 
+@pytest.mark.integration
 def test_half_precision_step_is_that_of_float32_about(toy):
     networks, frozen = toy_networks_and_frozen(jnp.bfloat16)
     half = program(networks, r1=PENALTY)(toy[3], frozen, toy[2], KEY)

@@ -235,6 +235,7 @@ def test_student_runs_forward_once(result):
     assert CountingNetworks.applied == 1
 
 
+@pytest.mark.integration
 def test_step_depends_on_its_arguments_alone(step, state, frozen, batch, result):
     again = step(state, frozen, batch, KEY)
     jax.tree.map(np.testing.assert_array_equal, again, result)
@@ -314,6 +315,7 @@ def matrix_products(jaxpr):
             yield tuple(operand.aval for operand in eqn.invars)
 
 
+@pytest.mark.integration
 def test_half_precision_step_is_finite_and_multiplies_no_float32(state):
     half, weights = make_networks(jnp.bfloat16), make_frozen(jnp.bfloat16)
     # 28 x 28 pixels: nothing is resized, which DINOv2's position embeddings would be in float32.

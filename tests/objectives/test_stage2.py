@@ -72,6 +72,7 @@ def real_step(real):
     return key, *program(networks)(state, frozen, batch, key)
 
 
+@pytest.mark.integration
 def test_an_untrained_student_is_the_teacher(real):
     networks, frozen, batch, _ = real
     objective = stage2(networks, lora=LoRAOptions(4, 4.0), trainable=TRAINABLE)
@@ -294,6 +295,7 @@ def test_without_the_adversarial_loss(toy, toy_step):
     assert max(differences(student_of(new_state), student_of(toy_step()[0]), student_of(state))) > 1e-2
 
 
+@pytest.mark.integration
 def test_the_discriminator_may_see_a_part_of_each_clip(toy, toy_step):
     """The same frames of the target and of the answer; the distance stays that of whole clips."""
     networks, frozen, batch, state = toy
@@ -362,6 +364,7 @@ def test_players_that_accumulate_in_turn_make_the_step_of_the_whole_batch(toy, t
         assert metrics[name] == pytest.approx(float(whole[name]), rel=1e-4)
 
 
+@pytest.mark.integration
 def test_half_precision_step_is_that_of_float32_about(toy):
     """The same networks, with weights that bfloat16 holds, computing in either."""
     networks, frozen = toy_networks_and_frozen(jnp.bfloat16)

@@ -13,6 +13,7 @@ from osv_jax.inference.trained import load_trained
 from osv_jax.objectives.objective import find
 
 
+@pytest.mark.integration
 def test_an_objective_of_ones_own(tmp_path):
     config, workdir = toy_objective_config.get_config(), tmp_path / "run"
     with toy_training():
