@@ -178,6 +178,8 @@ ASYNC = "  %s = ((f32[8,4]{1,0}), f32[2,4]{1,0}, u32[]) async-start(%p), calls=%
 TO_CHIP = "  %s = (f32[8,4]{1,0:T(8,128)S(1)}, f32[8,4]{1,0:T(8,128)}) copy-start(%p)"
 GATHER = "  %s = (f32[2,4]{1,0}, f32[8,4]{1,0:S(1)}) all-gather-start(%p), dimensions={0}"
 CHOICE = "  ROOT %c = f32[8,4]{1,0} conditional(%b, %p, %p), branch_computations={%one, %two}"
+# As XLA writes it where a boolean chooses.
+CONDITION = "  ROOT %c = f32[8,4]{1,0} conditional(%b, %p, %p), true_computation=%two, false_computation=%one"
 
 
 @pytest.mark.parametrize(
@@ -227,6 +229,7 @@ CHOICE = "  ROOT %c = f32[8,4]{1,0} conditional(%b, %p, %p), branch_computations
         (traffic.CUSTOM, 2 * ARRAY, entry(P, '  ROOT %a = f32[8,4]{1,0} custom-call(%p), custom_call_target="topk"')),
         # The branch that costs more.
         (traffic.LOOPS, 2 * ARRAY, entry(P, "  %b = pred[] constant(true)", CHOICE, before=BRANCHES)),
+        (traffic.LOOPS, 2 * ARRAY, entry(P, "  %b = pred[] constant(true)", CONDITION, before=BRANCHES)),
         (traffic.LOOPS, 2 * ARRAY, entry(P, "  ROOT %c = f32[8,4]{1,0} call(%p), to_apply=%one", before=BRANCHES)),
     ],
 )

@@ -17,7 +17,10 @@ _DTYPE_BYTES = {
 _ARRAY = re.compile(r"\b([a-z]\w*)\[([\d,]*)\](\{[^}]*\})?")
 _COMPUTATION = re.compile(r"^(ENTRY )?%?([\w.-]+) .*\{$")
 _INSTRUCTION = re.compile(r"^\s+(ROOT )?%?([\w.-]+) = (.*)$")
-_CALLED = re.compile(r"\b(?:calls|to_apply|body|condition|called_computations|branch_computations)=(\{[^}]*\}|[^\s,]+)")
+_CALLED = re.compile(
+    r"\b(?:calls|to_apply|body|condition|called_computations|branch_computations|true_computation|false_computation)="
+    r"(\{[^}]*\}|[^\s,]+)"
+)
 _FRAMES = {
     "FileNames": re.compile(r'^(\d+) "(.*)"$'),
     "FileLocations": re.compile(r"^(\d+) \{.*?file_name_id=(\d+).*?\bline=(\d+)"),
