@@ -223,6 +223,15 @@ def test_update_ema():
     np.testing.assert_allclose(ema.tuned["k"], -1.1, rtol=1e-6)
 
 
+def test_ema_keeps_changes_that_half_precision_would_lose():
+    ema, student = Student({}, {"w": jnp.ones(3)}), Student({}, {"w": jnp.full(3, 1 + 1e-4)})
+    for _ in range(2):
+        ema = update_ema(ema, student, 0.95)
+    # Numbers near 1 are 1.2e-7 apart.
+    np.testing.assert_allclose(ema.tuned["w"] - 1, 1e-4 * (1 - 0.95**2), rtol=0, atol=1e-6)
+    assert jnp.bfloat16(1 + 1e-4) == 1
+
+
 def test_state_holds_only_what_learns(networks, frozen, result):
     new = result[0]
     assert {path[-1] for path in flatten_dict(student_of(new).lora)} == {"a", "b"}
