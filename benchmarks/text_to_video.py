@@ -72,14 +72,16 @@ class Way:
 
     name: str
     steps: int
+    sampler: str = "few-step"
     student: str = ""
 
 
 WAYS = (
-    Way("teacher, 25 steps", 25),
-    Way("teacher, 4 steps", 4),
-    Way("student, 4 steps", 4, "student"),
-    Way("student without SDM, 4 steps", 4, "student_gan"),
+    Way("teacher, 25 steps", 25, "ddim"),
+    Way("teacher, 4 steps", 4, "ddim"),
+    Way("student, 4 steps", 4, student="student"),
+    Way("student without SDM, 4 steps", 4, student="student_gan"),
+    Way("untrained student, 4 steps", 4),
 )
 # Real clips that are compared, and as many others, which tell how near clips of the same distribution are.
 REAL, OTHERS = "real clips", "other real clips"
@@ -178,11 +180,11 @@ def sample(model: TextToVideo, way: Way, prompts: Sequence[str], size: Size) -> 
     from osv_jax.inference.programs import video_key
     from osv_jax.inference.text_options import TextOptions
 
-    how: dict[str, Any] = {"sampler": "few-step"}
-    if not way.student:
-        how = {"sampler": "ddim", "guidance_scale": size.guidance}
+    how: dict[str, Any] = {"sampler": way.sampler, "steps": way.steps}
+    if way.sampler == "ddim":
+        how["guidance_scale"] = size.guidance
     frame: dict[str, Any] = {"num_frames": _FRAMES, "height": _HEIGHT, "width": _WIDTH, "fps": _FPS}
-    options, made = model.complete(TextOptions(steps=way.steps, **how, **frame)), []
+    options, made = model.complete(TextOptions(**how, **frame)), []
     for start in range(0, len(prompts), size.batch):
         some = list(prompts[start : start + size.batch])
         keys = jnp.stack([video_key(0, start + i) for i in range(len(some))])
