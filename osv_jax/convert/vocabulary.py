@@ -4,11 +4,9 @@ from __future__ import annotations
 
 import argparse
 import gzip
-import importlib.util
 import io
 import json
 import os
-import pathlib
 import zipfile
 from typing import Any
 
@@ -61,7 +59,8 @@ def read_vocabulary(source: str | os.PathLike) -> tuple[str, str]:
     """
     file = as_path(source)
     if str(source) == PACKAGE and not file.exists():
-        file = _installed()
+        advice = f"`pip install --no-deps {PACKAGE}` gives what is needed of it."
+        file = paths.folder_of_package("open_clip", f"The package {PACKAGE} is not installed: {advice}") / _FILE
     if not file.is_file():
         raise UserError(f"{source} is no file: give {_FILE}, or the wheel it comes in ({_FETCH}).")
     try:
@@ -77,16 +76,6 @@ def read_vocabulary(source: str | os.PathLike) -> tuple[str, str]:
     tokens = [*letters, *(f"{letter}</w>" for letter in letters), *(f"{first}{second}" for first, second in pairs)]
     vocabulary = {token: index for index, token in enumerate([*tokens, BEGIN, END])}
     return json.dumps(vocabulary), "\n".join(["#version: 0.2", *map(" ".join, pairs), ""])
-
-
-def _installed() -> pathlib.Path:
-    # The package is found but not imported: only its file is wanted, and none of what it depends on.
-    spec = importlib.util.find_spec("open_clip")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError(
-            f"The package {PACKAGE} is not installed: `pip install --no-deps {PACKAGE}` gives what is needed of it."
-        )
-    return pathlib.Path(spec.submodule_search_locations[0], _FILE)
 
 
 def _text(file: Path) -> str:

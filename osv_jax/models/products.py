@@ -54,9 +54,10 @@ def convolve(x: Array, kernel: Array, stride: int, padding: Sequence[tuple[int, 
     rank = len(window)
     leading, space = x.shape[: -rank - 1], x.shape[-rank - 1 :]
     if compiled_for() == "cpu":
-        extents = zip(space, padding, window, strict=False)
+        image = space[:-1]
+        extents = zip(image, padding, window, strict=True)
         out = [(size + sum(ends) - extent) // stride + 1 for size, ends, extent in extents]
-        if min(math.prod(space[:-1]), math.prod(out)) < math.prod(window):
+        if min(math.prod(image), math.prod(out)) < math.prod(window):
             # XLA would take the kernel for the image, here or in the gradient, to which it knows only a slow way.
             patches = _patches(x.reshape(-1, *space), window, stride, padding)
             y = multiply(patches, kernel.reshape(-1, kernel.shape[-1]), dtype)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import importlib.util
 import logging
 import os
 import pathlib
@@ -298,3 +299,19 @@ def replace_folder(new: pathlib.Path, target: pathlib.Path) -> None:
         target.rename(old)
     new.rename(target)
     shutil.rmtree(old, ignore_errors=True)
+
+
+def folder_of_package(module: str, advice: str) -> pathlib.Path:
+    """The folder of an installed package, which is found but not imported: only its files are wanted.
+
+    Args:
+        module: what it is imported as.
+        advice: how to get it, as a sentence.
+
+    Raises:
+        UserError: `advice`, if it is not installed.
+    """
+    spec = importlib.util.find_spec(module)
+    if spec is None or not spec.submodule_search_locations:
+        raise UserError(advice)
+    return pathlib.Path(spec.submodule_search_locations[0])
