@@ -1,5 +1,6 @@
 """Shared by all tests: eight fake devices, checked shapes, cheap compilation, and the comparison ports are held to."""
 
+import functools
 import gc
 import os
 import pathlib
@@ -83,6 +84,11 @@ def relative_error(actual, expected) -> float:
 def flat(tree) -> np.ndarray:
     """All leaves of a tree as one vector, in float64; of JAX's own, every shape would be a program to compile."""
     return np.concatenate([np.asarray(leaf, np.float64).ravel() for leaf in jax.tree.leaves(tree)])
+
+
+# Compiled with the least effort on every machine, whatever flags `portable.py` or anyone gives: for what a test begins
+# with and what it compares with. What it is about is compiled by `jax.jit`, as the flags say.
+quick_jit = functools.partial(jax.jit, compiler_options={"xla_backend_optimization_level": 0})
 
 
 @pytest.fixture

@@ -45,6 +45,7 @@ def modes_of(checkpoint, clip):
         return (vae.encode(frames).latent_dist.mode() * vae.config.scaling_factor).permute(0, 2, 3, 1).numpy()
 
 
+@pytest.mark.integration
 def test_clips_and_captions_are_encoded_as_the_originals_do(checkpoint, rng):
     weights = str(checkpoint[0] / "weights")
     args = prepare._parser().parse_args(["--source=world", f"--weights={weights}"])

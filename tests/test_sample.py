@@ -98,6 +98,7 @@ def workdir(model, folder):
     return workdir, state
 
 
+@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers' scheduler
 def test_euler_is_the_pipeline_of_diffusers(reference, model, picture):
     frames = 4

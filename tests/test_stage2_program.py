@@ -10,6 +10,7 @@ import micro_stage2
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
+from conftest import quick_jit
 from flax.traverse_util import flatten_dict
 from toy_unet import toy_training
 from workdirs import assert_same, metrics_of, state_of
@@ -121,6 +122,7 @@ def test_nothing_is_compiled_after_the_first_step(stage1, tmp_path, monkeypatch)
     assert compiled and at_steps == [at_steps[0]] * 5
 
 
+@pytest.mark.integration
 def test_a_value_that_is_not_finite_stops_the_run(stage1, tmp_path):
     workdir = tmp_path / "run"
     shutil.copytree(stage1, workdir)
@@ -142,7 +144,7 @@ def first_state(config, one):
     objective = setup.objective_of(config, made)
     with jax.set_mesh(one):
         frozen = setup.load_frozen(config, made, one)
-        fresh = jax.jit(setup.make_init(objective))(jax.random.key(0), frozen)
+        fresh = quick_jit(setup.make_init(objective))(jax.random.key(0), frozen)
         origin = pathlib.Path(config.init_from)
         origins.check_origin(origin, config)
         return origins.start_from(origin, fresh, objective), fresh

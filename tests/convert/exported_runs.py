@@ -9,6 +9,7 @@ import jax.numpy as jnp
 import micro_stage1
 import numpy as np
 import tiny_pipeline
+from conftest import quick_jit
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from osv_jax.convert.architectures import expected_params
@@ -46,7 +47,7 @@ def make_home(home):
     def drawn(leaf):
         return jnp.asarray(0.1 * rng.standard_normal(leaf.shape, np.float32))
 
-    state = jax.jit(init)(jax.random.key(0), {"unet": load_params(config.weights, "unet")})
+    state = quick_jit(init)(jax.random.key(0), {"unet": load_params(config.weights, "unet")})
     student = state.players["student"]
     student = student.replace(params=jax.tree.map(drawn, student.params), ema=jax.tree.map(drawn, student.ema))
     state = state.replace(players=state.players | {"student": student})

@@ -11,7 +11,7 @@ import pytest
 import tiny_animatediff
 import torch
 import transformers
-from conftest import relative_error
+from conftest import quick_jit, relative_error
 from diffusers import (
     AutoencoderKL,
     DDIMScheduler,
@@ -53,7 +53,7 @@ def home(tmp_path_factory):
 def networks(home):
     """The video UNet, compiled, and its parameters as imported."""
     network = TextUNet(*(load_config(home / "weights", part) for part in PARTS))
-    return jax.jit(network.apply), video_unet(*(load_params(home / "weights", part) for part in PARTS))
+    return quick_jit(network.apply), video_unet(*(load_params(home / "weights", part) for part in PARTS))
 
 
 @pytest.fixture(scope="module")

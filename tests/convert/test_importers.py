@@ -14,7 +14,7 @@ import numpy as np
 import pytest
 import tiny_checkpoints
 import torch
-from conftest import relative_error
+from conftest import quick_jit, relative_error
 from flax.traverse_util import flatten_dict
 from safetensors.torch import load_file, save_file
 
@@ -130,7 +130,7 @@ def test_what_is_kept_of_a_checkpoint_in_several_dtypes(vae_copy, tmp_path, dtyp
 def test_storing_in_float16_costs_less_of_the_latents_than_in_bfloat16(svd, weights, tmp_path, rng):
     images = rng.uniform(-1, 1, (1, 16, 24, 3)).astype(np.float32)
     vae, exact = SVDVAE(load_config(weights, "vae")), load_params(weights, "vae")
-    encode = jax.jit(lambda params: vae.apply({"params": params}, images, method="encode")[0])
+    encode = quick_jit(lambda params: vae.apply({"params": params}, images, method="encode")[0])
     errors = {}
     for dtype in (None, "float16", "bfloat16"):
         params = import_vae(svd, tmp_path / f"{dtype}", dtype=dtype)
@@ -144,7 +144,7 @@ def test_storing_in_float16_costs_less_of_the_latents_than_in_bfloat16(svd, weig
 def test_imported_vae_gives_torch_output(weights, rng):
     images = rng.standard_normal((2, 18, 10, 3), np.float32)
     vae, params = SVDVAE(load_config(weights, "vae")), load_params(weights, "vae")
-    mean, _ = jax.jit(lambda params: vae.apply({"params": params}, images, method="encode"))(params)
+    mean, _ = quick_jit(lambda params: vae.apply({"params": params}, images, method="encode"))(params)
     with torch.no_grad():
         expected = (
             tiny_checkpoints.vae().encode(torch.from_numpy(images).permute(0, 3, 1, 2).contiguous()).latent_dist.mean
@@ -155,7 +155,7 @@ def test_imported_vae_gives_torch_output(weights, rng):
 def test_imported_image_encoder_gives_torch_output(weights, rng):
     pixels = rng.standard_normal((2, 28, 28, 3), np.float32)
     encoder = CLIPVision(load_config(weights, "image_encoder"))
-    embedding = jax.jit(encoder.apply)({"params": load_params(weights, "image_encoder")}, pixels)
+    embedding = quick_jit(encoder.apply)({"params": load_params(weights, "image_encoder")}, pixels)
     with torch.no_grad():
         expected = tiny_checkpoints.image_encoder()(torch.from_numpy(pixels).permute(0, 3, 1, 2)).image_embeds
     assert relative_error(embedding, expected) < 2e-5
@@ -166,7 +166,7 @@ def test_imported_unet_gives_torch_output(weights, rng):
     sample = rng.standard_normal((2, 3, 6, 10, 8), np.float32)
     context = rng.standard_normal((2, 24), np.float32)
     timestep, ids = np.float32([0.3, -1.2]), np.float32([[6, 127, 0.02], [7, 30, 0.1]])
-    output = jax.jit(unet.apply)({"params": load_params(weights, "unet")}, sample, timestep, context, ids)
+    output = quick_jit(unet.apply)({"params": load_params(weights, "unet")}, sample, timestep, context, ids)
     inputs = [torch.from_numpy(array) for array in (sample, timestep, context, ids)]
     # Contiguous, because torch's group norm on the CPU loses three digits on inputs with channels-last strides.
     inputs[0], inputs[2] = inputs[0].permute(0, 1, 4, 2, 3).contiguous(), inputs[2][:, None]
@@ -194,7 +194,7 @@ def test_dinov2(tmp_path, rng, swiglu, registers, form):
     assert_same(params, expected, np.float32)
     pixels = rng.standard_normal((2, 42, 42, 3), np.float32)
     last = (config.num_hidden_layers - 1,)
-    (ours,) = jax.jit(lambda params: Dinov2(config).apply({"params": params}, pixels, last))(params)
+    (ours,) = quick_jit(lambda params: Dinov2(config).apply({"params": params}, pixels, last))(params)
     with torch.no_grad():
         hidden = network(torch.from_numpy(pixels).permute(0, 3, 1, 2), output_hidden_states=True).hidden_states[-1]
     reference = hidden[:, 1 + config.num_register_tokens :].reshape(ours.shape)

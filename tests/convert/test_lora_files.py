@@ -8,7 +8,7 @@ import numpy as np
 import peft
 import pytest
 import torch
-from conftest import relative_error
+from conftest import quick_jit, relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from safetensors.torch import load_file, save_file
@@ -329,7 +329,7 @@ def test_training_starts_from_a_foreign_lora(base, adapter, networks):
     folder, _, read = adapter
     config = training_config()
     objective = Stage1(networks, OSVOptions(lora=LoRAOptions(**config.lora)))
-    state = jax.jit(setup.make_init(objective))(jax.random.key(0), {"unet": base})
+    state = quick_jit(setup.make_init(objective))(jax.random.key(0), {"unet": base})
     given = origins.read_lora(folder, config, networks)
     begun = origins.start_from_lora(given.lora, config, state, objective)
     expected = run_flax({"params": merge_lora(base, read.lora)})

@@ -2,13 +2,12 @@
 
 import shutil
 
-import jax
 import numpy as np
 import pytest
 import tiny_animatediff
 import torch
 import transformers
-from conftest import relative_error
+from conftest import quick_jit, relative_error
 from diffusers import UNetMotionModel
 from flax.traverse_util import flatten_dict, unflatten_dict
 from tiny_checkpoints import edit_json
@@ -65,13 +64,13 @@ def test_prompts_become_videos_of_the_same_noise(checkpoint, weights, rng):
     prompts = ["the cat on the car", ""]
     tokens = Tokenizer(text_to_video.tokenizer_of(weights))(prompts).ids
     text = CLIPText(load_config(weights, "text_encoder"))
-    context = jax.jit(text.apply)({"params": load_params(weights, "text_encoder")}, tokens)
+    context = quick_jit(text.apply)({"params": load_params(weights, "text_encoder")}, tokens)
     config, motion = load_config(weights, "unet_2d"), load_config(weights, "motion_adapter")
     text_to_video.check_motion_fits(motion, config, weights)
     both = (flatten_dict(load_params(weights, name)) for name in ("unet_2d", "motion_adapter"))
     params = unflatten_dict({path: leaf for params in both for path, leaf in params.items()})
     sample, t = rng.standard_normal((2, 3, 4, 6, 4), np.float32), np.array([999.0, 1.0], np.float32)
-    noise = jax.jit(TextUNet(config, motion).apply)({"params": params}, sample, t, context)
+    noise = quick_jit(TextUNet(config, motion).apply)({"params": params}, sample, t, context)
 
     theirs = UNetMotionModel.from_unet2d(networks["unet"], networks["motion"]).eval()
     tokenizer = transformers.CLIPTokenizer.from_pretrained(checkpoint[0] / "sd" / "tokenizer", model_max_length=77)

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-import jax
 import numpy as np
 import torch
+from conftest import quick_jit
 from tiny_pipeline import UNET
 
 from osv_jax.models.svd_unet import SVDUNet
@@ -13,7 +13,7 @@ from osv_jax.models.svd_unet import SVDUNet
 _RNG = np.random.default_rng(0)
 _SHAPES = (2, 3, 5, 7, 8), (2,), (2, UNET.cross_attention_dim), (2, 3)
 _INPUTS = [_RNG.standard_normal(shape, np.float32) for shape in _SHAPES]
-_apply = jax.jit(SVDUNet(UNET).apply)
+_apply = quick_jit(SVDUNet(UNET).apply)
 
 
 def run_flax(variables) -> np.ndarray:

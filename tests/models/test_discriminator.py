@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import relative_error
+from conftest import quick_jit, relative_error
 from torch import nn as tnn
 from torch.nn.utils.parametrizations import spectral_norm
 
@@ -46,7 +46,7 @@ def randomised(params, rng):
 
 @pytest.fixture(scope="module")
 def variables():
-    variables = jax.jit(lambda key: init_discriminator(DISC, key, WIDTH))(jax.random.key(0))
+    variables = quick_jit(lambda key: init_discriminator(DISC, key, WIDTH))(jax.random.key(0))
     return {**variables, "params": randomised(variables["params"], np.random.default_rng(1))}
 
 
@@ -88,6 +88,7 @@ def test_initial_upsampler_is_the_linear_latent_to_rgb_map(rng):
     assert relative_error(pixels, expected) < 1e-6
 
 
+@pytest.mark.integration
 def test_trained_upsampler_matches_torch(rng, variables):
     latents = latent_video(rng)
     upsampler = variables["params"]["upsampler"]
@@ -249,7 +250,7 @@ def test_spatial_logits_see_one_frame_and_temporal_ones_one_track(rng, variables
 
 
 def test_gradients_reach_all_of_psi_and_the_latents_but_not_the_backbone(rng, variables, backbone_params):
-    @jax.jit
+    @quick_jit
     def gradients(params, backbone_params, latents):
         def loss(params, backbone_params, latents):
             logits, _ = discriminate(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 import torch
-from conftest import flat, relative_error
+from conftest import flat, quick_jit, relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
 from torch_reference import flax_params, torch_unet
 
@@ -57,7 +57,10 @@ def run_torch(model, sample, c_noise, embedding, ids):
     return out.permute(0, 1, 3, 4, 2).numpy()
 
 
-@pytest.fixture(scope="module", params=[(THREE_LEVELS, 14), (TWO_LEVELS, 25)], ids=["three levels", "two levels"])
+_THREE_LEVELS = pytest.param((THREE_LEVELS, 14), marks=pytest.mark.integration)
+
+
+@pytest.fixture(scope="module", params=[_THREE_LEVELS, (TWO_LEVELS, 25)], ids=["three levels", "two levels"])
 def network(request):
     """Config, frames, PyTorch's model, our parameters."""
     config, frames = request.param
@@ -234,7 +237,7 @@ def objective():
 @pytest.fixture(scope="module")
 def plain_gradient(objective):
     params, of = objective
-    return jax.jit(jax.grad(of("none")))(params)
+    return quick_jit(jax.grad(of("none")))(params)
 
 
 @pytest.mark.integration
@@ -272,7 +275,7 @@ def test_bfloat16_is_finite_and_close(objective):
     inputs = random_inputs(ONE_LEVEL, 3, 4, 6)
     half = SVDUNet(ONE_LEVEL, dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
     actual = jax.jit(half.apply)({"params": jax.tree.map(lambda x: x.astype(jnp.bfloat16), params)}, *inputs)
-    expected = jax.jit(SVDUNet(ONE_LEVEL).apply)({"params": params}, *inputs)
+    expected = quick_jit(SVDUNet(ONE_LEVEL).apply)({"params": params}, *inputs)
     assert actual.dtype == jnp.float32
     assert relative_error(actual, expected) < HALF_PRECISION
 

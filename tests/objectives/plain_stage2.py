@@ -10,6 +10,7 @@ import itertools
 import jax
 import jax.numpy as jnp
 import numpy as np
+from conftest import quick_jit
 from flax.traverse_util import flatten_dict
 
 from osv_jax.models.discriminator import discriminate
@@ -27,7 +28,6 @@ def column(values):
 
 @functools.cache
 def denoiser(networks):
-    @jax.jit
     def denoiser(variables, x, sigma, cond):
         s, sigma = column(sigma), jnp.asarray(sigma, jnp.float32)
         images = jnp.repeat(cond.image_latents[:, None], x.shape[1], axis=1)
@@ -38,6 +38,11 @@ def denoiser(networks):
         return x / (s**2 + 1) - s / jnp.sqrt(s**2 + 1) * prediction
 
     return denoiser
+
+
+@functools.cache
+def compiled_denoiser(networks):
+    return quick_jit(denoiser(networks))
 
 
 def variables(base, student):
@@ -78,7 +83,7 @@ def judge(networks, disc, frozen, latents, update_stats):
 
 @functools.cache
 def _disc_gradient(networks):
-    @jax.jit
+    @quick_jit
     def run(params, spectral, dinov2, real, fake):
         def loss(params):
             disc = {"params": params, "spectral": spectral}
@@ -105,7 +110,7 @@ def whole(clips):
 
 @functools.cache
 def _student_gradient(networks, seen):
-    @jax.jit
+    @quick_jit
     def run(student, disc, frozen, x, sigma, target, weight, cond, gan):
         def loss(student):
             answer = denoiser(networks)(variables(frozen["unet"], student), x, sigma, cond)

@@ -8,7 +8,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from conftest import flat, relative_error
+from conftest import flat, quick_jit, relative_error
 from flax.traverse_util import unflatten_dict
 from toy_unet import ToyUNet
 
@@ -67,7 +67,7 @@ def add_of(networks, frozen, options, optimizers):
     frozen |= {"dinov2": frozen["dinov2"] | {"embeddings": embeddings | {"patch_embeddings": patches}}}
     discriminator = networks.discriminator.clone(blocks=options.discriminator_blocks)
     objective = ADD(dataclasses.replace(networks, discriminator=discriminator), options, optimizers)
-    state = jax.jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(0), frozen)
+    state = quick_jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(0), frozen)
     player = state.players["student"]
     return objective, frozen, with_student(state, perturbed(player.params, 1), perturbed(player.ema, 2))
 
@@ -81,7 +81,7 @@ def perturbed(tree, seed):
 def trained_state(networks, frozen, targets="all", trainable=TRAINABLE):
     """A state in which student and EMA differ from the teacher and from each other."""
     options = OSVOptions(lora=LoRAOptions(4, 4.0, targets), trainable=trainable)
-    state = jax.jit(lambda key, frozen: first_state(Stage1(networks, options, SGD).init(key, frozen)))(
+    state = quick_jit(lambda key, frozen: first_state(Stage1(networks, options, SGD).init(key, frozen)))(
         jax.random.key(0), frozen
     )
     player = state.players["student"]
@@ -186,7 +186,7 @@ def gradients_of_inputs(networks, frozen, batch, state, wanted, **options):
 
     inputs = {"teacher": frozen["unet"], "dinov2": frozen["dinov2"], "vae": frozen["vae"], "ema": ema_of(state)}
 
-    @jax.jit
+    @quick_jit
     def run(inputs, key):
         of = {name: inputs[name] for name in wanted}
         return jax.grad(lambda of: total(inputs | of, key))(of)

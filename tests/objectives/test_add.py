@@ -9,7 +9,7 @@ import optax
 import plain_stage2 as plain
 import pytest
 import tiny
-from conftest import flat
+from conftest import flat, quick_jit
 from students import (
     assert_about_the_same_step,
     differences,
@@ -67,7 +67,7 @@ def test_step_is_a_conditioned_hinge_r1_of_features_and_score_distillation(toy):
     teacher_sigma = sigma_grid(1000)[np.asarray(draws["teacher_index"])]
     weight = 2.5 / np.sqrt(teacher_sigma**2 + 1)
 
-    @jax.jit
+    @quick_jit
     def plainly(state, frozen):
         disc_module = networks.discriminator.clone(read="sum", condition_width=8)
         image = cond.image_latents[:, None] * networks.vae.config.scaling_factor
@@ -156,4 +156,4 @@ def test_no_gradient_reaches_what_is_frozen(toy):
         return metrics["loss_student"] + metrics["loss_disc"]
 
     inputs = {"teacher": frozen["unet"], "vae": frozen["vae"], "dinov2": frozen["dinov2"]}
-    assert nonzero_leaves(jax.jit(jax.grad(loss))(inputs)) == []
+    assert nonzero_leaves(quick_jit(jax.grad(loss))(inputs)) == []

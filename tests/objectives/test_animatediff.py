@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import relative_error
+from conftest import quick_jit, relative_error
 from flax.traverse_util import flatten_dict
 from students import differences
 from test_avdm2 import equation_1
@@ -65,7 +65,7 @@ def test_step_is_equation_2_of_frames_or_of_clips(toy, part):
     def plainly(tuned):
         return plain_loss(networks, {**rest, **tuned}, part, batch, draws, 0.5)
 
-    loss, gradient = jax.jit(jax.value_and_grad(plainly))(before)
+    loss, gradient = quick_jit(jax.value_and_grad(plainly))(before)
     assert float(metrics["loss"]) == pytest.approx(float(loss), rel=1e-5)
     after = jax.tree.map(lambda x, g: x - RATE * g, before, gradient)
     error, change = differences(new.players["student"].params.tuned, after, before)
@@ -91,7 +91,7 @@ def test_the_other_part_is_frozen(toy, part):
         )[0]
 
     # What learns takes the place of its frozen self, and images are given no motion modules.
-    reached = {path[0] for path, leaf in flatten_dict(jax.jit(jax.grad(loss))(frozen)).items() if np.any(leaf)}
+    reached = {path[0] for path, leaf in flatten_dict(quick_jit(jax.grad(loss))(frozen)).items() if np.any(leaf)}
     assert reached == ({"unet_2d"} if part == "motion" else set())
     table = objective.parameter_table(frozen, player.params)
     other = "motion" if part == "unet" else "unet"

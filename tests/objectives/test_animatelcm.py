@@ -8,7 +8,7 @@ import numpy as np
 import plain_stage2 as plain
 import pytest
 import tiny
-from conftest import flat
+from conftest import flat, quick_jit
 from students import (
     SGD,
     assert_about_the_same_step,
@@ -53,16 +53,15 @@ def test_step_is_one_guided_step_of_the_teacher_and_the_emas_prediction(toy, gra
 
     draws = consistency.draw(key, batch, objective.options)
     guidance = np.tile(np.linspace(1, 3, batch.latents.shape[1]), (2, 1)).astype(np.float32)
-    denoiser = plain.denoiser(networks)
-    arguments = (denoiser, state, frozen, batch, draws["index"], draws["noise"], guidance)
+    arguments = (plain.compiled_denoiser(networks), state, frozen, batch, draws["index"], draws["noise"], guidance)
     x, sigma, target, weight = plain.example(*arguments, num_levels=40, steps=1)
 
     def loss(student):
-        prediction = denoiser(plain.variables(frozen["unet"], student), x, sigma, batch.cond)
+        prediction = plain.denoiser(networks)(plain.variables(frozen["unet"], student), x, sigma, batch.cond)
         distance = (jnp.sqrt((prediction - target) ** 2 + 1e-6) - 1e-3).mean(axis=(1, 2, 3, 4))
         return jnp.mean(jnp.asarray(weight, jnp.float32) * distance)
 
-    value, gradient = jax.value_and_grad(loss)(student_of(state))
+    value, gradient = quick_jit(jax.value_and_grad(loss))(student_of(state))
     assert metrics["loss_huber"] == pytest.approx(float(value), rel=1e-5)
     assert metrics["grad_norm/student"] == pytest.approx(np.linalg.norm(flat(gradient)), rel=GRADIENT)
     student = jax.tree.map(lambda p, g: p - 0.5 * g, student_of(state), gradient)
@@ -103,7 +102,7 @@ def test_no_gradient_reaches_teacher_and_ema(toy):
         return metrics["loss_huber"]
 
     inputs = {"teacher": frozen["unet"], "ema": player.ema}
-    gradients = jax.jit(jax.grad(loss))(inputs)
+    gradients = quick_jit(jax.grad(loss))(inputs)
     assert nonzero_leaves(gradients) == []
     moved = jax.tree.map(lambda leaf: 1.1 * leaf, inputs)
     assert abs(loss(moved) - loss(inputs)) > 1e-4

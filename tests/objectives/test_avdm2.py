@@ -6,7 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from conftest import flat, relative_error
+from conftest import flat, quick_jit, relative_error
 from students import differences, nonzero_leaves
 from toy_text import OPTIONS, RATES, SGD, make, started, toy_text_batch, toy_text_networks
 
@@ -118,7 +118,7 @@ def test_step_is_equations_1_to_9_and_algorithm_1(toy, sdm):
             values[name] = jax.value_and_grad(loss)(before[name])
         return terms[:2], values
 
-    (matching, adversarial), values = jax.jit(plainly)(before)
+    (matching, adversarial), values = quick_jit(plainly)(before)
     expected = {"loss_sdm": matching, "loss_adversarial": adversarial, "loss_student": 2 * matching + adversarial / 2}
     expected |= {f"loss_{name}": values[name][0] for name in ("disc", "fake_score")}
     expected |= {f"grad_norm/{name}": np.linalg.norm(flat(values[name][1])) for name in values}
@@ -231,7 +231,7 @@ def test_backward_simulation_is_sampling(toy, stop):
     draws = avdm2.draw(KEY, batch, objective.options) | {"stop": jnp.asarray(stop)}
     made = jax.jit(lambda draws: avdm2.student_forward(objective, student, frozen, batch, draws)[0])(draws)
     keys = avdm2.clip_keys(jax.random.split(KEY, 7)[2], len(batch.latents))
-    denoiser = jax.jit(lambda x, t: objective.backbone(frozen, student, batch.cond)(x, t))
+    denoiser = quick_jit(lambda x, t: objective.backbone(frozen, student, batch.cond)(x, t))
     assert tuple(objective.times) == TIMES
     sampled = few_step(denoiser, draws["noise"], objective.times[: stop + 1], animatediff_schedule(), keys)
     assert relative_error(made, sampled) < 1e-5

@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from conftest import flat
+from conftest import flat, quick_jit
 from flax.traverse_util import flatten_dict
 from ml_collections import ConfigDict
 from students import differences, nonzero_leaves, run_on
@@ -36,7 +36,7 @@ def test_no_gradient_reaches_what_is_frozen(toy, sdm):
         _, metrics = objective.step(state, frozen, batch, KEY)
         return metrics["loss_student"] + metrics["loss_disc"] + metrics["loss_fake_score"]
 
-    assert nonzero_leaves(jax.jit(jax.grad(loss))(frozen)) == []
+    assert nonzero_leaves(quick_jit(jax.grad(loss))(frozen)) == []
 
 
 def test_frozen_weights_exist_once_and_the_players_start_from_them(toy):
@@ -69,7 +69,7 @@ def counts(player):
 def test_the_others_learn_twice_as_often_as_the_student(toy):
     networks, frozen, batch = toy
     objective = make(networks, optimizers=None)
-    state, step = first_state(jax.jit(objective.init)(jax.random.key(0), frozen)), jax.jit(objective.step)
+    state, step = first_state(quick_jit(objective.init)(jax.random.key(0), frozen)), jax.jit(objective.step)
     for number in range(1, 5):
         before = state
         state, metrics = step(state, frozen, batch, jax.random.key(number))

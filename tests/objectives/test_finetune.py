@@ -11,7 +11,7 @@ import optax
 import pytest
 import tiny
 import torch
-from conftest import flat, relative_error
+from conftest import flat, quick_jit, relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
 from ml_collections import ConfigDict
 from torch_reference import flax_params, torch_unet
@@ -188,7 +188,7 @@ def toy():
     networks = dataclasses.replace(made, unet=ToyUNet(made.unet.config), dinov2=None, discriminator=None)
     batch = tiny.tiny_batch(8)
     sample = jnp.zeros((1, 3, 6, 10, 8))
-    init = jax.jit(networks.unet.init)
+    init = quick_jit(networks.unet.init)
     params = init(jax.random.key(0), sample, jnp.zeros(1), jnp.zeros((1, 8)), jnp.zeros((1, 3)))
     return networks, {"unet": params["params"]}, batch
 
@@ -200,7 +200,7 @@ def objective_of(networks, optimizer, **options):
 def toy_state(toy, optimizer, trainable):
     networks, frozen, _ = toy
     objective = objective_of(networks, optimizer, trainable=trainable)
-    return jax.jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(3), frozen)
+    return quick_jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(3), frozen)
 
 
 def student_of(state):
@@ -241,7 +241,7 @@ def test_the_loss_falls_with_lora_alone(toy):
     step = jax.jit(Finetune(networks, options, {"student": optimizer}).step)
     held_out = finetune.draw(jax.random.key(6), batch)
 
-    @jax.jit
+    @quick_jit
     def loss(student, frozen):
         network = networks.unet_with(student.variables(frozen["unet"]))
         return finetune.denoising_loss(network, batch, held_out, options)[0].mean()

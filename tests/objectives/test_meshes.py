@@ -12,6 +12,7 @@ import jax
 import optax
 import pytest
 import tiny
+from conftest import quick_jit
 from students import (
     GRADIENT,
     SGD,
@@ -77,7 +78,7 @@ def started(name, unet):
     # Its student learns from the discriminator alone: a large step of that would amplify rounding errors.
     rates = SGD | {"disc": optax.sgd(0.01)}
     objective = SFV(networks, SFVOptions(r1=R1Options(1e-3, kind="difference", step=0.1)), rates)
-    disc = jax.jit(objective.init)(jax.random.key(0), frozen)["disc"]
+    disc = quick_jit(objective.init)(jax.random.key(0), frozen)["disc"]
     # More frames: second derivatives of norms over three are mostly rounding errors.
     batch = tiny.tiny_batch(8, frames=8, height=8)
     return networks, frozen, batch, state.replace(players={"student": player, "disc": disc}), objective.step
@@ -94,8 +95,7 @@ def case(name, unet, sizes):
     of_toy = (name == "stage2" and sizes in QUICK) or (sizes == ALL_SPLIT and name in ("animatelcm", "sf_v"))
     quick = of_toy if unet == "toy" else (name, sizes) == ("stage1", ALL_SPLIT)
     mark = pytest.mark.integration if quick else pytest.mark.slow
-    quickest = (name, unet, sizes) == ("stage2", "toy", ALL_SPLIT)
-    return pytest.param(name, unet, sizes, marks=[] if quickest else mark, id=f"{name}-{unet}-{sizes}")
+    return pytest.param(name, unet, sizes, marks=mark, id=f"{name}-{unet}-{sizes}")
 
 
 @pytest.mark.parametrize(

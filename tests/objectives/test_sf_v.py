@@ -11,7 +11,7 @@ import pytest
 import scipy.special
 import tiny
 import torch
-from conftest import flat, relative_error
+from conftest import flat, quick_jit, relative_error
 from students import (
     RATES,
     SGD,
@@ -48,7 +48,7 @@ PENALTY = R1Options(weight=0.01)
 def toy():
     networks, frozen = toy_networks_and_frozen()
     objective = SFV(networks, SFVOptions(), SGD)
-    state = jax.jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(0), frozen)
+    state = quick_jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(0), frozen)
     student = state.players["student"]
     state = with_student(state, perturbed(student.params, 1), perturbed(student.ema, 2))
     # Of norms over three frames the second derivatives would be rounding errors.
@@ -78,6 +78,7 @@ def test_equation_7_is_the_difference_of_two_error_functions(log_mean, log_std):
     assert probabilities[inside].sum() == pytest.approx(0.683, abs=0.02)
 
 
+@pytest.mark.integration
 def test_the_discriminator_s_noise_is_drawn_from_equation_7(toy):
     networks = toy[0]
     judge = SFV(networks, SFVOptions(), SGD).judge
@@ -128,7 +129,7 @@ def test_step_is_equations_6_to_11(toy):
     x = batch.latents + plain.column(sigma) * draws["noise"]
     denoiser, cond = plain.denoiser(networks), batch.cond
 
-    @jax.jit
+    @quick_jit
     def plainly(state, frozen):
         def prediction(student):
             return denoiser(plain.variables(frozen["unet"], student), x, sigma, cond)
@@ -241,7 +242,7 @@ def test_no_gradient_reaches_the_frozen_backbone(toy):
         _, metrics = objective.step(state, frozen | {"teacher": teacher}, batch, KEY)
         return metrics["loss_student"] + metrics["loss_disc"]
 
-    assert nonzero_leaves(jax.jit(jax.grad(loss))(frozen["unet"])) == []
+    assert nonzero_leaves(quick_jit(jax.grad(loss))(frozen["unet"])) == []
 
 
 def torch_heads(params, spectral, features, image_embedding, c_noise):
@@ -304,7 +305,7 @@ def test_r1_is_pytorch_s_double_backward_through_the_real_encoder(rng):
     heads = UNetHeads()
     batch = tiny.tiny_batch(frames=FRAMES)
     judge = UNetJudge(heads, unet, "encoder", -1.0, 1.0)
-    params, stats = jax.jit(judge.init)(jax.random.key(0))
+    params, stats = quick_jit(judge.init)(jax.random.key(0))
     frozen = {"unet": flax_params(reference, "unet", tiny.CONFIGS["unet"])}
     _, draws = judge.draw(KEY, batch.latents.shape)
 

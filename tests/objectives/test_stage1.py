@@ -10,7 +10,7 @@ import numpy as np
 import optax
 import pytest
 import tiny
-from conftest import flat, relative_error
+from conftest import flat, quick_jit, relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxprs import equations
 from ml_collections import ConfigDict
@@ -50,7 +50,7 @@ def make_frozen(dtype=np.float32):
 def make_state(networks, frozen):
     """Random LoRA on both sides, and singular vectors that another power iteration does not change."""
     objective = stage1(networks)
-    state = jax.jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(0), frozen)
+    state = quick_jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(0), frozen)
     rng = np.random.default_rng(3)
     student = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape, np.float32)), student_of(state))
     ema = jax.tree.map(lambda x: x + 0.1, student)
@@ -168,7 +168,7 @@ def plain(networks, frozen, state, batch):
         huber = (jnp.sqrt((batch.latents - fake) ** 2 + 0.03**2) - 0.03).mean()
         return 0.3 * adversarial_loss + huber, (adversarial_loss, huber)
 
-    @jax.jit
+    @quick_jit
     def run(state, frozen, rate):
         fake = f(student_of(state), frozen)
         (d, spectral), g_disc = jax.value_and_grad(loss_disc, has_aux=True)(disc_of(state)["params"], frozen, fake)

@@ -8,7 +8,7 @@ import numpy as np
 import plain_stage2 as plain
 import pytest
 import tiny
-from conftest import flat, relative_error
+from conftest import flat, quick_jit, relative_error
 from flax.traverse_util import flatten_dict
 from students import (
     GRADIENT,
@@ -42,7 +42,7 @@ from osv_jax.objectives.players import first_state
 def draw_and_example(networks, **options):
     """The random numbers of a step, and what the student is given and held against."""
     objective = stage2(networks, **options)
-    return jax.jit(objective.draw), jax.jit(objective.example)
+    return quick_jit(objective.draw), jax.jit(objective.example)
 
 
 @functools.cache
@@ -50,7 +50,7 @@ def program(networks, **options):
     return jax.jit(stage2(networks, **options).step)
 
 
-@jax.jit
+@quick_jit
 def descend(tree, gradient, rate):
     return jax.tree.map(lambda x, g: x - rate * g, tree, gradient)
 
@@ -76,7 +76,7 @@ def real_step(real):
 def test_an_untrained_student_is_the_teacher(real):
     networks, frozen, batch, _ = real
     objective = stage2(networks, lora=LoRAOptions(4, 4.0), trainable=TRAINABLE)
-    state = jax.jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(0), frozen)
+    state = quick_jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(0), frozen)
     student = student_of(state)
     assert flatten_dict(student.tuned) and flatten_dict(student.lora)
     sigma = jnp.array([700.0, 0.3])
@@ -93,7 +93,7 @@ def test_step_is_equations_8_to_10(real, real_step):
     networks, frozen, batch, state = real
     key, new_state, metrics = real_step
     draws = draw_and_example(networks)[0](key, batch)
-    denoiser = plain.denoiser(networks)
+    denoiser = plain.compiled_denoiser(networks)
     guidance = np.tile(np.linspace(1, 3, batch.latents.shape[1]), (2, 1)).astype(np.float32)
     example = plain.example(denoiser, state, frozen, batch, draws["index"], draws["noise"], guidance)
 
@@ -102,7 +102,7 @@ def test_step_is_equations_8_to_10(real, real_step):
     disc = {"params": descend(disc_of(state)["params"], g_disc, RATES["disc"]), "spectral": spectral}
     (gan, huber), g_student = plain.student_gradient(networks, disc, state, frozen, example, batch.cond)
     student = descend(student_of(state), g_student, RATES["student"])
-    ema = jax.jit(lambda old, new: jax.tree.map(lambda x, y: 0.95 * x + 0.05 * y, old, new))(ema_of(state), student)
+    ema = quick_jit(lambda old, new: jax.tree.map(lambda x, y: 0.95 * x + 0.05 * y, old, new))(ema_of(state), student)
 
     expected = {
         "loss_disc": loss_disc,
@@ -189,7 +189,7 @@ def test_student_input_and_target_for_every_guidance_and_grid(toy, num_levels, s
     assert kind != "range" or abs(uniform[0] - uniform[1]) > 0.01
     guidance = guidance.astype(np.float32)
     arguments = (state, frozen, batch, draws["index"], draws["noise"], guidance, num_levels, steps)
-    x, _, target, weight = plain.example(plain.denoiser(networks), *arguments)
+    x, _, target, weight = plain.example(plain.compiled_denoiser(networks), *arguments)
     assert relative_error(example.x, x) <= 1e-6
     for clip in range(2):
         assert relative_error(example.target[clip], target[clip]) <= 1e-5
@@ -280,6 +280,7 @@ def test_decoded_clips_are_judged_instead_of_latents(toy, toy_step):
         assert decoded[1][f"logits_real/{kind}"] == pytest.approx(float(logits[kind].mean()), abs=bound)
 
 
+@pytest.mark.integration
 def test_without_the_adversarial_loss(toy, toy_step):
     """Table 2: the student follows the target alone, whatever the discriminator learns beside it."""
     networks, frozen, batch, state = toy
@@ -308,7 +309,7 @@ def test_the_discriminator_may_see_a_part_of_each_clip(toy, toy_step):
 
     draw, example_of = draw_and_example(networks)
     example = example_of(state, frozen, batch, draw(key, batch))
-    denoiser = plain.denoiser(networks)
+    denoiser = plain.compiled_denoiser(networks)
     student = plain.variables(frozen["unet"], student_of(state))
     fake = denoiser(student, example.x, example.sigma, batch.cond)
     value, g_disc, spectral = plain.disc_gradient(networks, disc_of(state), frozen, seen(example.target), seen(fake))
@@ -350,6 +351,7 @@ def test_accumulated_gradients_are_the_batchs(toy, toy_step):
     assert max(differences(student_of(new_state), expected, student_of(state))) <= GRADIENT
 
 
+@pytest.mark.integration
 def test_players_that_accumulate_in_turn_make_the_step_of_the_whole_batch(toy, toy_step):
     """The student's gradient is taken through the new discriminator, as it is without parts."""
     *_, state = toy

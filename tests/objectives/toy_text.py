@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
+from conftest import quick_jit
 from flax import linen as nn
 from students import perturbed
 
@@ -93,7 +94,7 @@ def make(networks, optimizers=SGD, **options):
 
 def started(objective, frozen, step=1):
     """A state in which all players have moved, before the step of a number (odd ones are the student's)."""
-    players = jax.jit(objective.init)(jax.random.key(0), frozen)
+    players = quick_jit(objective.init)(jax.random.key(0), frozen)
     moved = {
         name: dataclasses.replace(player, params=perturbed(player.params, i))
         for i, (name, player) in enumerate(sorted(players.items()))
