@@ -329,6 +329,7 @@ def test_merging_onto_a_weights_folder_copies_the_other_networks(straight, tmp_p
     assert_same(weights.load_params(second, "vae"), weights.load_params(first, "vae"))
 
 
+@pytest.mark.integration
 def test_a_run_without_lora_has_none_to_export(whole, tmp_path, capsys):
     assert main(["export-lora", str(whole), str(tmp_path / "out"), "--format=peft"]) == 2
     assert "trained no LoRA" in capsys.readouterr().err

@@ -137,7 +137,13 @@ def test_euler_is_the_pipeline_of_diffusers(reference, model, picture):
 
 @pytest.mark.parametrize(
     ("sampler", "steps", "boundary", "evaluations"),
-    [("consistency", 1, "svd", 1), ("consistency", 2, "svd", 2), ("tts", 1, "svd", 2), ("tts", 2, "exact", 4)],
+    [
+        ("tts", 1, "svd", 2),
+        *(
+            pytest.param(*case, marks=pytest.mark.integration)
+            for case in (("consistency", 1, "svd", 1), ("consistency", 2, "svd", 2), ("tts", 2, "exact", 4))
+        ),
+    ],
 )
 def test_the_scheduler_for_diffusers_is_our_sampler(
     reference, model, picture, monkeypatch, sampler, steps, boundary, evaluations

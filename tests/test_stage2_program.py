@@ -5,6 +5,7 @@ import pathlib
 import shutil
 
 import jax
+import jax.numpy as jnp
 import micro_stage1
 import micro_stage2
 import numpy as np
@@ -18,6 +19,7 @@ from workdirs import assert_same, metrics_of, state_of
 from osv_jax import train
 from osv_jax.errors import UserError
 from osv_jax.models import groups
+from osv_jax.runtime import checkpoint
 from osv_jax.training import loop, origins, setup
 
 STEPS, SWITCH = 4, 2
@@ -30,12 +32,25 @@ def one_device():
 
 
 @pytest.fixture(scope="module")
-def stage1(tmp_path_factory):
-    """The workdir of two steps of stage 1."""
+def stage1(one_device, tmp_path_factory):
+    """The workdir of stage 1 as after two steps, in which everything has moved."""
     workdir = tmp_path_factory.mktemp("stage1") / "run"
     config = with_whole_lora(micro_stage1.get_config())
     config.num_steps = 2
-    train.train(config, workdir)
+    made = setup.networks_of(config)
+    objective = setup.objective_of(config, made)
+    with jax.set_mesh(one_device):
+        frozen = setup.load_frozen(config, made, one_device)
+        state = quick_jit(setup.make_init(objective))(jax.random.key(0), frozen)
+    rng = np.random.default_rng(0)
+    moved = lambda tree: jax.tree.map(lambda x: x + 0.02 * rng.standard_normal(x.shape, np.float32), tree)  # noqa: E731
+    players = {
+        name: player.replace(params=moved(player.params), stats=moved(player.stats), ema=moved(player.ema))
+        for name, player in state.players.items()
+    }
+    checkpoint.write_config(workdir, config.to_dict())
+    with checkpoint.open_checkpoints(workdir, 1) as checkpoints:
+        checkpoint.save(checkpoints, 2, state.replace(step=jnp.int32(2), players=players), {})
     return workdir
 
 
@@ -123,15 +138,16 @@ def test_nothing_is_compiled_after_the_first_step(stage1, tmp_path, monkeypatch)
 
 
 @pytest.mark.integration
-def test_a_value_that_is_not_finite_stops_the_run(stage1, tmp_path):
+def test_a_value_that_is_not_finite_stops_the_run(tmp_path):
     workdir = tmp_path / "run"
-    shutil.copytree(stage1, workdir)
+    config = with_whole_lora(micro_stage1.get_config())
+    config.num_steps = 2
+    train.train(config, workdir)
     state = state_of(workdir, 2)
     bias = state["players"]["disc"]["params"]["upsampler"]["bias"]
     state["players"]["disc"]["params"]["upsampler"]["bias"] = np.full_like(bias, np.inf)
     with ocp.Checkpointer(ocp.StandardCheckpointHandler()) as checkpointer:
         checkpointer.save((workdir / "checkpoints" / "2" / "state").absolute(), state, force=True)
-    config = with_whole_lora(micro_stage1.get_config())
     config.num_steps = 20
     with pytest.raises(UserError, match=r"^Step 3: .*loss_disc is nan.* checkpoint of step 2 is intact"):
         train.train(config, workdir)

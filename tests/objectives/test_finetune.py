@@ -307,6 +307,7 @@ def joint_error(actual, expected):
     return relative_error(*vectors)
 
 
+@pytest.mark.integration
 def test_loss_and_gradients_match_pytorch(real):
     model, state, batch, draws, new, metrics = real
     cases = np.stack(dropped(draws, 0.25, 0.25, 0.25), axis=1)
@@ -332,6 +333,7 @@ def test_loss_and_gradients_match_pytorch(real):
     assert joint_error(actual, expected) < 1e-4
 
 
+@pytest.mark.integration
 def test_the_step_descends_updates_the_ema_and_measures(real):
     _, state, _, _, new, metrics = real
     player = new.players["student"]

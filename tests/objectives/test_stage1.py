@@ -14,37 +14,35 @@ from conftest import flat, quick_jit, relative_error
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxprs import equations
 from ml_collections import ConfigDict
-from students import CONFIGS, GRADIENT, disc_of, ema_of, student_of, with_student
+from students import (
+    GRADIENT,
+    disc_of,
+    ema_of,
+    one_level_networks_and_frozen,
+    student_of,
+    toy_networks_and_frozen,
+    with_student,
+)
 
 from osv_jax.convert.architectures import expected_params
 from osv_jax.models.discriminator import discriminate
 from osv_jax.objectives import osv_stage1
-from osv_jax.objectives.networks import Networks, build_networks
+from osv_jax.objectives.networks import Networks
 from osv_jax.objectives.options import LoRAOptions, OptimizerOptions
 from osv_jax.objectives.osv import OSVOptions
 from osv_jax.objectives.players import Student, first_state, make_optimizer, start, update_ema
-from osv_jax.objectives.random_networks import random_params
 from osv_jax.training import setup
 from osv_jax.training.config import phases_of
 
 # Plain descent: Adam's first step is the gradient's sign, rounding errors' too.
 SGD = {name: optax.sgd(0.5) for name in ("student", "disc")}
 OPTIONS = {
-    "lora": LoRAOptions(4, 6.0, "attention"),
+    "lora": LoRAOptions(4, 6.0, "all"),
     "huber_c": 0.03,
     "adversarial_weight": 0.3,
     "ema_decay": 0.9,
 }
 KEY = jax.random.key(7)
-
-
-def make_networks(dtype=jnp.float32):
-    return build_networks(CONFIGS, discriminator_blocks=(0,), dtype=dtype, param_dtype=dtype)
-
-
-def make_frozen(dtype=np.float32):
-    shapes = {name: unflatten_dict(expected_params(name, CONFIGS[name])) for name in ("unet", "dinov2")}
-    return random_params(shapes, 0, dtype)
 
 
 def make_state(networks, frozen):
@@ -67,14 +65,19 @@ def stage1(networks, num_levels=100):
     return osv_stage1.Stage1(networks, OSVOptions(**OPTIONS, num_levels=num_levels), SGD)
 
 
-@pytest.fixture(scope="module")
-def networks():
-    return make_networks()
+@pytest.fixture(scope="module", params=["toy", pytest.param("real", marks=pytest.mark.integration)])
+def made(request):
+    return {"toy": toy_networks_and_frozen, "real": one_level_networks_and_frozen}[request.param]()
 
 
 @pytest.fixture(scope="module")
-def frozen():
-    return make_frozen()
+def networks(made):
+    return made[0]
+
+
+@pytest.fixture(scope="module")
+def frozen(made):
+    return {name: made[1][name] for name in ("unet", "dinov2")}
 
 
 @pytest.fixture(scope="module")
@@ -104,6 +107,7 @@ class CountingNetworks(Networks):
 
 @pytest.fixture(scope="module")
 def step(networks):
+    CountingNetworks.applied = 0
     counting = CountingNetworks(**{field.name: getattr(networks, field.name) for field in dataclasses.fields(networks)})
     return jax.jit(stage1(counting).step)
 
@@ -325,8 +329,9 @@ def matrix_products(jaxpr):
 
 
 @pytest.mark.integration
+@pytest.mark.parametrize("made", ["real"], indirect=True)
 def test_half_precision_step_is_finite_and_multiplies_no_float32(state):
-    half, weights = make_networks(jnp.bfloat16), make_frozen(jnp.bfloat16)
+    half, weights = one_level_networks_and_frozen(jnp.bfloat16)
     # 28 x 28 pixels: nothing is resized, which DINOv2's position embeddings would be in float32.
     clips = tiny.tiny_batch(2, 3, 7, 7)
     step = jax.jit(stage1(half).step)

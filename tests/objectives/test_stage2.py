@@ -55,9 +55,6 @@ def descend(tree, gradient, rate):
     return jax.tree.map(lambda x, g: x - rate * g, tree, gradient)
 
 
-# ---- The real UNet, one step.
-
-
 @pytest.fixture(scope="module")
 def real():
     networks, frozen = one_level_networks_and_frozen()
@@ -65,9 +62,24 @@ def real():
 
 
 @pytest.fixture(scope="module")
-def real_step(real):
+def toy():
+    """With a toy for the UNet."""
+    networks, frozen = toy_networks_and_frozen()
+    return networks, frozen, tiny.tiny_batch(height=12, width=12), trained_state(networks, frozen)
+
+
+# ---- One step.
+
+
+@pytest.fixture(scope="module", params=["toy", pytest.param("real", marks=pytest.mark.integration)])
+def each(request):
+    return request.getfixturevalue(request.param)
+
+
+@pytest.fixture(scope="module")
+def step_of_each(each):
     """One step: its key, the new state, the metrics."""
-    networks, frozen, batch, state = real
+    networks, frozen, batch, state = each
     key = jax.random.key(3)
     return key, *program(networks)(state, frozen, batch, key)
 
@@ -89,9 +101,9 @@ def test_an_untrained_student_is_the_teacher(real):
     assert relative_error(trained, teacher) > 1e-3
 
 
-def test_step_is_equations_8_to_10(real, real_step):
-    networks, frozen, batch, state = real
-    key, new_state, metrics = real_step
+def test_step_is_equations_8_to_10(each, step_of_each):
+    networks, frozen, batch, state = each
+    key, new_state, metrics = step_of_each
     draws = draw_and_example(networks)[0](key, batch)
     denoiser = plain.compiled_denoiser(networks)
     guidance = np.tile(np.linspace(1, 3, batch.latents.shape[1]), (2, 1)).astype(np.float32)
@@ -127,9 +139,9 @@ def test_step_is_equations_8_to_10(real, real_step):
     assert new_state.step == state.step + 1
 
 
-def test_what_is_selected_learns_and_nothing_else(real, real_step):
-    _, frozen, _, state = real
-    _, new_state, _ = real_step
+def test_what_is_selected_learns_and_nothing_else(each, step_of_each):
+    _, frozen, _, state = each
+    _, new_state, _ = step_of_each
     selected = groups.select(frozen["unet"], TRAINABLE)
     assert flatten_dict(student_of(new_state).tuned).keys() == flatten_dict(selected).keys()
     assert {groups.group_of(path) for path in flatten_dict(student_of(new_state).tuned)} == {"temporal_transformer"}
@@ -150,13 +162,7 @@ def test_no_gradient_reaches_teacher_target_and_dinov2(real):
     assert nonzero_leaves(gradients) == []
 
 
-# ---- A toy UNet, for everything else.
-
-
-@pytest.fixture(scope="module")
-def toy():
-    networks, frozen = toy_networks_and_frozen()
-    return networks, frozen, tiny.tiny_batch(height=12, width=12), trained_state(networks, frozen)
+# ---- The toy is enough for everything else.
 
 
 def test_through_the_decoder_too_no_gradient_reaches_what_is_frozen(toy):
@@ -264,10 +270,11 @@ def test_decoded_clips_are_judged_instead_of_latents(toy, toy_step):
     assert not np.array_equal(before["kernel"], disc_of(latents[0])["params"]["upsampler"]["kernel"])
 
     draw, example_of = draw_and_example(networks)
+    draws = draw(jax.random.key(3), batch)
 
     @jax.jit
     def logits_of_target(state, frozen, batch):
-        target = example_of(state, frozen, batch, draw(jax.random.key(3), batch)).target
+        target = example_of(state, frozen, batch, draws).target
         pixels = networks.codec.decode_video(frozen["vae"], target) / 2 + 0.5
         assert pixels.shape == (*target.shape[:2], 2 * target.shape[2], 2 * target.shape[3], 3)
         arguments = (networks.discriminator, networks.dinov2, disc_of(state), frozen["dinov2"], pixels)
@@ -335,6 +342,7 @@ def test_frames_that_are_seen_begin_anywhere(rng):
     np.testing.assert_array_equal(judges.frames_from(clips, jnp.zeros(3, int), 5), clips)
 
 
+@pytest.mark.integration
 def test_accumulated_gradients_are_the_batchs(toy, toy_step):
     networks, frozen, batch, state = toy
     new_state, metrics = toy_step(grad_accum=2)
