@@ -48,6 +48,7 @@ def to_torch(pixels):
     return torch.from_numpy(np.asarray(pixels, np.float32)).movedim(-1, -3)
 
 
+@pytest.mark.integration
 def test_real_clips_are_encoded_as_the_originals_do(checkpoint, encoder, clips):
     reference, _ = checkpoint
     keys = np.stack([noise_key(5, "a.mp4", number) for number in range(len(clips))])
@@ -84,6 +85,7 @@ def test_real_clips_are_encoded_as_the_originals_do(checkpoint, encoder, clips):
                 assert relative_error(encoded["image_latents"][i, k], expected) <= TOLERANCE
 
 
+@pytest.mark.integration
 def test_a_clip_does_not_depend_on_its_batch(encoder, clips):
     keys = np.stack([noise_key(0, "a.mp4", number) for number in range(8)])
     many = encoder(np.concatenate([clips[1:], clips, clips]), keys)
@@ -104,6 +106,7 @@ def test_clip_alone_is_computed_in_bfloat16(checkpoint, encoder, clips):
     assert 1e-4 < relative_error(rounded["image_embedding"], exact["image_embedding"]) < 0.05
 
 
+@pytest.mark.integration
 def test_latents_that_are_not_finite_are_not_stored(encoder, clips):
     params = flatten_dict(encoder.params)
     name = ("vae", "quant_conv", "bias")

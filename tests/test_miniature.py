@@ -40,6 +40,7 @@ def test_it_is_small_and_names_the_film():
     assert "Blender Foundation" in text and "CC-BY 3.0" in text
 
 
+@pytest.mark.integration
 def test_the_vae_knows_pictures():
     """A frame of the film, from another package, at the size it was trained at."""
     frame = video.read_clip(demo.demo_videos() / "bigbuckbunny.mp4", 1.0, 1, 24.0, 64, 96)

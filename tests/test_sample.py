@@ -34,6 +34,9 @@ from osv_jax.runtime.media import to_uint8
 HEIGHT, WIDTH, FRAMES = 24, 40, 3
 SIZE = [f"--height={HEIGHT}", f"--width={WIDTH}", f"--num_frames={FRAMES}", "--decode_chunk_size=2"]
 
+# Whole programs, each of which compiles all networks; tests of what is said about arguments are another file's.
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory):
@@ -98,7 +101,6 @@ def workdir(model, folder):
     return workdir, state
 
 
-@pytest.mark.integration
 @pytest.mark.filterwarnings("ignore:__array__ implementation:DeprecationWarning")  # in diffusers' scheduler
 def test_euler_is_the_pipeline_of_diffusers(reference, model, picture):
     frames = 4
@@ -137,13 +139,7 @@ def test_euler_is_the_pipeline_of_diffusers(reference, model, picture):
 
 @pytest.mark.parametrize(
     ("sampler", "steps", "boundary", "evaluations"),
-    [
-        ("tts", 1, "svd", 2),
-        *(
-            pytest.param(*case, marks=pytest.mark.integration)
-            for case in (("consistency", 1, "svd", 1), ("consistency", 2, "svd", 2), ("tts", 2, "exact", 4))
-        ),
-    ],
+    [("consistency", 1, "svd", 1), ("consistency", 2, "svd", 2), ("tts", 1, "svd", 2), ("tts", 2, "exact", 4)],
 )
 def test_the_scheduler_for_diffusers_is_our_sampler(
     reference, model, picture, monkeypatch, sampler, steps, boundary, evaluations
@@ -247,7 +243,6 @@ def one_step(model):
     return one_step
 
 
-@pytest.mark.integration
 @pytest.mark.parametrize("ema", [False, True])
 def test_a_workdir_is_merged_before_sampling(model, weights, workdir, picture, one_step, ema):
     folder, state = workdir
@@ -294,7 +289,6 @@ def test_the_default_is_one_step_of_time_travel(model, picture):
     np.testing.assert_array_equal(frames, model(picture / 255, height=HEIGHT, width=WIDTH, num_frames=FRAMES))
 
 
-@pytest.mark.integration  # Compiles every program anew, for two models.
 def test_one_program_serves_any_number_of_steps_and_every_student_alike(weights, workdir, picture, monkeypatch):
     monkeypatch.setattr(programs, "_PROGRAMS", {})
     run, _ = workdir
@@ -317,7 +311,6 @@ def test_one_program_serves_any_number_of_steps_and_every_student_alike(weights,
     assert relative_error(teacher.sample(images, noise, options), first) > 1e-2
 
 
-@pytest.mark.integration
 def test_devices_share_a_batch(model, weights, picture):
     """Each video of a batch on two devices is the one that its image and its key give alone."""
     many = ImageToVideo.load(weights, data=2)
@@ -331,7 +324,6 @@ def test_devices_share_a_batch(model, weights, picture):
     assert many.frames(actual, 2).shape == (2, FRAMES, HEIGHT, WIDTH, 3)
 
 
-@pytest.mark.integration
 def test_devices_share_a_video(model, weights, picture):
     """The same video on two devices, each of which makes a part of its height."""
     many = ImageToVideo.load(weights, context=2)
@@ -353,7 +345,6 @@ def decoded(path):
         return float(stream.average_rate), np.stack([f.to_ndarray(format="rgb24") for f in container.decode(stream)])
 
 
-@pytest.mark.integration
 def test_the_program_makes_a_video_of_every_image(weights, images, tmp_path, capsys, monkeypatch):
     kept = {key: program for key, program in programs._PROGRAMS.items() if key[0] != "decode"}
     monkeypatch.setattr(programs, "_PROGRAMS", kept)

@@ -67,6 +67,7 @@ def test_ddim_is_the_pipeline_of_diffusers(checkpoint, model):
     assert relative_error(frames, expected) < 1e-3
 
 
+@pytest.mark.integration
 def test_the_student_is_sampled_in_four_steps_without_guidance(model):
     options = model.complete(TextOptions(sampler="few-step", num_frames=2, **SIZE))
     assert (options.steps, options.num_evaluations, options.guided) == (4, 4, False)

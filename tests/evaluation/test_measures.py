@@ -53,6 +53,7 @@ def test_psnr_is_that_of_the_first_frame():
     np.testing.assert_allclose(measures.first_frame_psnr(clips, condition), [48.1308, 28.1308, np.inf], rtol=1e-4)
 
 
+@pytest.mark.integration
 def test_lpips_is_the_mean_over_frames(rng):
     frames = rng.integers(0, 256, (2, 3, 32, 40, 3), np.uint8)
     condition = frames[:, 1]

@@ -117,6 +117,7 @@ def test_output_and_every_gradient_match_peft(inputs, reference):
     assert max(errors.values()) < 1e-4, sorted(errors.items(), key=lambda item: -item[1])[:5]
 
 
+@pytest.mark.integration
 def test_student_with_zero_b_is_the_teacher(reference, teacher, student):
     params, weights, *_ = reference
     # Two programs: what XLA fuses, and so what it rounds, differs.

@@ -85,6 +85,7 @@ def test_decoder_matches_diffusers(pair, rng, frames, size):
     assert relative_error(video, from_torch(expected, (2, frames))) < TOLERANCE
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("pair", CONFIGS[1:], ids=["4stages"], indirect=True)
 def test_whole_matches_diffusers(pair, rng):
     config, vae, params, reference, _, _ = pair
@@ -125,6 +126,7 @@ def test_remat_of_a_run_reaches_the_autoencoder(method, shape, blocks):
     assert recomputed("dots") == [jax.checkpoint_policies.dots_with_no_batch_dims_saveable] * blocks
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize("pair", CONFIGS[:1], ids=["2stages"], indirect=True)
 def test_bfloat16_stays_close(pair, rng):
     _, vae, params, _, _, decode = pair

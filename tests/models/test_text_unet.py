@@ -121,7 +121,11 @@ def test_2d_unet_matches_diffusers():
 
 
 @pytest.mark.parametrize(
-    ("version", "frames"), [(V2, 16), (V1, 24)], ids=["16 frames, motion in the middle", "24 frames, none there"]
+    ("version", "frames"),
+    [
+        pytest.param(V2, 16, id="16 frames, motion in the middle"),
+        pytest.param(V1, 24, id="24 frames, none there", marks=pytest.mark.integration),
+    ],
 )
 def test_motion_unet_matches_diffusers(version, frames):
     ours, theirs = ours_and_theirs(TINY, tiny_motion(TINY, version), frames)

@@ -50,7 +50,7 @@ def plain_loss(networks, params, part, batch, draws, dropout):
     return sum(total) / len(total)
 
 
-@pytest.mark.parametrize("part", PARTS)
+@pytest.mark.parametrize("part", ["unet", pytest.param("motion", marks=pytest.mark.integration)])
 def test_step_is_equation_2_of_frames_or_of_clips(toy, part):
     networks, frozen, batch = toy
     options = {"part": part, "frames": 2, "dropout": 0.5, "ema_decay": 0.9}

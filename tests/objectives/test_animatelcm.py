@@ -91,6 +91,7 @@ class ApartAnimateLCM(AnimateLCM):
         return super().backbone({"unet": frozen["teacher"]} if student is None else frozen, student, cond)
 
 
+@pytest.mark.integration
 def test_no_gradient_reaches_teacher_and_ema(toy):
     networks, frozen, batch, state = toy
     objective = ApartAnimateLCM(networks, AnimateLCMOptions(**OPTIONS), {"student": SGD["student"]})

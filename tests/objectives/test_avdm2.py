@@ -38,7 +38,8 @@ def equation_1(kind, t):
     return column(kept**0.5), column((1 - kept) ** 0.5)
 
 
-@pytest.mark.parametrize("sdm", ["frames", pytest.param("video", marks=pytest.mark.integration)])
+@pytest.mark.integration
+@pytest.mark.parametrize("sdm", ["frames", "video"])
 def test_step_is_equations_1_to_9_and_algorithm_1(toy, sdm):
     networks, frozen, batch = toy
     objective = make(networks, sdm=sdm)

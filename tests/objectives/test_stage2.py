@@ -68,9 +68,6 @@ def toy():
     return networks, frozen, tiny.tiny_batch(height=12, width=12), trained_state(networks, frozen)
 
 
-# ---- One step.
-
-
 @pytest.fixture(scope="module", params=["toy", pytest.param("real", marks=pytest.mark.integration)])
 def each(request):
     return request.getfixturevalue(request.param)
@@ -156,13 +153,11 @@ def test_what_is_selected_learns_and_nothing_else(each, step_of_each):
     assert variables.keys() == base.keys() and changed == flatten_dict(selected).keys()
 
 
+@pytest.mark.integration
 def test_no_gradient_reaches_teacher_target_and_dinov2(real):
     gradients = gradients_of_inputs(*real, ("teacher", "ema", "dinov2"))
     assert len(jax.tree.leaves(gradients)) > 300
     assert nonzero_leaves(gradients) == []
-
-
-# ---- The toy is enough for everything else.
 
 
 def test_through_the_decoder_too_no_gradient_reaches_what_is_frozen(toy):
