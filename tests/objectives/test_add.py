@@ -60,7 +60,7 @@ def test_step_is_a_conditioned_hinge_r1_of_features_and_score_distillation(toy):
     objective, frozen, batch, state = toy
     networks, cond = objective.networks, batch.cond
     new, metrics = program(objective)(state, frozen, batch, KEY)
-    draws = objective.draw(KEY, batch)
+    draws = quick_jit(objective.draw)(KEY, batch)
     denoiser = plain.denoiser(networks)
     sigma = sigma_grid(5)[np.asarray(draws["index"])]
     x = batch.latents + plain.column(sigma) * draws["noise"]

@@ -21,6 +21,7 @@ from osv_jax.objectives.players import Student
 KEY = jax.random.key(4)
 RATE = 0.5
 PARTS = {"unet": "unet_2d", "motion": "motion_adapter"}
+draw = quick_jit(animatediff.draw, static_argnums=2)
 
 
 @pytest.fixture(scope="module")
@@ -57,7 +58,7 @@ def test_step_is_equation_2_of_frames_or_of_clips(toy, part):
     objective = make(networks, **options)
     state = started(objective, frozen)
     new, metrics = jax.jit(objective.step)(state, frozen, batch, KEY)
-    draws = jax.tree.map(np.asarray, animatediff.draw(KEY, batch, objective.options))
+    draws = jax.tree.map(np.asarray, draw(KEY, batch, objective.options))
     assert 0 < (draws["uniform"] < 0.5).sum() < draws["uniform"].size
     rest = frozen["unet_2d"] if part == "motion" else {}
     before = state.players["student"].params.tuned
@@ -85,10 +86,10 @@ def test_the_other_part_is_frozen(toy, part):
     assert learns.keys() == given.keys() and {leaf.dtype for leaf in learns.values()} == {jnp.dtype("float32")}
     state = started(objective, frozen)
 
+    draws = draw(KEY, batch, objective.options)
+
     def loss(frozen):
-        return animatediff.mean_loss(
-            state.players["student"].params, objective, frozen, batch, animatediff.draw(KEY, batch, objective.options)
-        )[0]
+        return animatediff.mean_loss(state.players["student"].params, objective, frozen, batch, draws)[0]
 
     # What learns takes the place of its frozen self, and images are given no motion modules.
     reached = {path[0] for path, leaf in flatten_dict(quick_jit(jax.grad(loss))(frozen)).items() if np.any(leaf)}
@@ -107,7 +108,7 @@ def test_captions_are_dropped_as_often_as_said(toy):
             expected = batch.cond.negative if uniform[clip, i] < 0.1 else batch.cond.context
             np.testing.assert_array_equal(dropped.context[2 * clip + i], expected[clip])
     assert AnimateDiffOptions().dropout == 0.1 and AnimateDiffOptions().part == "motion"
-    draws = animatediff.draw(KEY, toy_text_batch(batch=2000, frames=2, height=1, width=1), AnimateDiffOptions())
+    draws = draw(KEY, toy_text_batch(batch=2000, frames=2, height=1, width=1), AnimateDiffOptions())
     assert abs(float((draws["uniform"] < 0.1).mean()) - 0.1) < 0.02
     assert int(draws["t"].min()) < 5 and int(draws["t"].max()) in range(995, 1000)
 

@@ -51,7 +51,7 @@ def test_step_is_one_guided_step_of_the_teacher_and_the_emas_prediction(toy, gra
     key = jax.random.key(3)
     new, metrics = program(networks, grad_accum)(state, frozen, batch, key)
 
-    draws = consistency.draw(key, batch, objective.options)
+    draws = quick_jit(consistency.draw, static_argnums=2)(key, batch, objective.options)
     guidance = np.tile(np.linspace(1, 3, batch.latents.shape[1]), (2, 1)).astype(np.float32)
     arguments = (plain.compiled_denoiser(networks), state, frozen, batch, draws["index"], draws["noise"], guidance)
     x, sigma, target, weight = plain.example(*arguments, num_levels=40, steps=1)

@@ -19,6 +19,7 @@ from osv_jax.objectives.players import Student
 GRADIENT = 1e-4
 KEY = jax.random.key(3)
 TIMES = (999, 749, 499, 249)
+draw = quick_jit(avdm2.draw, static_argnums=2)
 
 
 @pytest.fixture(scope="module")
@@ -45,7 +46,7 @@ def test_step_is_equations_1_to_9_and_algorithm_1(toy, sdm):
     objective = make(networks, sdm=sdm)
     state = started(objective, frozen)
     new, metrics = jax.jit(objective.step)(state, frozen, batch, KEY)
-    draws = jax.tree.map(np.asarray, avdm2.draw(KEY, batch, objective.options))
+    draws = jax.tree.map(np.asarray, draw(KEY, batch, objective.options))
     before = {name: player.params for name, player in state.players.items()}
     text, empty, clips = batch.cond.context, batch.cond.negative, len(batch.latents)
     teacher = {**frozen["unet_2d"], **frozen["motion_adapter"]}
@@ -136,7 +137,7 @@ def test_equation_2_is_the_mean_squared_error_of_the_noise(toy):
     """Of a network that predicts zeros the loss is the mean square of the noise."""
     networks, frozen, batch = toy
     objective = make(networks)
-    draws = avdm2.draw(KEY, batch, objective.options)
+    draws = draw(KEY, batch, objective.options)
     zeros = jax.tree.map(jnp.zeros_like, frozen["unet_2d"])
     loss, _ = avdm2.fake_score_loss(zeros, objective, batch, draws, batch.latents)
     assert float(loss) == pytest.approx(float(np.mean(np.square(draws["fake_noise"]))), rel=1e-5)
@@ -166,7 +167,7 @@ def test_equations_4_and_8_are_the_gradient_of_the_kl_divergence_between_gaussia
     networks, _, batch = toy
     objective = GaussianScores(networks, AVDM2Options(**OPTIONS, sdm_guidance=guidance), SGD)
     real, fake = {"mean": 0.4, "variance": 0.6}, {"mean": -0.3, "variance": 1.3}
-    draws = avdm2.draw(KEY, batch, objective.options)
+    draws = draw(KEY, batch, objective.options)
     frames = avdm2.take_frames(batch.latents, draws["sdm_frames"])
     gradient = avdm2.matching_gradient(objective, fake, {"gaussian": real}, batch.cond, draws, frames)
     alpha, sigma = equation_1("image", draws["sdm_t"])
@@ -216,7 +217,7 @@ def test_equations_5_to_7_are_logarithms_of_probabilities():
 def test_equation_9_weighs_both_terms(toy):
     networks, frozen, batch = toy
     objective = make(networks, sdm_weight=3.0, adm_weight=0.25)
-    state, draws = started(objective, frozen), avdm2.draw(KEY, batch, objective.options)
+    state, draws = started(objective, frozen), draw(KEY, batch, objective.options)
     loss, terms = jax.jit(functools.partial(avdm2.student_loss, objective))(
         state.players, frozen, batch, draws, batch.latents
     )
@@ -229,7 +230,7 @@ def test_backward_simulation_is_sampling(toy, stop):
     networks, frozen, batch = toy
     objective = make(networks)
     student = started(objective, frozen).players["student"].params
-    draws = avdm2.draw(KEY, batch, objective.options) | {"stop": jnp.asarray(stop)}
+    draws = draw(KEY, batch, objective.options) | {"stop": jnp.asarray(stop)}
     made = jax.jit(lambda draws: avdm2.student_forward(objective, student, frozen, batch, draws)[0])(draws)
     keys = avdm2.clip_keys(jax.random.split(KEY, 7)[2], len(batch.latents))
     denoiser = quick_jit(lambda x, t: objective.backbone(frozen, student, batch.cond)(x, t))

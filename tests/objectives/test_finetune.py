@@ -115,7 +115,7 @@ def test_denoising_loss(gamma):
     """SF-V Eq. 1 to 3, against the transcription above, for a network that depends on all its inputs."""
     options = dataclasses.replace(OPTIONS, min_snr_gamma=gamma, sigma=SigmaOptions(0.2, 1.1))
     batch = tiny.tiny_batch(16)
-    draws = finetune.draw(jax.random.key(1), batch)
+    draws = quick_jit(finetune.draw)(jax.random.key(1), batch)
 
     def network(sample, c_noise, embedding, ids):
         shift = np.pi * c_noise + embedding.mean(axis=1) + 0.01 * ids.sum(axis=1)
@@ -133,7 +133,7 @@ def test_log_normal_sigma():
     count = 50_000
     batch = tiny.tiny_batch(1, 1, 1, 1)
     batch = dataclasses.replace(batch, latents=jnp.zeros((count, 1, 1, 1, 1)))
-    draws = finetune.draw(jax.random.key(0), batch)
+    draws = quick_jit(finetune.draw)(jax.random.key(0), batch)
     log_sigma = np.log(np.asarray(finetune.log_normal_sigma(draws["normal"], 0.7, 1.6), np.float64))
     assert abs(log_sigma.mean() - 0.7) < 5 * 1.6 / np.sqrt(count)
     assert abs(log_sigma.std() - 1.6) < 5 * 1.6 / np.sqrt(2 * count)
@@ -147,7 +147,9 @@ def test_drop_conditions():
     count, p = 50_000, {"embedding": 0.05, "latents": 0.2, "both": 0.1}
     batch = tiny.tiny_batch(1, 1, 1, 1)
     cond = jax.tree.map(lambda x: jnp.broadcast_to(x, (count, *x.shape[1:])), batch.cond)
-    draws = finetune.draw(jax.random.key(2), dataclasses.replace(batch, latents=jnp.zeros((count, 1, 1, 1, 1))))
+    draws = quick_jit(finetune.draw)(
+        jax.random.key(2), dataclasses.replace(batch, latents=jnp.zeros((count, 1, 1, 1, 1)))
+    )
     result = finetune.drop_conditions(cond, draws["uniform"], DropoutOptions(**p))
 
     kept = {}
@@ -239,7 +241,7 @@ def test_the_loss_falls_with_lora_alone(toy):
     options = FinetuneOptions(lora=LoRAOptions(4, 4.0))
     state, key = toy_state(toy, optimizer, ("lora",)), jax.random.key(5)
     step = jax.jit(Finetune(networks, options, {"student": optimizer}).step)
-    held_out = finetune.draw(jax.random.key(6), batch)
+    held_out = quick_jit(finetune.draw)(jax.random.key(6), batch)
 
     @quick_jit
     def loss(student, frozen):
@@ -273,7 +275,7 @@ def real():
     state = first_state({"student": start(student, KEEPER, ema=True)})
     batch, key = tiny.tiny_batch(4), jax.random.key(KEY_OF_ALL_CASES)
     new, metrics = jax.jit(objective.step)(state, frozen, batch, key)
-    return model, state, batch, finetune.draw(key, batch), new, metrics
+    return model, state, batch, quick_jit(finetune.draw)(key, batch), new, metrics
 
 
 def torch_loss_and_gradients(model, state, batch, draws):

@@ -91,7 +91,7 @@ def test_the_discriminator_s_noise_is_drawn_from_equation_7(toy):
 
 def test_equation_5_the_student_sees_all_levels_but_the_lowest(toy):
     objective = SFV(toy[0], SFVOptions(), SGD)
-    draws = objective.draw(jax.random.key(0), tiny.tiny_batch(64))
+    draws = quick_jit(objective.draw)(jax.random.key(0), tiny.tiny_batch(64))
     assert set(np.asarray(draws["index"]).tolist()) == {1, 2, 3}
     example = objective.example(toy[3], toy[1], tiny.tiny_batch(64), draws)
     grid = [(0.002 ** (1 / 7) + t / 3 * (700 ** (1 / 7) - 0.002 ** (1 / 7))) ** 7 for t in (1, 2, 3)]
@@ -124,7 +124,7 @@ def test_step_is_equations_6_to_11(toy):
     networks, frozen, batch, state = toy
     new, metrics = program(networks, r1=PENALTY)(state, frozen, batch, KEY)
     objective = SFV(networks, SFVOptions(), SGD)
-    draws = objective.draw(KEY, batch)
+    draws = quick_jit(objective.draw)(KEY, batch)
     sigma = sigma_grid(4)[np.asarray(draws["index"])]
     x = batch.latents + plain.column(sigma) * draws["noise"]
     denoiser, cond = plain.denoiser(networks), batch.cond
@@ -196,7 +196,7 @@ def test_a_penalty_every_so_many_steps_counts_as_many_times(toy):
 
     def penalty(step, **options):
         objective = SFV(networks, SFVOptions(r1=R1Options(0.01, kind="difference", **options)), SGD)
-        draws = objective.draw(KEY, batch)
+        draws = quick_jit(objective.draw)(KEY, batch)
         example = objective.example(state, frozen, batch, draws)
         return jax.jit(objective.penalty)(disc, frozen, example, draws, None, step)
 

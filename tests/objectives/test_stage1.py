@@ -261,7 +261,7 @@ def test_step_depends_on_its_arguments_alone(step, state, frozen, batch, result)
 
 def test_index_is_uniform_over_the_grid(networks):
     clips = tiny.tiny_batch(20_000, 1, 1, 2)
-    draws = stage1(networks, 20).draw(KEY, clips)
+    draws = quick_jit(stage1(networks, 20).draw)(KEY, clips)
     counts = np.bincount(draws["index"], minlength=20)
     assert len(counts) == 20
     # Chi-squared with 19 degrees of freedom exceeds 43.8 once in a thousand keys.
