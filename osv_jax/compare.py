@@ -77,6 +77,8 @@ def main(given: list[str] | None = None) -> None:
         f" {plan.video.num_frames} frames of {plan.video.height} x {plan.video.width}, the teacher's samples in"
         f" {args.steps} Euler steps"
     )
+    for name, reason in plan.clips.skipped:
+        print(f"skipped: {name} {reason}")
     generate(plan)
     measured = measure(make_rows(plan))
     print(table(measured))

@@ -192,7 +192,7 @@ def _import_sd(args: argparse.Namespace) -> None:
         _print_mapping(plans)
         return
     if has_tokenizer:
-        text_to_video.check_tokenizer_output(args.output, args.overwrite)
+        text_to_video.check_tokenizer_output(args.output, args.overwrite, args.source)
     _convert(plans, args)
     if has_tokenizer:
         text_to_video.copy_tokenizer(args.source, args.output, args.overwrite)

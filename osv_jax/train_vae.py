@@ -80,6 +80,8 @@ def train_vae(config: ConfigDict, workdir: Path) -> None:
         UserError: on anything the user can fix, before compilation starts where it can be known by then.
     """
     architecture = check_config(config)
+    if config.init_from:
+        paths.check_apart(workdir / "vae", weights.locate(config.init_from) / "vae")
     checkpoint.check_workdir(workdir, config.to_dict())
     devices = mesh.make_mesh(-1, 1)
     if config.batch_size % devices.size:

@@ -1,6 +1,7 @@
 """A student beside its teacher: the program, what it writes, and how numbers are shown."""
 
 import json
+import shutil
 
 import av
 import pytest
@@ -60,6 +61,22 @@ def test_numbers_are_shown_beside_those_of_the_untrained_student():
     lines = compare.table(rows).splitlines()
     assert "4.00 x" in lines[3] and "2.50" in lines[1] and len({len(line) for line in lines[2:]}) == 1
     assert " - " in compare.table({compare.UNTRAINED: ROW, "teacher": {**ROW, "mse": 0.0}})
+
+
+def test_videos_that_are_left_out_are_named(folder, tmp_path, monkeypatch, capsys):
+    class Stop(Exception):
+        pass
+
+    def stop(_):
+        raise Stop
+
+    monkeypatch.setattr(compare, "generate", stop)
+    shutil.copytree(folder / "videos", tmp_path / "videos")
+    (tmp_path / "videos" / "damaged.mp4").write_bytes(b"no video")
+    arguments = [f"--weights={folder / 'weights'}", "--lora", str(folder / "a"), f"--videos={tmp_path / 'videos'}"]
+    with pytest.raises(Stop):
+        compare.main([*arguments, f"--output={tmp_path / 'out'}"])
+    assert "skipped: damaged.mp4 " in capsys.readouterr().out
 
 
 @pytest.mark.parametrize(

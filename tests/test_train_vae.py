@@ -221,6 +221,11 @@ def test_the_loss_falls():
     assert np.mean(losses[-5:]) < 0.7 * np.mean(losses[:5])
 
 
+def test_what_is_made_does_not_take_the_place_of_what_it_starts_from():
+    with pytest.raises(UserError, match="is its source"):
+        train_vae.train_vae(vae_config(init_from="miniature", **{"data.crop": (8, 8)}), weights.locate("miniature"))
+
+
 @pytest.mark.parametrize(
     ("key", "value", "words"),
     [

@@ -111,21 +111,32 @@ def copy_tokenizer(folder: str | os.PathLike, output: str | os.PathLike, overwri
     """Copies a checkpoint's tokenizer into a weights folder.
 
     Raises:
-        UserError: one that is there already, without `overwrite`, or see `tokenizer.read_files`.
+        UserError: see `check_tokenizer_output` and `tokenizer.read_files`.
     """
-    source, target = existing(folder, "stable-diffusion-v1-5/stable-diffusion-v1-5"), tokenizer_of(output)
-    # A Stable Diffusion has a folder for it, and a CLIP keeps it beside its weights.
-    source = source / TOKENIZER if (source / TOKENIZER).is_dir() else source
+    source = _tokenizer_in(folder)
     tokenizer.read_files(source)
-    check_tokenizer_output(output, overwrite)
-    with paths.new_folder(target) as made:
+    check_tokenizer_output(output, overwrite, folder)
+    with paths.new_folder(tokenizer_of(output)) as made:
         for name in tokenizer.FILES:
             with (source / name).open("rb") as read, (made / name).open("wb") as written:
                 shutil.copyfileobj(read, written)
 
 
-def check_tokenizer_output(output: str | os.PathLike, overwrite: bool) -> None:
-    """Raises UserError if the weights folder has a tokenizer already that may not be overwritten."""
+def _tokenizer_in(folder: str | os.PathLike) -> Path:
+    """A Stable Diffusion has a folder for it, and a CLIP keeps it beside its weights."""
+    source = existing(folder, "stable-diffusion-v1-5/stable-diffusion-v1-5")
+    return source / TOKENIZER if (source / TOKENIZER).is_dir() else source
+
+
+def check_tokenizer_output(output: str | os.PathLike, overwrite: bool, folder: str | os.PathLike | None = None) -> None:
+    """To be called before anything is written.
+
+    Raises:
+        UserError: the weights folder has a tokenizer already that may not be overwritten, or that of the checkpoint
+            in `folder`, which it is made from, would be.
+    """
+    if folder is not None:
+        paths.check_apart(tokenizer_of(output), _tokenizer_in(folder))
     if tokenizer_of(output).exists() and not overwrite:
         raise UserError(f"{tokenizer_of(output)} exists: choose another output, or replace it with --overwrite.")
 

@@ -9,14 +9,12 @@ from jaxtyping import UInt8
 
 from osv_jax.evaluation.page import write_page
 from osv_jax.evaluation.parts import load_part
-from osv_jax.evaluation.planning import Method, Plan
+from osv_jax.evaluation.planning import FILMS, Method, Plan
 from osv_jax.evaluation.table import REAL, Row, shown_columns
-from osv_jax.runtime import paths
 from osv_jax.runtime.media import sample_grid, write_picture, write_video
 
 SHEET = "contact_sheet.png"
 PAGE = "index.html"
-FILMS = "films"
 _SHEET_CLIPS = 2
 
 
@@ -39,8 +37,9 @@ def sheet_rows(plan: Plan, most: int = _SHEET_CLIPS) -> dict[str, UInt8[np.ndarr
 
 def show(plan: Plan, rows: Sequence[Row], about: Sequence[tuple[str, str]]) -> None:
     """Writes the films, the contact sheet and the page."""
-    paths.remove_folder(plan.output / FILMS)  # There may have been more.
-    (plan.output / FILMS).mkdir()
+    (plan.output / FILMS).mkdir(exist_ok=True)
+    for film in (plan.output / FILMS).glob("[0-9][0-9]_[0-9][0-9].mp4"):
+        film.unlink()  # There may have been more.
     films: dict[str, list[str]] = {}
     for kind, (name, method) in enumerate(kinds(plan)):
         clips = shown_clips(plan, method, plan.options.films)

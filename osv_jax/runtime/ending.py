@@ -21,7 +21,7 @@ from osv_jax.errors import Stopped, UserError
 
 # What the machine may refuse to any program that writes files: room, and all else.
 _FULL = (errno.ENOSPC, errno.EDQUOT)
-_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG, errno.ENAMETOOLONG)
+_REFUSED = (errno.EACCES, errno.EPERM, errno.EROFS, errno.EIO, errno.EFBIG, errno.ENAMETOOLONG, errno.EISDIR)
 # What a bucket refuses is told by exceptions of gcsfs and of what it speaks through, by an OSError of gcsfs' that has
 # no number, and by those of Google's clients in C++, with which TensorStore writes.
 _BUCKET_MODULES = ("gcsfs", "aiohttp", "requests", "google.auth", "google.api_core")

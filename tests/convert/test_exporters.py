@@ -368,6 +368,8 @@ def test_bad_requests_are_one_line(home, state, arguments, words, capsys):
         (["import-lora", "runs/stage2", "runs/stage2"], "is its source"),
         (["import-lora", "nowhere", "weights/svd", "--weights=weights/svd"], "is its source"),
         (["svd", "svd", "svd"], "svd/unet is its source"),
+        (["svd", "svd", "svd", "--components", "vae"], "svd/vae is its source"),
+        (["dinov2", "svd/dinov2", "svd"], "svd/dinov2 is its source"),
         (["export-lora", "runs/stage2", "svd/model_index.json", "--format=peft"], "is a file"),
         (["pack", "weights/svd", "svd/model_index.json/x"], "svd/model_index.json cannot be written to"),
         (["svd", "svd", "svd/model_index.json"], "svd/model_index.json cannot be written to"),

@@ -115,6 +115,15 @@ def test_animatediffs_own_file_is_the_same_adapter(tmp_path, config):
     assert len(plan.tensors) == len([name for name in state if not name.endswith(".pe")])
 
 
+@pytest.mark.parametrize("components", ["tokenizer", "unet_2d,tokenizer"])
+def test_a_tokenizer_does_not_take_the_place_of_itself(checkpoint, components, capsys):
+    folder = checkpoint[0] / "sd"
+    before = sorted(folder.rglob("*"))
+    assert main(["sd", str(folder), str(folder), f"--components={components}", "--overwrite"]) == 2
+    assert "its source" in capsys.readouterr().err
+    assert sorted(folder.rglob("*")) == before
+
+
 def test_what_is_there_is_not_overwritten_unasked(checkpoint, weights, capsys):
     again = ["sd", str(checkpoint[0] / "sd"), str(weights), "--components=tokenizer"]
     assert main(again) == 2

@@ -5,6 +5,7 @@ import dataclasses
 import json
 import re
 import runpy
+import shutil
 
 import jax
 import numpy as np
@@ -52,6 +53,9 @@ def folder(tmp_path_factory):
     for i in range(CLIPS):
         synthetic_video.write_constant(folder / "videos" / f"{i}.mp4", 12, int(FPS), first=3 * i, red_corner=True)
     (folder / "empty").mkdir()
+    (folder / "filmed").mkdir()
+    (folder / "filmed" / "films").touch()
+    shutil.copytree(folder / "videos", folder / "out" / "films")
     return folder
 
 
@@ -358,6 +362,8 @@ def test_configurations_are_whole(variant):
         ({"context": 9}, "context=9 must lie in 1 .. 8"),
         ({"output": "/proc/x"}, "/proc/x cannot be written to"),
         ({"output": "videos/out"}, "The output videos/out lies in videos"),
+        ({"output": "out", "videos": "out/films"}, "out/films, where the output's films go, holds out/films"),
+        ({"output": "filmed"}, "filmed/films is a file, where films go"),
         ({"clips": 0}, "config.clips=0 must be a whole number of at least 1"),
     ],
 )

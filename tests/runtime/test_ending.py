@@ -43,6 +43,11 @@ FULL = OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
         (ExceptionGroup("threads", [ValueError("x"), FULL]), 2, "no room"),
         (PermissionError(errno.EACCES, "Permission denied", "/a/b"), 2, "/a/b cannot be read or written (Permission"),
         (
+            IsADirectoryError(errno.EISDIR, "Is a directory", "/a/clips.json"),
+            2,
+            "/a/clips.json cannot be read or written",
+        ),
+        (
             FORBIDDEN,
             2,
             "A bucket cannot be read or written (Forbidden: https://storage.googleapis.com/upload/b/o): check",
@@ -126,6 +131,21 @@ def main():
     hashlib.pbkdf2_hmac("sha256", b"", b"", 100_000_000)
 ending.run(main)
 """
+
+
+SLEEPING = """
+import time
+from osv_jax.runtime import ending
+ending.run(lambda: (print("ready", flush=True), time.sleep(60)))
+"""
+
+
+def test_an_interrupt_ends_with_one_line():
+    with start(["-c", SLEEPING]) as process:
+        assert process.stdout.readline() == "ready\n"
+        press(process)
+        assert process.wait(10) == 130
+        assert process.stderr.read() == "Ended by Ctrl-C.\n"
 
 
 def test_a_second_interrupt_ends_what_is_busy_in_c():

@@ -1,8 +1,10 @@
 """Names of files and folders, here and in buckets."""
 
 import errno
+import os
 import pathlib
 import re
+import subprocess
 import sys
 import tempfile
 
@@ -216,6 +218,20 @@ def test_without_a_home_nothing_is_kept_for_the_user(home, tmp_path, monkeypatch
     assert user_cache("jax") is None and arguments.compilation_cache() is None
     monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
     assert list(demo.demo_videos().iterdir()) and list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("home", [None, "/proc/nowhere"])
+def test_programs_are_imported_without_a_home(home, tmp_path):
+    environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
+    code = "import osv_jax.sample, osv_jax.train, osv_jax.prepare, osv_jax.convert_weights; print('imported')"
+    finished = subprocess.run(
+        [sys.executable, "-c", code],
+        env=environment | ({"HOME": home} if home else {}),
+        capture_output=True,
+        text=True,
+        check=False,
+    )
+    assert finished.stdout == "imported\n" and "Traceback" not in finished.stderr, finished.stderr
 
 
 def test_a_local_path_of_epath_becomes_pathlibs():
