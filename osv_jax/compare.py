@@ -16,6 +16,7 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from osv_jax.errors import UserError
+from osv_jax.evaluation.clips import print_skipped
 from osv_jax.evaluation.generation import generate
 from osv_jax.evaluation.kinds import makes_videos_of_prompts
 from osv_jax.evaluation.options import MethodOptions, TableOptions, student_methods
@@ -77,8 +78,7 @@ def main(given: list[str] | None = None) -> None:
         f" {plan.video.num_frames} frames of {plan.video.height} x {plan.video.width}, the teacher's samples in"
         f" {args.steps} Euler steps"
     )
-    for name, reason in plan.clips.skipped:
-        print(f"skipped: {name} {reason}")
+    print_skipped(plan.clips.skipped)
     generate(plan)
     measured = measure(make_rows(plan))
     print(table(measured))

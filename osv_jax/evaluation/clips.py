@@ -27,6 +27,12 @@ Decode = Callable[[Float[Array, "b f h w c"]], UInt8[np.ndarray, "b f h w 3"]]
 _ONCE = 1e9
 
 
+def print_skipped(skipped: Sequence[tuple[str, str]]) -> None:
+    """Says of each video that was left out why."""
+    for name, reason in skipped:
+        print(f"skipped: {name} {reason}")
+
+
 class Clips(abc.ABC):
     """Clips of one size and rate, read a few at a time.
 

@@ -32,7 +32,6 @@ _FORMAT = 1
 # What a kill costs at most; a file for each would be many thousands.
 CLIPS_IN_FILE = 16
 _PARTS = "parts"
-FILMS = "films"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -150,8 +149,6 @@ def make_plan(options: TableOptions, chosen: Sequence[MethodOptions]) -> Plan:
             " that, or 0."
         )
     _check_apart(output, options.videos)
-    if (output / FILMS).exists() and not (output / FILMS).is_dir():
-        raise UserError(f"{output / FILMS} is a file, where films go: choose another output, or move it away.")
     students = {(m.lora, m.ema): read_student(m.lora or None, m.ema, kind.shapes) for m in chosen}
     stored = weights.load_video(options.weights)
     # A student knows what it was trained on.
@@ -225,14 +222,15 @@ def _prompts(options: TableOptions, clips: Clips) -> Sequence[str]:
     return ()
 
 
+def folder_of(videos: str) -> Path | None:
+    """Where the real clips are, with links followed; nowhere what comes with the package."""
+    return None if videos in (demo.HELD_OUT, world.NAME) else paths.real(demo.video_folder(videos))
+
+
 def _check_apart(output: Path, videos: str) -> None:
-    """The films must not be among the videos of the next run, nor in their place."""
-    if videos in (demo.HELD_OUT, world.NAME):
-        return
-    folder, real = paths.real(demo.video_folder(videos)), paths.real(output)
-    if (real / FILMS) in (folder, *folder.parents):
-        raise UserError(f"{output}/{FILMS}, where the output's films go, holds {videos}: choose another output.")
-    if folder in (real, *real.parents):
+    """The films must not be among the videos of the next run."""
+    real = paths.real(output)
+    if folder_of(videos) in (real, *real.parents):
         raise UserError(
             f"The output {output} lies in {videos}, and its films would be among the videos: choose another."
         )

@@ -257,6 +257,13 @@ def test_all_forms_of_the_table_agree(made):
     assert "protocol cd-fvd, videomae with weights " in markdown and "3 videos are few for a covariance" in markdown
 
 
+def test_only_films_are_removed(tmp_path):
+    for name in ("00_00.mp4", "03_01.mp4", "12_104.mp4", "my_cat.mp4", "00_00.mp4.part", "1_2.mp4"):
+        (tmp_path / name).touch()
+    showing.remove_films(tmp_path)
+    assert sorted(file.name for file in tmp_path.iterdir()) == ["00_00.mp4.part", "1_2.mp4", "my_cat.mp4"]
+
+
 @pytest.mark.integration
 def test_films_and_pictures_are_those_of_the_first_clips(folder, made):
     films = sorted(file.name for file in (made / "films").iterdir())

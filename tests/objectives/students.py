@@ -19,9 +19,9 @@ from osv_jax.objectives.options import LoRAOptions
 from osv_jax.objectives.osv import OSVOptions
 from osv_jax.objectives.osv_stage1 import Stage1
 from osv_jax.objectives.osv_stage2 import Stage2, Stage2Options
-from osv_jax.objectives.players import first_state
 from osv_jax.objectives.random_networks import random_params
 from osv_jax.runtime import mesh
+from osv_jax.training import setup
 
 TRAINABLE = ("lora", "temporal_transformer")
 # Plain descent: Adam's first step is the gradient's sign, and that of a rounding error is anybody's guess.
@@ -67,7 +67,7 @@ def add_of(networks, frozen, options, optimizers):
     frozen |= {"dinov2": frozen["dinov2"] | {"embeddings": embeddings | {"patch_embeddings": patches}}}
     discriminator = networks.discriminator.clone(blocks=options.discriminator_blocks)
     objective = ADD(dataclasses.replace(networks, discriminator=discriminator), options, optimizers)
-    state = quick_jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(0), frozen)
+    state = quick_jit(setup.make_init(objective))(jax.random.key(0), frozen)
     player = state.players["student"]
     return objective, frozen, with_student(state, perturbed(player.params, 1), perturbed(player.ema, 2))
 
@@ -81,9 +81,7 @@ def perturbed(tree, seed):
 def trained_state(networks, frozen, targets="all", trainable=TRAINABLE):
     """A state in which student and EMA differ from the teacher and from each other."""
     options = OSVOptions(lora=LoRAOptions(4, 4.0, targets), trainable=trainable)
-    state = quick_jit(lambda key, frozen: first_state(Stage1(networks, options, SGD).init(key, frozen)))(
-        jax.random.key(0), frozen
-    )
+    state = quick_jit(setup.make_init(Stage1(networks, options, SGD)))(jax.random.key(0), frozen)
     player = state.players["student"]
     return with_student(state, perturbed(player.params, 1), perturbed(player.ema, 2))
 

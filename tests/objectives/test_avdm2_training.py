@@ -14,8 +14,9 @@ from toy_text import make, started, toy_text_batch, toy_text_networks
 from osv_jax.errors import UserError
 from osv_jax.objectives.avdm2 import AVDM2
 from osv_jax.objectives.avdm2_options import AdamWOptions, AVDM2Options
-from osv_jax.objectives.players import Student, first_state
+from osv_jax.objectives.players import Student
 from osv_jax.runtime import mesh
+from osv_jax.training import setup
 
 KEY = jax.random.key(3)
 
@@ -69,7 +70,7 @@ def counts(player):
 def test_the_others_learn_twice_as_often_as_the_student(toy):
     networks, frozen, batch = toy
     objective = make(networks, optimizers=None)
-    state, step = first_state(quick_jit(objective.init)(jax.random.key(0), frozen)), jax.jit(objective.step)
+    state, step = quick_jit(setup.make_init(objective))(jax.random.key(0), frozen), jax.jit(objective.step)
     for number in range(1, 5):
         before = state
         state, metrics = step(state, frozen, batch, jax.random.key(number))

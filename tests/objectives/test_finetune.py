@@ -202,7 +202,7 @@ def objective_of(networks, optimizer, **options):
 def toy_state(toy, optimizer, trainable):
     networks, frozen, _ = toy
     objective = objective_of(networks, optimizer, trainable=trainable)
-    return quick_jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(3), frozen)
+    return quick_jit(setup.make_init(objective))(jax.random.key(3), frozen)
 
 
 def student_of(state):

@@ -27,9 +27,9 @@ from osv_jax.objectives.networks import build_networks
 from osv_jax.objectives.options import LoRAOptions
 from osv_jax.objectives.osv_stage1 import Stage1
 from osv_jax.objectives.osv_stage2 import Stage2
-from osv_jax.objectives.players import first_state
 from osv_jax.objectives.sf_v import SFV
 from osv_jax.planning.traffic import traffic_of
+from osv_jax.training import setup
 
 BATCH, FRAMES = 2, 3
 NETWORKS = build_networks(CONFIGS, discriminator_blocks=(0,), dtype=jnp.bfloat16, param_dtype=jnp.bfloat16)
@@ -99,7 +99,7 @@ def discriminator():
 def step_of(cls, **options):
     options |= {"lora": LoRAOptions(4, 4.0, "attention"), "trainable": TRAINABLE}
     objective, frozen = cls(NETWORKS, cls.Options(**options)), {name: params_of(name) for name in CONFIGS}
-    state = jax.eval_shape(lambda key, frozen: first_state(objective.init(key, frozen)), jax.random.key(0), frozen)
+    state = jax.eval_shape(setup.make_init(objective), jax.random.key(0), frozen)
     return objective.step, state, frozen, tiny.tiny_batch(BATCH, FRAMES), jax.random.key(0)
 
 
@@ -130,7 +130,7 @@ def add():
 def avdm2():
     networks, frozen = toy_text_networks(jnp.bfloat16)
     objective = AVDM2(networks, AVDM2.Options(sdm_frames=2, discriminator_width=8))
-    state = jax.eval_shape(lambda key, frozen: first_state(objective.init(key, frozen)), jax.random.key(0), frozen)
+    state = jax.eval_shape(setup.make_init(objective), jax.random.key(0), frozen)
     return objective.step, state, frozen, toy_text_batch(BATCH, FRAMES), jax.random.key(0)
 
 

@@ -33,8 +33,8 @@ from osv_jax.errors import UserError
 from osv_jax.models.unet_heads import KINDS, UNetHeads
 from osv_jax.objectives import losses
 from osv_jax.objectives.judges import UNetJudge
-from osv_jax.objectives.players import first_state
 from osv_jax.objectives.sf_v import SFV, R1Options, SFVOptions, SM3Options, sm3
+from osv_jax.training import setup
 
 KEY = jax.random.key(3)
 # Relative error of gradients.
@@ -48,7 +48,7 @@ PENALTY = R1Options(weight=0.01)
 def toy():
     networks, frozen = toy_networks_and_frozen()
     objective = SFV(networks, SFVOptions(), SGD)
-    state = quick_jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(0), frozen)
+    state = quick_jit(setup.make_init(objective))(jax.random.key(0), frozen)
     student = state.players["student"]
     state = with_student(state, perturbed(student.params, 1), perturbed(student.ema, 2))
     # Of norms over three frames the second derivatives would be rounding errors.

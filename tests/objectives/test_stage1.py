@@ -31,7 +31,7 @@ from osv_jax.objectives import osv_stage1
 from osv_jax.objectives.networks import Networks
 from osv_jax.objectives.options import LoRAOptions, OptimizerOptions
 from osv_jax.objectives.osv import OSVOptions
-from osv_jax.objectives.players import Student, first_state, make_optimizer, start, update_ema
+from osv_jax.objectives.players import Student, make_optimizer, start, update_ema
 from osv_jax.training import setup
 from osv_jax.training.config import phases_of
 
@@ -48,7 +48,7 @@ KEY = jax.random.key(7)
 def make_state(networks, frozen):
     """Random LoRA on both sides, and singular vectors that another power iteration does not change."""
     objective = stage1(networks)
-    state = quick_jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(0), frozen)
+    state = quick_jit(setup.make_init(objective))(jax.random.key(0), frozen)
     rng = np.random.default_rng(3)
     student = jax.tree.map(lambda x: jnp.asarray(0.3 * rng.standard_normal(x.shape, np.float32)), student_of(state))
     ema = jax.tree.map(lambda x: x + 0.1, student)

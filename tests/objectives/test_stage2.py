@@ -35,7 +35,7 @@ from osv_jax.models.discriminator import discriminate_pixels
 from osv_jax.objectives import consistency, judges, osv_stage2
 from osv_jax.objectives.options import GuidanceOptions, LoRAOptions
 from osv_jax.objectives.osv_stage2 import Stage2Options
-from osv_jax.objectives.players import first_state
+from osv_jax.training import setup
 
 
 @functools.cache
@@ -55,17 +55,19 @@ def descend(tree, gradient, rate):
     return jax.tree.map(lambda x, g: x - rate * g, tree, gradient)
 
 
+def begun(networks, frozen):
+    """Both, a batch, and a state in which everything has moved."""
+    return networks, frozen, tiny.tiny_batch(height=12, width=12), trained_state(networks, frozen)
+
+
 @pytest.fixture(scope="module")
 def real():
-    networks, frozen = one_level_networks_and_frozen()
-    return networks, frozen, tiny.tiny_batch(height=12, width=12), trained_state(networks, frozen)
+    return begun(*one_level_networks_and_frozen())
 
 
 @pytest.fixture(scope="module")
 def toy():
-    """With a toy for the UNet."""
-    networks, frozen = toy_networks_and_frozen()
-    return networks, frozen, tiny.tiny_batch(height=12, width=12), trained_state(networks, frozen)
+    return begun(*toy_networks_and_frozen())
 
 
 @pytest.fixture(scope="module", params=["toy", pytest.param("real", marks=pytest.mark.integration)])
@@ -85,7 +87,7 @@ def step_of_each(each):
 def test_an_untrained_student_is_the_teacher(real):
     networks, frozen, batch, _ = real
     objective = stage2(networks, lora=LoRAOptions(4, 4.0), trainable=TRAINABLE)
-    state = quick_jit(lambda key, frozen: first_state(objective.init(key, frozen)))(jax.random.key(0), frozen)
+    state = quick_jit(setup.make_init(objective))(jax.random.key(0), frozen)
     student = student_of(state)
     assert flatten_dict(student.tuned) and flatten_dict(student.lora)
     sigma = jnp.array([700.0, 0.3])

@@ -221,7 +221,7 @@ def test_without_a_home_nothing_is_kept_for_the_user(home, tmp_path, monkeypatch
 
 
 @pytest.mark.parametrize("home", [None, "/proc/nowhere"])
-def test_programs_are_imported_without_a_home(home, tmp_path):
+def test_programs_are_imported_without_a_home(home):
     environment = {name: value for name, value in os.environ.items() if name not in ("HOME", "XDG_CACHE_HOME")}
     code = "import osv_jax.sample, osv_jax.train, osv_jax.prepare, osv_jax.convert_weights; print('imported')"
     finished = subprocess.run(
