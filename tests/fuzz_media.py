@@ -57,13 +57,15 @@ def use_videos(source: pathlib.Path, damaged: str) -> Iterator[str]:
     yield from _cut(Location((str(file),)), damaged)
     try:
         info = video.probe(file)
+    except video.VideoError as error:
+        yield error.reason
+    else:
         check_info(info)
         if CUTTING.unfit(info) is None:
             starts = CUTTING.starts(info)
             assert 0 < len(starts) <= info.num_frames
-            check_clip(video.read_clip(file, starts[-1], FRAMES, FPS, HEIGHT, WIDTH), (FRAMES, HEIGHT, WIDTH, 3))
-    except video.VideoError as error:
-        yield error.reason
+            for start in starts:
+                check_clip(_read_what_was_probed(file, start), (FRAMES, HEIGHT, WIDTH, 3))
     for fps in (None, FPS / 2):
         try:
             frames = video.read_frames(file, FRAMES, fps)
@@ -72,6 +74,14 @@ def use_videos(source: pathlib.Path, damaged: str) -> Iterator[str]:
         else:
             check_clip(frames, (FRAMES, *frames.shape[1:3], 3))
             check_clip(resize(frames[:1], PROTOCOLS["stylegan-v"], WIDTH), (1, WIDTH, WIDTH, 3), np.float32)
+
+
+def _read_what_was_probed(file: pathlib.Path, start: float) -> np.ndarray:
+    """A clip of a file of which the index said that it can be used: a run that begins with it must not end there."""
+    try:
+        return video.read_clip(file, start, FRAMES, FPS, HEIGHT, WIDTH)
+    except video.VideoError as error:
+        raise AssertionError(f"probed, but not read: {error.reason}") from error
 
 
 def _index(folder: pathlib.Path, cache: pathlib.Path) -> pixels.ClipIndex:

@@ -4,12 +4,15 @@ import json
 import shutil
 
 import av
+import numpy as np
 import pytest
 import synthetic_video
 import tiny_student
 from PIL import Image
+from safetensors.numpy import load_file, save_file
 
 from osv_jax import compare
+from osv_jax.convert import weights
 from osv_jax.errors import UserError
 
 FRAMES, HEIGHT, WIDTH = 4, 16, 24
@@ -79,6 +82,28 @@ def test_videos_that_are_left_out_are_named(folder, tmp_path, monkeypatch, capsy
     with pytest.raises(Stop):
         compare.main([*arguments, f"--output={tmp_path}"])
     assert "skipped: damaged.mp4 " in capsys.readouterr().out
+
+
+@pytest.mark.integration
+def test_weights_that_are_not_finite_are_named_and_nothing_is_written(folder, tmp_path):
+    """Of a student when they are read, of the teacher when its videos are not finite."""
+    lora, teacher, output = tmp_path / "lora", tmp_path / "weights", tmp_path / "out"
+    shutil.copytree(folder / "a", lora)
+    tensors = load_file(lora / "adapter_model.safetensors")
+    next(iter(tensors.values()))[0] = np.nan
+    save_file(tensors, lora / "adapter_model.safetensors")
+    shutil.copytree(folder / "weights", teacher)
+    params = weights.load_params(teacher, "unet")
+    params["conv_out"]["bias"] = np.full_like(params["conv_out"]["bias"], np.nan)
+    shutil.rmtree(teacher / "unet")
+    weights.save_component(teacher / "unet", "unet", weights.load_config(folder / "weights", "unet"), params, teacher)
+    for arguments, words in (
+        ([f"--weights={folder / 'weights'}", f"--lora={lora}"], rf"{lora}.* has values that are NaN or infinite"),
+        ([f"--weights={teacher}", f"--lora={folder / 'a'}"], "unet/conv_out/bias has values that are NaN or infinite"),
+    ):
+        with pytest.raises(UserError, match=words):
+            compare.main([*arguments, f"--videos={folder / 'videos'}", "--clips=1", "--steps=1", f"--output={output}"])
+        assert not any((output / name).exists() for name in compare._FILES)
 
 
 @pytest.mark.parametrize(

@@ -105,7 +105,7 @@ def _checked(name: str, value: Any, hint: Any, allowed: Range | Sequence[Any] | 
     if name.endswith("dtype") and value == "float16":
         # There is no loss scaling, without which 99.97 % of a LoRA's gradients are 0.
         raise UserError(
-            f"{name}='float16' cannot be trained with: nearly all gradients would be rounded to 0; use bfloat16, or"
+            f"{name}='float16' is not supported: in training it rounds nearly all gradients to 0; use bfloat16, or"
             " float32."
         )
     elements = value if isinstance(value, tuple) else (value,)

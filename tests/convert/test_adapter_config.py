@@ -2,13 +2,14 @@
 
 import dataclasses
 import json
+import shutil
 
 import numpy as np
 import peft
 import pytest
 import torch
 from flax.traverse_util import flatten_dict
-from tiny_checkpoints import edit_json
+from safetensors.numpy import load_file, save_file
 from torch_reference import randomise
 
 from osv_jax.convert import adapter_config
@@ -81,15 +82,22 @@ def adapter(tmp_path_factory):
     return folder
 
 
-@pytest.fixture
-def edited(adapter, tmp_path):
-    """The adapter with changes in its adapter_config.json."""
+@pytest.fixture(params=["adapter_config.json", "metadata"])
+def edited(adapter, tmp_path, request):
+    """The adapter with changes in its config: PEFT's file, or what diffusers' pipelines keep beside the tensors."""
+    config = json.loads((adapter / "adapter_config.json").read_text())
 
-    def edit(**changes):
-        (tmp_path / "adapter_model.safetensors").write_bytes((adapter / "adapter_model.safetensors").read_bytes())
-        (tmp_path / "adapter_config.json").write_text((adapter / "adapter_config.json").read_text())
-        edit_json(tmp_path / "adapter_config.json", **changes)
-        return tmp_path
+    def edit(keep=tuple(config), **changes):
+        fields = {name: config[name] for name in keep} | changes
+        if request.param == "adapter_config.json":
+            shutil.copy(adapter / "adapter_model.safetensors", tmp_path)
+            (tmp_path / "adapter_config.json").write_text(json.dumps(fields))
+            return tmp_path
+        text = json.dumps({f"unet.{name}": value for name, value in fields.items()})
+        tensors = load_file(adapter / "adapter_model.safetensors")
+        tensors = {name.replace("base_model.model.", "unet.", 1): x for name, x in tensors.items()}
+        save_file(tensors, tmp_path / "lora.safetensors", {"lora_adapter_metadata": text})
+        return tmp_path / "lora.safetensors"
 
     return edit
 
@@ -224,10 +232,7 @@ def test_values_that_no_lora_has_are_refused(edited, changes, words):
 
 
 def test_what_a_config_does_not_say_is_as_in_peft(edited):
-    folder = edited(r=4)
-    fields = json.loads((folder / "adapter_config.json").read_text())
-    (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 4}))
     path = ("up_blocks_0", "attentions_0", "proj_in", "b")
-    unsaid = flatten_dict(read_lora(folder, SHAPES).lora)[path]
-    (folder / "adapter_config.json").write_text(json.dumps(fields | {"lora_alpha": peft.LoraConfig().lora_alpha}))
-    np.testing.assert_array_equal(unsaid, flatten_dict(read_lora(folder, SHAPES).lora)[path])
+    unsaid = flatten_dict(read_lora(edited(["peft_type", "r"]), SHAPES).lora)[path]
+    said = flatten_dict(read_lora(edited(lora_alpha=peft.LoraConfig().lora_alpha), SHAPES).lora)[path]
+    np.testing.assert_array_equal(unsaid, said)

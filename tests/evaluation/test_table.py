@@ -3,6 +3,7 @@
 import csv
 import dataclasses
 import json
+import math
 import re
 import runpy
 import shutil
@@ -25,7 +26,7 @@ from osv_jax.evaluation import generation, kinds, planning, showing
 from osv_jax.evaluation.features import resize
 from osv_jax.evaluation.frechet import frechet_distance
 from osv_jax.evaluation.networks import load_network
-from osv_jax.evaluation.options import default_methods, methods_of, read_options
+from osv_jax.evaluation.options import methods_of, read_options
 from osv_jax.evaluation.parts import save_part
 from osv_jax.evaluation.protocols import PROTOCOLS
 from osv_jax.evaluation.table import make_rows
@@ -325,23 +326,22 @@ def test_the_worlds_clips_are_drawn(folder, tmp_path):
     np.testing.assert_array_equal(plan.clips.read([3, 1], None)[1], second)
 
 
-def test_defaults_are_the_papers_table():
-    methods = default_methods(["a", "b"], ema=True)
-    assert [m.name for m in methods[:4]] == [f"teacher, {k} step{'s' * (k > 1)}" for k in (25, 8, 2, 1)]
-    assert all(m.sampler == "euler" and not m.lora for m in methods[:4])
-    assert [(m.name, m.sampler, m.steps) for m in methods[4:8]] == [
-        ("a, 1 step", "consistency", 1),
-        ("a, 1 step + TTS", "tts", 1),
-        ("a, 2 steps", "consistency", 2),
-        ("a, 4 steps", "consistency", 4),
-    ]
-    assert len(methods) == 12 and methods[8].lora == "b" and methods[8].ema
-    assert default_methods(["a"], ema=False)[4].name == "student, 1 step"
+def test_videos_that_cannot_be_decoded_are_left_out_and_named(folder, tmp_path, monkeypatch, capsys):
+    class Stop(Exception):
+        pass
 
+    def stop(_):
+        raise Stop
 
-@pytest.mark.parametrize("variant", ["", "miniature", "tiny"])
-def test_configurations_are_whole(variant):
-    methods_of(read_options(runpy.run_path("configs/eval.py")["get_config"](variant)))
+    monkeypatch.setattr(evaluate, "generate", stop)
+    shutil.copytree(folder / "videos", tmp_path / "videos")
+    synthetic_video.write_unknown(tmp_path / "videos" / "unknown.mp4")
+    config = config_of(folder, tmp_path / "out", videos=str(tmp_path / "videos"))
+    with pytest.raises(Stop):
+        evaluate._table(config)
+    printed = capsys.readouterr().out
+    assert "skipped: unknown.mp4 is encoded in a way that ffmpeg does not know" in printed
+    assert len(plan_of(config).clips) == CLIPS
 
 
 @pytest.mark.parametrize(
@@ -351,6 +351,7 @@ def test_configurations_are_whole(variant):
         ({"methods": ({"name": "a", "sampler": "other"},)}, r"config.methods\[0\].sampler='other' is not one of"),
         ({"prompts": "prompts.txt"}, "config.prompts is for videos of prompts, and .* makes videos of images"),
         ({"methods": ({"name": "a", "steps": 0},)}, r"config.methods\[0\].steps=0 must be a whole number"),
+        ({"methods": ({"name": "a", "max_guidance_scale": math.inf},)}, "guidance_scale=inf must be a finite"),
         ({"methods": ({"name": "a", "guidance": 1},)}, r"config.methods\[0\].guidance is no key of a method"),
         ({"methods": ({"steps": 1},)}, r"config.methods\[0\] must be a mapping with a name"),
         ({"methods": ({"name": "a"}, {"name": "a", "steps": 2})}, "Two methods are called 'a'"),
@@ -380,17 +381,3 @@ def test_mistakes_are_named(changes, message, folder, tmp_path, monkeypatch):
     config = ConfigDict({**config.to_dict(), "videos": "videos", **changes})
     with pytest.raises(UserError, match=message):
         evaluate._table(config)
-
-
-@pytest.mark.filterwarnings("ignore:the load_module:DeprecationWarning")  # in ml_collections
-def test_the_program_reads_a_configuration_and_what_changes_it(tmp_path, monkeypatch):
-    seen = []
-    monkeypatch.setattr(evaluate, "_table", seen.append)
-    with pytest.raises(UserError, match="required: --config"):
-        evaluate.main(["table"])
-    with pytest.raises(UserError, match="no key"):
-        evaluate.main(["table", "--config=configs/eval.py:tiny", "--config.sed=1"])
-    with pytest.raises(UserError, match="Unexpected argument 'x'"):
-        evaluate.main(["table", "--config=configs/eval.py", "x"])
-    with pytest.raises(UserError, match="variants '', 'miniature' and 'tiny', not 'huge'"):
-        evaluate.main(["table", "--config=configs/eval.py:huge"])

@@ -12,6 +12,7 @@ from ml_collections import ConfigDict
 
 from osv_jax import train_vae
 from osv_jax.errors import UserError
+from osv_jax.evaluation.options import TableOptions
 from osv_jax.objectives import objective
 from osv_jax.objectives.autoencoder import AutoencoderOptions
 from osv_jax.objectives.options import RunOptions, check_stored, from_config
@@ -30,6 +31,7 @@ VARIANTS = {
     "add.py": ("", "tiny", "miniature"),
     "avdm2.py": ("", "tiny", "miniature"),
     "animatediff.py": ("", "unet", "tiny", "miniature", "miniature_unet"),
+    "eval.py": ("", "tiny", "miniature"),
 }
 NAMES = [f"{name}:{variant}" for name, variants in VARIANTS.items() for variant in variants]
 # Checked by functions of their own, which have tests.
@@ -48,6 +50,8 @@ def flat(config):
 def classes_of(config):
     if "objective" in config:
         return RunOptions, objective.find(config["objective"]).Options
+    if "methods" in config:
+        return (TableOptions,)
     return train_vae.VAERunOptions, AutoencoderOptions
 
 
@@ -108,7 +112,7 @@ def sentence(config, key, value) -> str:
     "name",
     [
         *("stage2.py:tiny", "finetune.py:tiny", "vae.py:tiny", "animatelcm.py:tiny", "sf_v.py:tiny", "add.py:tiny"),
-        *("avdm2.py:tiny", "animatediff.py:tiny"),
+        *("avdm2.py:tiny", "animatediff.py:tiny", "eval.py:tiny"),
     ],
 )
 def test_no_number_may_be_something_else(configs, name):
@@ -150,7 +154,7 @@ def test_no_number_may_be_something_else(configs, name):
             0,
             "config.random_networks.unet.layers_per_block=0 must be a whole number of at least 1.",
         ),
-        ("dtype", "float16", "config.dtype='float16' cannot be trained with: nearly all gradients would be rounded"),
+        ("dtype", "float16", "config.dtype='float16' is not supported: in training it rounds nearly all"),
         ("dtype", "float64", "config.dtype='float64' is not one of float32, bfloat16."),
         (
             "optimizer.group_learning_rates",
