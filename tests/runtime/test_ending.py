@@ -8,6 +8,7 @@ import sys
 
 import pytest
 from bucket import BucketFileSystem, stand_in
+from interrupts import Program
 
 from osv_jax.errors import Stopped, UserError
 from osv_jax.runtime import ending, paths
@@ -105,22 +106,6 @@ def test_success_is_no_exit(capsys):
     assert end.value.code == 2
 
 
-def start(code, *arguments, **options):
-    """A Python process in a session of its own, to which Ctrl-C is sent as a terminal does: to all that it started."""
-    before = signal.signal(signal.SIGINT, signal.SIG_DFL)  # Tests in the background may have it ignored, and children.
-    try:
-        command = [sys.executable, *code, *arguments]
-        return subprocess.Popen(
-            command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, start_new_session=True, **options
-        )
-    finally:
-        signal.signal(signal.SIGINT, before)
-
-
-def press(process):
-    os.killpg(process.pid, signal.SIGINT)
-
-
 # In C for a minute, where signals are not looked for; it handles the first one itself, as training does.
 BUSY = """
 import hashlib, signal
@@ -141,19 +126,19 @@ ending.run(lambda: (print("ready", flush=True), time.sleep(60)))
 
 
 def test_an_interrupt_ends_with_one_line():
-    with start(["-c", SLEEPING]) as process:
-        assert process.stdout.readline() == "ready\n"
-        press(process)
-        assert process.wait(10) == 130
-        assert process.stderr.read() == "Ended by Ctrl-C.\n"
+    with Program([sys.executable, "-c", SLEEPING], dict(os.environ)) as program:
+        program.wait_for("ready")
+        program.press()
+        assert program.ended() == 130
+        assert program.printed["stderr"] == "Ended by Ctrl-C.\n"
 
 
 def test_a_second_interrupt_ends_what_is_busy_in_c():
-    with start(["-c", BUSY]) as process:
-        assert process.stdout.readline() == "ready\n"
-        press(process)
+    with Program([sys.executable, "-c", BUSY], dict(os.environ)) as program:
+        program.wait_for("ready")
+        program.press()
         with pytest.raises(subprocess.TimeoutExpired):
-            process.wait(0.3)
-        press(process)
-        assert process.wait(10) == 130
-        assert process.stderr.read() == ""
+            program.ended(0.3)
+        program.press()
+        assert program.ended(10) == 130
+        assert program.printed["stderr"] == ""
