@@ -77,7 +77,8 @@ def run(name: str, tests: list[str], processes: int) -> None:
     command += ["-m", "integration or not slow"]
     print(f"{name}: XLA_FLAGS='{variant.flags}' NPROC={variant.nproc}", flush=True)
     start = time.monotonic()
-    finished = subprocess.run([*command, *tests], env=environment, cwd=_TESTS)
+    # Where `make test` runs, too: tests name the project's files from there.
+    finished = subprocess.run([*command, *(f"tests/{test}" for test in tests)], env=environment, cwd=_TESTS.parent)
     outcome = {"passed": finished.returncode == 0, "seconds": time.monotonic() - start}
     (folder / "outcome.json").write_text(json.dumps(outcome))
 
