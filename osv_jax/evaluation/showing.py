@@ -56,7 +56,7 @@ def check_films(plan: Plan) -> None:
 
 def remove_films(folder: Path) -> None:
     """Removes what a table has left there, and nothing else."""
-    for file in folder.iterdir():
+    for file in folder.glob("*.mp4"):  # `iterdir` finds no folder in a bucket that nothing is in.
         if _FILM.fullmatch(file.name):
             file.unlink()
 
