@@ -264,7 +264,7 @@ def test_a_workdir_is_merged_before_sampling(model, weights, workdir, picture, o
         one_step(student.variables(model.params["unet"], lora_scale=2.0), cond, noise.latents)
         for student in (wanted, other)
     )
-    assert relative_error(actual, expected) <= 1e-5
+    assert relative_error(actual, expected) <= 2e-5
     assert relative_error(actual, wrong) > 1e-2
     with pytest.raises(UserError, match="steps=10 is too many for tts: at most 9"):
         merged.complete(Options(steps=10))
@@ -332,7 +332,7 @@ def test_devices_share_a_video(model, weights, picture):
     expected, actual = (each.sample(picture[None], noise, options) for each in (model, many))
     assert len(actual.sharding.device_set) == 2 and len(expected.sharding.device_set) == 1
     assert relative_error(actual, expected) <= 1e-5
-    assert relative_error(many.decode(actual, 2), model.decode(expected, 2)) <= 1e-5
+    assert relative_error(many.decode(actual, 2), model.decode(expected, 2)) <= 2e-5
     with pytest.raises(UserError, match="context=2 does not divide the 11 rows of latents of height=22"):
         many.complete(Options(height=22, width=WIDTH))
     with pytest.raises(UserError, match=r"context=9 must lie in 1 \.\. 8, the devices of this machine"):

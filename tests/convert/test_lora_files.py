@@ -71,7 +71,7 @@ def test_an_adapter_of_peft_does_here_what_it_does_there(base, options, tmp_path
     expected = run_torch(foreign(tmp_path, **options))
     read = read_lora(tmp_path, SHAPES)
     check_lora(read.lora, SHAPES, tmp_path)
-    assert relative_error(run_flax({"params": merge_lora(base, read.lora)}), expected) <= 1e-4
+    assert relative_error(run_flax({"params": merge_lora(base, read.lora)}), expected) <= 2e-4
     assert relative_error(run_flax({"params": base}), expected) > 1e-2
 
 

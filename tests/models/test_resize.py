@@ -38,7 +38,7 @@ def test_bilinear_matches_torch(size, new_size, antialias, rng):
         torch.from_numpy(x).movedim(-1, 1), new_size, mode="bilinear", antialias=antialias
     ).movedim(1, -1)
     matrices = (bilinear_matrix(*lengths, antialias) for lengths in zip(size, new_size, strict=True))
-    assert relative_error(apply_per_axis(*matrices, x), expected) <= 1e-5
+    assert relative_error(apply_per_axis(*matrices, x), expected) <= 3e-5
 
 
 def test_every_leading_axis_is_a_batch_axis_and_the_result_is_float32(rng):

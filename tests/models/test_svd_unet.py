@@ -133,7 +133,7 @@ def test_convolutions_of_images_smaller_than_their_window_match_torch(rng, pixel
     y.square().sum().backward()
     ours = lambda x, kernel: products.convolve(x, kernel, stride, ((padding, padding),) * rank)  # noqa: E731
     assert "conv_general_dilated" not in str(jax.make_jaxpr(ours)(x, kernel))
-    assert relative_error(ours(x, kernel), y.detach().movedim(1, -1).unflatten(0, (2, 3))) < 1e-6
+    assert relative_error(ours(x, kernel), y.detach().movedim(1, -1).unflatten(0, (2, 3))) < 2e-6
     gradients = jax.grad(lambda *args: jnp.square(ours(*args)).sum(), (0, 1))(x, kernel)
     wanted = theirs[0].grad.movedim(1, -1).unflatten(0, (2, 3)), theirs[1].grad.movedim(1, -1).movedim(0, -1)
     for actual, expected in zip(gradients, wanted, strict=True):
@@ -172,7 +172,7 @@ def test_heads_one_by_one_match_torch_with_their_gradients(rng):
     for actual, expected in zip(attended(q, k, v, direction), wanted, strict=True):
         assert relative_error(actual, expected) < 1e-5
     half = [x.astype(jnp.bfloat16) for x in (q, k, v)]
-    assert relative_error(attention.dot_product_attention(*half, "xla"), y.detach()) < 0.02
+    assert relative_error(attention.dot_product_attention(*half, "xla"), y.detach()) < 0.04
 
 
 def test_queries_in_chunks_change_nothing(rng, monkeypatch):

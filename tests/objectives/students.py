@@ -28,7 +28,7 @@ TRAINABLE = ("lora", "temporal_transformer")
 RATES = {"student": 0.5, "disc": 0.25}
 # Relative error of gradients in float32. Latents that DINOv2 sees are at least 12 x 12, which makes two rows of
 # patches: of one alone, norms have too little to take their variance from, and amplify rounding errors.
-GRADIENT = 1e-4
+GRADIENT = 2e-4
 SGD = {name: optax.sgd(rate) for name, rate in RATES.items()}
 # One level of everything, for speed, and two channels for each group of a norm: the variance of one channel's three
 # frames is so small now and then that rounding shows.

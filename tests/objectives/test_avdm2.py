@@ -130,7 +130,7 @@ def test_step_is_equations_1_to_9_and_algorithm_1(toy, sdm):
         assert len(nonzero_leaves(gradient)) == len(jax.tree.leaves(before[name])), name
         after = jax.tree.map(lambda p, g, rate=RATES[name]: p - rate * g, before[name], gradient)
         error, change = differences(new.players[name].params, after, before[name])
-        assert error < 1e-5 and change < GRADIENT, name
+        assert error < 2e-5 and change < GRADIENT, name
 
 
 def test_equation_2_is_the_mean_squared_error_of_the_noise(toy):

@@ -169,7 +169,7 @@ def test_step_is_equations_6_to_11(toy):
     # The square of a gradient.
     assert float(metrics["r1"]) == pytest.approx(float(r1), rel=2 * GRADIENT) and 0.01 * float(r1) > 1e-3
     assert float(metrics["loss_adversarial"]) == pytest.approx(float(adversarial), abs=GRADIENT)
-    assert float(metrics["loss_huber"]) == pytest.approx(float(huber), rel=1e-5)
+    assert float(metrics["loss_huber"]) == pytest.approx(float(huber), rel=3e-5)
     assert float(metrics["grad_norm/disc"]) == pytest.approx(np.linalg.norm(flat(g_disc)), rel=GRADIENT)
     assert float(metrics["grad_norm/student"]) == pytest.approx(np.linalg.norm(flat(g_student)), rel=GRADIENT)
     for actual, expected, before in (
