@@ -9,8 +9,9 @@ import numpy as np
 import optax
 import pytest
 import tiny
+from bucket import stand_in
 from synthetic_video import write_constant
-from workdirs import state_of
+from workdirs import metrics_of, state_of
 
 from osv_jax import train_vae
 from osv_jax.convert import weights
@@ -19,6 +20,7 @@ from osv_jax.errors import UserError
 from osv_jax.models.svd_vae import SVDVAE, VAEConfig
 from osv_jax.objectives import autoencoder
 from osv_jax.objectives.players import first_state
+from osv_jax.runtime import paths
 from osv_jax.training import loop
 from osv_jax.training.config import read_config
 
@@ -149,6 +151,28 @@ def test_a_stopped_run_continues_bit_for_bit(videos, images, tmp_path, capsys):
     train_vae.train_vae(vae_config(**{"data.videos": str(videos)}), workdir)
     assert "Resuming from step 1." in capsys.readouterr().out
     assert same(params_of(workdir), params_of(images))
+
+
+@pytest.mark.integration
+def test_a_run_in_a_bucket_is_that_of_this_machine(videos, images, clips, tmp_path, monkeypatch, capsys):
+    """Stopped and resumed; and one on clips, from the first."""
+    monkeypatch.chdir(tmp_path)
+    stand_in(monkeypatch)
+    bucket = paths.as_path("gs://bucket")
+    paths.copy_folder(videos, bucket / "videos")
+    data, run, second = {"data.videos": str(bucket / "videos")}, bucket / "run", bucket / "second"
+    train_vae.train_vae(vae_config(**data), run)
+    paths.remove_folder(run / "checkpoints" / str(STEPS))
+    paths.remove_folder(run / "vae")
+    train_vae.train_vae(vae_config(**data), run)
+    assert "Resuming from step 1." in capsys.readouterr().out
+    own = {"train": "decoder", "init_from": str(run), "checkpoint_every": STEPS}
+    train_vae.train_vae(vae_config(**own, **data, **{"data.num_frames": 2, "data.crop": (8, 12)}), second)
+    for made, expected in ((run, images), (second, clips)):
+        assert same(weights.load_params(made, "vae"), weights.load_params(expected, "vae"))
+        assert weights.load_config(made, "vae") == weights.load_config(expected, "vae")
+        assert metrics_of(made) == metrics_of(expected)
+    assert not list(tmp_path.iterdir())
 
 
 @pytest.mark.integration

@@ -105,3 +105,10 @@ def test_a_damaged_file_in_a_bucket_is_named(bucket, capsys):
         told = capsys.readouterr().err
         assert told.startswith("error: ") and f"gs://bucket/sources/{name}" in told and told.count("\n") == 1
     assert not paths.files_below(bucket / "out")
+
+
+def test_pushing_from_a_bucket_is_refused_in_a_sentence(bucket, tmp_path, capsys):
+    paths.write_text(bucket / "exported" / "README.md", "a card")
+    assert convert(["push", "gs://bucket/exported", "me/student", f"--hub={tmp_path / 'hub'}"]) == 2
+    told = capsys.readouterr().err
+    assert told.startswith("error: ") and "copy them out of the bucket" in told and told.count("\n") == 1
