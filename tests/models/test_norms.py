@@ -65,7 +65,7 @@ def test_gradient_of_a_gradient_matches_pytorch(rng):
     (gradient,) = torch.autograd.grad(value, tensors[0], create_graph=True)
     expected = torch.autograd.grad(gradient.square().sum(), tensors)
     for ours_, theirs in zip(actual, expected, strict=True):
-        assert relative_error(ours_, theirs) < 1e-5
+        assert relative_error(ours_, theirs) < 3e-5
 
 
 @pytest.mark.parametrize(("function", "fixed"), [(norms.group_norm, (GROUPS, EPSILON)), (norms.layer_norm, (EPSILON,))])
