@@ -20,6 +20,8 @@ from osv_jax.convert import weights
 from osv_jax.convert.architectures import ARCHITECTURES
 from osv_jax.runtime import paths
 
+pytestmark = pytest.mark.integration
+
 
 @pytest.fixture(scope="module")
 def sources(tmp_path_factory):

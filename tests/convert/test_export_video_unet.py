@@ -95,6 +95,7 @@ def theirs(unet, inputs):
     return noise.permute(0, 2, 3, 4, 1).numpy()
 
 
+@pytest.mark.integration
 def test_a_student_is_opened_by_diffusers(home, networks, tuned, inputs, tmp_path):
     assert main(["export-lora", str(tuned[0]), str(tmp_path / "out"), "--format=unet"]) == 0
     unet = UNet2DConditionModel.from_pretrained(tmp_path / "out" / "unet")
