@@ -112,7 +112,7 @@ def test_half_precision_is_within_its_own(params, latents, whole):
     half = jax.tree.map(lambda leaf: jnp.asarray(leaf, jnp.bfloat16), params)
     frames, memory = jax.jit(rough.apply)({"params": half}, latents[:, :2])
     assert frames.dtype == jnp.float32 and {leaf.dtype for leaf in memory} == {jnp.dtype(jnp.bfloat16)}
-    assert 0 < relative_error(frames, whole[:, :2]) < 0.03
+    assert 0 < relative_error(frames, whole[:, :2]) < 0.07
 
 
 def test_it_is_imported_beside_the_other_networks(reference, params, tmp_path, capsys):
