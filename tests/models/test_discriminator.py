@@ -269,6 +269,7 @@ def test_gradients_reach_all_of_psi_and_the_latents_but_not_the_backbone(rng, va
     assert all((leaf == 0).all() for leaf in jax.tree.leaves(frozen))
 
 
+@pytest.mark.integration
 def test_update_stats_changes_only_what_the_next_call_starts_from(rng, variables, judge):
     latents = latent_video(rng)
     logits, kept = judge(variables, latents, False)

@@ -161,6 +161,7 @@ def test_merging_into_stored_float32_keeps_a_small_lora_in_bfloat16(rng, stored,
     assert least < kept < most
 
 
+@pytest.mark.integration
 def test_merged_weights_are_the_student(reference, teacher, student):
     params, weights, *_ = reference
     scaled = lora.scale_lora(weights, ALPHA / RANK)

@@ -48,6 +48,7 @@ def reference(stored, x, y):
     return total.numpy()
 
 
+@pytest.mark.integration
 def test_the_distance_is_torchs(stored, rng, tmp_path):
     (tmp_path / "weights.ckpt").write_bytes(pickle.dumps(stored, protocol=3))
     params = lpips.read_lpips(tmp_path / "weights.ckpt")

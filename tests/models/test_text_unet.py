@@ -114,6 +114,7 @@ def ours_and_theirs(config, motion, frames):
     return ours, theirs.numpy()
 
 
+@pytest.mark.integration
 def test_2d_unet_matches_diffusers():
     ours, theirs = ours_and_theirs(DEEP, None, frames=2)
     assert ours.dtype == jnp.float32

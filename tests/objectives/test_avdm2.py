@@ -242,6 +242,7 @@ def test_backward_simulation_is_sampling(toy, stop):
         assert objective.preview(denoiser, draws["noise"]).shape == made.shape
 
 
+@pytest.mark.integration
 def test_one_stop_for_all_clips_and_the_rest_for_each_clip():
     batch, options = toy_text_batch(batch=400, frames=5, height=1, width=1), AVDM2Options(sdm_frames=2)
     drawn = jax.jit(lambda key: avdm2.draw(key, batch, options))
