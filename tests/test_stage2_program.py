@@ -182,6 +182,7 @@ def test_stage_2_begins_with_stage_1s_student_and_discriminator(stage1, one_devi
     assert not any(np.any(leaf) for leaf in jax.tree.leaves((student.opt_state, disc.opt_state)))
 
 
+@pytest.mark.integration
 def test_a_run_says_where_it_starts_and_what_it_trains(stage1, tmp_path, capsys, monkeypatch):
     class Stop(Exception):
         pass

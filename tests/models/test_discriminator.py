@@ -319,7 +319,8 @@ def test_odd_feature_width_is_refused():
         init_discriminator(DISC, jax.random.key(0), 48)
 
 
-@pytest.mark.parametrize("frames", [pytest.param(4, marks=pytest.mark.integration), 3])
+@pytest.mark.integration
+@pytest.mark.parametrize("frames", [4, 3])
 def test_devices_that_share_a_clip_share_the_backbones_work(rng, variables, backbone_params, frames):
     """Also when they do not divide the number of frames; the tokens of an image cannot be split."""
     latents = rng.standard_normal((1, frames, 6, 4, 4), np.float32)

@@ -5,6 +5,7 @@ import dataclasses
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 import torch
 from conftest import quick_jit, relative_error
 from torch.nn import functional
@@ -49,6 +50,7 @@ def test_features_of_stable_diffusion_s_encoder_have_three_scales_and_are_the_la
     assert {name.rstrip("0123") for name in variables["params"]} == {"conv_in", "time_embedding", "down_blocks_"}
 
 
+@pytest.mark.integration
 def test_features_are_what_the_down_blocks_give():
     config = TextUNetConfig(
         block_out_channels=(8, 8, 8),

@@ -51,7 +51,8 @@ def plain_loss(networks, params, part, batch, draws, dropout):
     return sum(total) / len(total)
 
 
-@pytest.mark.parametrize("part", ["unet", pytest.param("motion", marks=pytest.mark.integration)])
+@pytest.mark.integration
+@pytest.mark.parametrize("part", ["unet", "motion"])
 def test_step_is_equation_2_of_frames_or_of_clips(toy, part):
     networks, frozen, batch = toy
     options = {"part": part, "frames": 2, "dropout": 0.5, "ema_decay": 0.9}
