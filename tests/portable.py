@@ -20,7 +20,7 @@ import time
 
 _TESTS = pathlib.Path(__file__).parent
 _OUTPUT = _TESTS.parent / ".cache" / "portable"
-# What is left out compares nothing that is computed in floating point, or runs bit for bit with themselves.
+# What is left out compares nothing that is computed in floating point, or compares runs with themselves, bit for bit.
 _NUMERIC = ("objectives", "models", "diffusion", "convert", "evaluation", "test_encoder.py", "test_prepare_text.py")
 _NUMERIC += ("test_sample.py", "test_sample_prompts.py", "test_fast_sampling.py", "test_miniature.py")
 _NUMERIC += ("test_compare.py", "test_train_vae.py", "test_text_to_video_benchmark.py")

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import synthetic_video
 import tiny_student
+from conftest import Stopped, stop
 from PIL import Image
 from safetensors.numpy import load_file, save_file
 
@@ -67,19 +68,13 @@ def test_numbers_are_shown_beside_those_of_the_untrained_student():
 
 
 def test_videos_that_are_left_out_are_named(folder, tmp_path, monkeypatch, capsys):
-    class Stop(Exception):
-        pass
-
-    def stop(_):
-        raise Stop
-
     monkeypatch.setattr(compare, "generate", stop)
     # Nor are they refused there: only `evaluate table` writes films.
     videos = tmp_path / "films"
     shutil.copytree(folder / "videos", videos)
     (videos / "damaged.mp4").write_bytes(b"no video")
     arguments = [f"--weights={folder / 'weights'}", "--lora", str(folder / "a"), f"--videos={videos}"]
-    with pytest.raises(Stop):
+    with pytest.raises(Stopped):
         compare.main([*arguments, f"--output={tmp_path}"])
     assert "skipped: damaged.mp4 " in capsys.readouterr().out
 

@@ -11,7 +11,7 @@ import micro_stage2
 import numpy as np
 import orbax.checkpoint as ocp
 import pytest
-from conftest import quick_jit
+from conftest import Stopped, quick_jit, stop
 from flax.traverse_util import flatten_dict
 from toy_unet import toy_training
 from workdirs import assert_same, metrics_of, state_of
@@ -184,14 +184,8 @@ def test_stage_2_begins_with_stage_1s_student_and_discriminator(stage1, one_devi
 
 @pytest.mark.integration
 def test_a_run_says_where_it_starts_and_what_it_trains(stage1, tmp_path, capsys, monkeypatch):
-    class Stop(Exception):
-        pass
-
-    def stop(*_):
-        raise Stop
-
     monkeypatch.setattr(train, "run_phase", stop)
-    with pytest.raises(Stop):
+    with pytest.raises(Stopped):
         train.train(stage2_config(stage1), tmp_path / "run")
     output = capsys.readouterr().out
     assert f"Starting from step 2 of {stage1}." in output

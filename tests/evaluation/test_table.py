@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 import synthetic_video
 import tiny_student
-from conftest import relative_error
+from conftest import Stopped, relative_error, stop
 from ml_collections import ConfigDict
 from tiny_networks import NUM_FRAMES, save
 
@@ -327,17 +327,11 @@ def test_the_worlds_clips_are_drawn(folder, tmp_path):
 
 
 def test_videos_that_cannot_be_decoded_are_left_out_and_named(folder, tmp_path, monkeypatch, capsys):
-    class Stop(Exception):
-        pass
-
-    def stop(_):
-        raise Stop
-
     monkeypatch.setattr(evaluate, "generate", stop)
     shutil.copytree(folder / "videos", tmp_path / "videos")
     synthetic_video.write_unknown(tmp_path / "videos" / "unknown.mp4")
     config = config_of(folder, tmp_path / "out", videos=str(tmp_path / "videos"))
-    with pytest.raises(Stop):
+    with pytest.raises(Stopped):
         evaluate._table(config)
     printed = capsys.readouterr().out
     assert "skipped: unknown.mp4 is encoded in a way that ffmpeg does not know" in printed
