@@ -73,8 +73,10 @@ def watch_signals() -> Iterator[Callable[[int], signal.Signals | None]]:
     received: list[signal.Signals] = []
 
     def note(number: int, frame: object) -> None:
+        is_new = number not in received
         received.append(signal.Signals(number))
-        if number == signal.SIGINT:
+        # A second one may come here, too, before the thread that ends the process for it.
+        if number == signal.SIGINT and is_new:
             # `print` cannot be called again from within itself.
             os.write(2, b"Ctrl-C: saving after this step; once more ends at once.\n")
             if not is_alone:

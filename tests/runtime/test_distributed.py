@@ -71,3 +71,13 @@ def test_a_preempted_program_reports_it(monkeypatch, capsys):
         train.run()
     assert status.value.code == 143
     assert capsys.readouterr().err == "SIGTERM: step 3 is saved.\n"
+
+
+def test_that_it_will_be_saved_is_said_once(monkeypatch, capfd):
+    """A second Ctrl-C reaches the handler, too, if the thread that ends the process for it comes later."""
+    monkeypatch.setattr(signal, "getsignal", lambda number: signal.SIG_DFL)  # Tests in the background ignore Ctrl-C.
+    with distributed.watch_signals() as stop_signal:
+        for _ in range(2):
+            signal.raise_signal(signal.SIGINT)
+        assert stop_signal(1) == signal.SIGINT
+    assert capfd.readouterr().err == "Ctrl-C: saving after this step; once more ends at once.\n"

@@ -110,7 +110,7 @@ def test_a_video_of_an_example(page, output):
 def test_student_and_teacher_of_an_own_picture_in_step(page, picture, url):
     page.upload(picture)
     page.click("#beside input")
-    page.set_number("#teacher_steps", 5)
+    page.set_number("#teacher_steps", 25)
     page.run(
         "window.seen = new Set(); new MutationObserver(() => seen.add(document.querySelector('#status').innerText))"
         ".observe(document.querySelector('#status'), {childList: true, subtree: true, characterData: true})"
@@ -121,7 +121,7 @@ def test_student_and_teacher_of_an_own_picture_in_step(page, picture, url):
     page.generate()
     page.click("#beside input")
     seen = page.run("return [...seen]")
-    assert sum("teacher: UNet" in text and "of 5" in text for text in seen) > 2
+    assert sum("teacher: UNet" in text and "of 25" in text for text in seen) > 2
     assert f"seed {seed}," in page.text(".how") and picture.name in page.text(".how")
     until(lambda: page.run("return [...document.querySelectorAll('video')].every((v) => v.readyState >= 2)"))
     assert len(page.all("video")) == 2
