@@ -74,7 +74,7 @@ def test_logvar_is_clipped_like_diffusers(pair, rng):
     assert relative_error(logvar, from_torch(expected, (2,))) < TOLERANCE
 
 
-@pytest.mark.parametrize(("frames", "size"), [(3, (9, 15)), (14, (3, 5))])
+@pytest.mark.parametrize(("frames", "size"), [(3, (9, 15)), pytest.param(14, (3, 5), marks=pytest.mark.integration)])
 def test_decoder_matches_diffusers(pair, rng, frames, size):
     config, _, params, reference, _, decode = pair
     latents = rng.standard_normal((2, frames, *size, 4)).astype(np.float32)

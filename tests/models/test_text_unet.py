@@ -121,12 +121,10 @@ def test_2d_unet_matches_diffusers():
     assert relative_error(ours, theirs) < TOLERANCE
 
 
+@pytest.mark.integration
 @pytest.mark.parametrize(
     ("version", "frames"),
-    [
-        pytest.param(V2, 16, id="16 frames, motion in the middle"),
-        pytest.param(V1, 24, id="24 frames, none there", marks=pytest.mark.integration),
-    ],
+    [pytest.param(V2, 16, id="16 frames, motion in the middle"), pytest.param(V1, 24, id="24 frames, none there")],
 )
 def test_motion_unet_matches_diffusers(version, frames):
     ours, theirs = ours_and_theirs(TINY, tiny_motion(TINY, version), frames)
