@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import dataclasses
 import hashlib
 import json
@@ -45,7 +46,7 @@ class Step:
 
 def begin(
     parser: Parser, sizes: Mapping[str, SizeT], files: Sequence[str], without: str, given: Sequence[str] | None
-) -> tuple[SizeT, pathlib.Path, str]:
+) -> tuple[SizeT, pathlib.Path, argparse.Namespace]:
     """Reads a benchmark's command line, and tries what it needs hours from now.
 
     Args:
@@ -54,7 +55,8 @@ def begin(
         given: the command line.
 
     Returns:
-        The size, the folder for everything that is made, and the folder with I3D or nothing.
+        The size, the folder for everything that is made, and the whole command line: `fvd_weights` is the folder with
+        I3D or nothing.
 
     Raises:
         UserError: on anything the user can fix.
@@ -73,7 +75,7 @@ def begin(
     (output / "steps").mkdir(parents=True, exist_ok=True)
     for name in files:
         paths.check_file(output / name, "--output")
-    return sizes[args.size], output, args.fvd_weights
+    return sizes[args.size], output, args
 
 
 def do_all(steps: Sequence[Step], output: pathlib.Path) -> None:

@@ -254,14 +254,14 @@ def main(given: Sequence[str] | None = None) -> None:
     from osv_jax.runtime.media import write_picture
 
     parser = Parser(prog="python benchmarks/text_to_video.py", description=__doc__)
-    size, output, fvd_weights = begin(parser, SIZES, FILES, "no FVD", given)
+    size, output, args = begin(parser, SIZES, FILES, "no FVD", given)
     steps = plan_steps(size, output)
     do_all(steps, output)
     files = make_samples(size, output)
     write_picture(output / FILES[2], picture(files))
-    rows = score(size, files, output, fvd_weights)
+    rows = score(size, files, output, args.fvd_weights)
     markdown = as_markdown(rows, captions(range(min(_SHOWN, size.clips[1]))), steps)
-    about = {"clips": size.clips[1], "protocol": PROTOCOL if fvd_weights else None}
+    about = {"clips": size.clips[1], "protocol": PROTOCOL if args.fvd_weights else None}
     paths.write_text(output / FILES[0], markdown)
     paths.write_text(output / FILES[1], strict_json({"rows": rows, "about": about}, indent=2) + "\n")
     print(f"\n{markdown}\n{', '.join(str(output / name) for name in FILES)}")

@@ -7,6 +7,7 @@ import pathlib
 import subprocess
 import sys
 
+import numpy as np
 import pytest
 
 from osv_jax import evaluate
@@ -40,7 +41,7 @@ def called(programs, monkeypatch):
         assert arguments[0] == "table"
         config = command_line.read_config(arguments[1:])
         methods = methods_of(read_options(config))
-        names.append("table")
+        names.append(f"table of {config.clips}")
         rows = [{"name": m.name, "mse": float(i), "mse_std": 0.1} for i, m in enumerate(methods)]
         folder = pathlib.Path(config.output)
         folder.mkdir()
@@ -106,6 +107,8 @@ def test_a_stopped_run_goes_on_and_a_finished_one_is_left_alone(
 ):
     output = tmp_path / "made"
     arguments = ["--size=tiny", f"--output={output}"]
+    size = orderings.dataclasses.replace(orderings.SIZES["tiny"], clips=(2, 5))
+    monkeypatch.setitem(orderings.SIZES, "tiny", size)
 
     def stop(arguments):
         raise KeyboardInterrupt
@@ -119,7 +122,7 @@ def test_a_stopped_run_goes_on_and_a_finished_one_is_left_alone(
     printed = capsys.readouterr().out
     assert "teacher is done." in printed and printed.count("python -m osv_jax.train") > 10
     names = called[3:]
-    assert names[-1] == "table" and len(set(names)) == len(names) and "osv_1" in names and "teacher" not in names
+    assert names[-1] == "table of 5" and len(set(names)) == len(names) and "osv_1" in names and "teacher" not in names
     found = json.loads((output / "orderings.json").read_text())
     assert found["measure"] == "mse" and len(found["lines"]) == 30
     assert all(claim["verdict"] in ("holds", "turned round", "not told apart") for claim in found["claims"])
@@ -130,28 +133,54 @@ def test_a_stopped_run_goes_on_and_a_finished_one_is_left_alone(
     del called[:]
     (output / "evaluated" / "table.json").unlink()
     (output / "evaluated").rmdir()
-    orderings.main(arguments)
-    assert called == ["table"]
-    size = orderings.SIZES["tiny"]
+    orderings.main([*arguments, "--clips=3"])
+    assert called == ["table of 3"] and json.loads((output / "orderings.json").read_text())["clips"] == 3
     monkeypatch.setitem(orderings.SIZES, "tiny", orderings.dataclasses.replace(size, student_steps=4))
     with pytest.raises(UserError, match=r"was begun with other settings \(animatelcm\): give another --output"):
         orderings.main(arguments)
 
 
-def test_lines_are_means_over_seeds_and_claims_need_intervals_apart(orderings):
+def measured(ways, values):
+    """A table of FVDs, 500 by default. Chance moves all of them by 50 together, and each by 1."""
+    rng = np.random.default_rng(0)
+    together = rng.normal(0, 50, 40)
+    rows, draws = [{"name": "real", "motion": 1.0}], {}
+    for way in ways:
+        value = values.get(way.name, 500.0)
+        rows.append({"name": way.name, "fvd": value, "fvd_low": value - 98, "fvd_high": value + 98})
+        draws[way.name] = (value + together + rng.normal(0, 1, 40)).tolist()
+    return {"rows": rows, "fvd_draws": draws, "about": {}}
+
+
+def test_lines_are_means_over_seeds_and_claims_hold_for_each(orderings):
     ways, lines = orderings.plan_rows(2)
-    rows = {way.name: {"name": way.name, "fvd": 500.0, "fvd_low": 490.0, "fvd_high": 510.0} for way in ways}
-    for seed, value in enumerate((300.0, 320.0)):
-        rows[f"OSV, 1 step, seed {seed}"] = {"fvd": value, "fvd_low": value - 5, "fvd_high": value + 5}
-    rows["SF-V, 1 step"] = {"fvd": 600.0, "fvd_low": 590.0, "fvd_high": 610.0}
-    table = {"rows": [{**row, "name": name} for name, row in rows.items()], "about": {}}
-    found = orderings.results(table, lines, 1024)
+    values = {"OSV, 1 step, seed 0": 300.0, "OSV, 1 step, seed 1": 320.0, "SF-V, 1 step": 330.0}
+    values |= {"OSV, 1 step + TTS, seed 0": 310.0, "OSV, 1 step + TTS, seed 1": 290.0}
+    values |= {"OSV, 2 steps, seed 0": 313.0, "OSV, 2 steps, seed 1": 286.0, "AnimateLCM, 1 step": 320.0}
+    found = orderings.results(measured(ways, values), lines, 1024)
     line = next(line for line in found["lines"] if line["name"] == "OSV, 1 step")
-    assert (line["value"], line["low"], line["high"], line["paper"]) == (310.0, 295.0, 325.0, 335.36)
-    verdicts = {(c["better"], c["worse"]): c["verdict"] for c in found["claims"]}
-    assert verdicts["OSV, 1 step", "SF-V, 1 step"] == "holds"
-    assert verdicts["SF-V, 1 step", "AnimateLCM, 1 step"] == "turned round"
-    assert verdicts["5 solver steps", "1 solver step"] == "not told apart"
+    assert (line["value"], line["low"], line["high"], line["paper"]) == (310.0, 202.0, 418.0, 335.36)
+    claims = {(claim["better"], claim["worse"]): claim for claim in found["claims"]}
+    # The intervals of the lines overlap: what is common to the draws of both is not in that of the difference.
+    claim = claims["OSV, 1 step", "SF-V, 1 step"]
+    assert claim["verdict"] == "holds" and claim["value"] == 20
+    assert 5 < claim["low"] < 10 and 30 < claim["high"] < 35  # Of 10 and 30, the differences from either seed.
+    assert claims["SF-V, 1 step", "AnimateLCM, 1 step"]["verdict"] == "turned round"
+    # By seed: 3 and -4.
+    claim = claims["OSV, 1 step + TTS", "OSV, 2 steps"]
+    assert claim["verdict"] == "not told apart" and claim["value"] == -0.5 and claim["low"] > -10 and claim["high"] < 10
+    assert claims["5 solver steps", "1 solver step"]["verdict"] == "holds"
+    assert claims["no guidance", "guidance 1.5"]["value"] == 200
+
+
+def test_errors_are_compared_by_their_standard_errors(orderings):
+    ways, lines = orderings.plan_rows(1)
+    rows = [{"name": way.name, "mse": 0.5, "mse_std": 0.3} for way in ways]
+    next(row for row in rows if row["name"] == "SF-V, 1 step")["mse"] = 0.7
+    found = orderings.results({"rows": rows, "about": {}}, lines, 9)
+    (claim,) = (claim for claim in found["claims"] if claim["worse"] == "SF-V, 1 step")
+    assert found["measure"] == "mse" and claim["verdict"] == "not told apart"
+    assert (claim["value"], claim["high"]) == pytest.approx((0.2, 0.2 + 1.96 * 0.1 * 2**0.5))
 
 
 def test_mistakes_are_named_before_anything_is_made(orderings, tmp_path):
@@ -159,6 +188,8 @@ def test_mistakes_are_named_before_anything_is_made(orderings, tmp_path):
         orderings.main(["--size=huge", f"--output={tmp_path / 'x'}"])
     with pytest.raises(UserError, match="nowhere"):
         orderings.main(["--size=tiny", f"--output={tmp_path / 'x'}", "--fvd_weights=nowhere"])
+    with pytest.raises(UserError, match="--clips"):
+        orderings.main(["--size=tiny", f"--output={tmp_path / 'x'}", "--clips=1"])
     assert not (tmp_path / "x").exists()
 
 

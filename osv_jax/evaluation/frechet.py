@@ -24,11 +24,16 @@ class Sample:
 
 @dataclasses.dataclass(frozen=True)
 class Score:
-    """A distance and its 95 % interval; `low` and `high` are None where no interval was asked for, or can be known."""
+    """A distance and its 95 % interval; `low` and `high` are None where no interval was asked for, or can be known.
+
+    Attributes:
+        draws: the distances of the bootstrap's replicates, in the order of their draws.
+    """
 
     value: float
     low: float | None = None
     high: float | None = None
+    draws: tuple[float, ...] = ()
 
     def __str__(self) -> str:
         interval = "" if self.low is None else f" (95 % interval {self.low:.2f} to {self.high:.2f})"
@@ -77,9 +82,26 @@ def score(
     if not replicates or min(len(real.vectors), len(fake.vectors)) < 2:
         return Score(value)
     rng = np.random.default_rng(seed)
-    distances = [_distance(_drawn(real, rng), _drawn(fake, rng), unbiased) for _ in progress(range(replicates))]
-    spread = _NORMAL_95 * float(np.std(distances))
-    return Score(value, max(0.0, value - spread), value + spread)
+    draws = tuple(_distance(_drawn(real, rng), _drawn(fake, rng), unbiased) for _ in progress(range(replicates)))
+    spread = _NORMAL_95 * float(np.std(draws))
+    return Score(value, max(0.0, value - spread), value + spread, draws)
+
+
+def difference(distance: Score, other: Score) -> Score:
+    """By how much a distance is larger than another, of two methods' videos of the same clips.
+
+    The same seed draws the same clips for both, and the same real ones; what these have in common, which is most of an
+    interval's width, is not in the interval of the difference.
+
+    Args:
+        distance, other: of equally many videos, in the same order, against the same real ones, with the same seed.
+    """
+    value = distance.value - other.value
+    if not distance.draws or len(distance.draws) != len(other.draws):
+        return Score(value)
+    draws = tuple(np.subtract(distance.draws, other.draws).tolist())
+    spread = _NORMAL_95 * float(np.std(draws))
+    return Score(value, value - spread, value + spread, draws)
 
 
 def _drawn(sample: Sample, rng: np.random.Generator) -> Sample:

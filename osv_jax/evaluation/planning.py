@@ -29,6 +29,8 @@ from osv_jax.runtime.paths import Path, as_path
 
 # Changes whenever the same clips would be measured or made differently.
 _FORMAT = 1
+# Of table.json.
+_TABLE_FORMAT = 2
 # What a kill costs at most; a file for each would be many thousands.
 CLIPS_IN_FILE = 16
 _PARTS = "parts"
@@ -126,7 +128,7 @@ class Plan:
         """Of all that the table depends on."""
         kept = [self.file(method, numbers).name for method in (None, *self.methods) for numbers in self.batches()]
         names = [method.name for method in self.methods]
-        return fingerprint([kept, names, self.options.bootstrap, self.options.seed])
+        return fingerprint([_TABLE_FORMAT, kept, names, self.options.bootstrap, self.options.seed])
 
 
 def make_plan(options: TableOptions, chosen: Sequence[MethodOptions]) -> Plan:

@@ -7,13 +7,13 @@ import dataclasses
 import io
 import json
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import numpy as np
 
 from osv_jax.evaluation.features import Features
-from osv_jax.evaluation.frechet import Score
+from osv_jax.evaluation.frechet import Score, difference
 from osv_jax.evaluation.fvd import fvd
 from osv_jax.evaluation.page import Column
 from osv_jax.evaluation.parts import Part, load_part, save_part
@@ -29,6 +29,7 @@ COLUMNS = (
     Column("steps", "steps", "", None, 0),
     Column("nfe", "NFE", "", "low", 0),
     Column("fvd", "FVD", "", "low", 1),
+    Column("fvd_more", "FVD above the best", "", None, 1),
     Column("clip_score", "CLIPScore", "", "high", 2),
     Column("lpips", "LPIPS to the condition", "", None, 3),
     Column("motion", "motion", "0-255", None, 2),
@@ -48,22 +49,31 @@ def make_rows(plan: Plan, progress: Callable[[Iterable[int]], Iterable[int]] = i
     """A row for the real clips, and one for each method, of the files that `generate` left.
 
     Values by the keys of `COLUMNS`; `mse_std` is the deviation of `mse` over the clips, `fvd_low` and `fvd_high` are
-    FVD's interval.
+    FVD's interval, `fvd_more` is its difference from the least, see `frechet.difference`.
 
     Args:
         progress: of each bootstrap, see `frechet.score`.
     """
     real = _gathered(plan, None)
     rows: list[Row] = [{"name": REAL, **_means(real)}]
+    scores: dict[str, Score] = {}
     for method in plan.methods:
         part, video = _gathered(plan, method), method.video
         row: Row = {"name": method.name, "steps": video.steps, "nfe": video.num_evaluations, **_means(part)}
         row |= {"mse_std": float(part["mse"].std()), "seconds": float(np.median(part["seconds"]))}
         if plan.protocol is not None:
-            score = _score(plan, plan.protocol, method, real, part, progress)
-            row |= {"fvd": score.value, "fvd_low": score.low, "fvd_high": score.high}
+            scores[method.name] = _score(plan, plan.protocol, method, real, part, progress)
+            row |= _interval("fvd", scores[method.name])
         rows.append(row)
+    best = min(scores.values(), key=lambda score: score.value, default=None)
+    for row, score in zip(rows[1:], scores.values(), strict=False):
+        if best is not None and score is not best:
+            row |= _interval("fvd_more", difference(score, best))
     return rows
+
+
+def _interval(name: str, score: Score) -> Row:
+    return {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
 
 
 def _score(
@@ -75,15 +85,22 @@ def _score(
     progress: Callable[[Iterable[int]], Iterable[int]],
 ) -> Score:
     """FVD of a method with its interval, which is kept: draws take long."""
-    file = plan.score_file(method)
-    kept = load_part(file)
+    kept = _kept_score(plan, method)
     if kept is not None:
-        return Score(**{name: float(value) for name, value in kept.items()})
+        return kept
     of_real, of_made = _features(plan, real), _features(plan, part)
     score = fvd(of_real, of_made, protocol, plan.options.bootstrap, plan.options.seed, progress)
     known = {name: value for name, value in dataclasses.asdict(score).items() if value is not None}
-    save_part(file, {name: np.array(value) for name, value in known.items()})
+    save_part(plan.score_file(method), {name: np.array(value) for name, value in known.items()})
     return score
+
+
+def _kept_score(plan: Plan, method: Method) -> Score | None:
+    kept = load_part(plan.score_file(method))
+    if kept is None or "draws" not in kept:  # As it was written once.
+        return None
+    draws = tuple(kept.pop("draws").tolist())
+    return Score(**{name: float(value) for name, value in kept.items()}, draws=draws)
 
 
 def _gathered(plan: Plan, method: Method | None) -> Part:
@@ -174,8 +191,13 @@ def as_csv(rows: Sequence[Row]) -> str:
 
 
 def write_tables(plan: Plan, rows: Sequence[Row], about: Sequence[tuple[str, str]]) -> None:
-    """Writes table.md, table.csv and table.json, of which the last says that all is finished."""
-    description: Mapping[str, Any] = {"fingerprint": plan.fingerprint(), "about": dict(about), "rows": list(rows)}
+    """Writes table.md, table.csv and table.json, of which the last says that all is finished.
+
+    table.json has each method's `fvd_draws`, too: those of any two methods give the interval of their difference.
+    """
+    scores = {method.name: _kept_score(plan, method) for method in plan.methods}
+    draws = {name: list(score.draws) for name, score in scores.items() if score is not None}
+    description = {"fingerprint": plan.fingerprint(), "about": dict(about), "rows": list(rows), "fvd_draws": draws}
     paths.write_text(plan.output / MARKDOWN, as_markdown(rows, about))
     paths.write_text(plan.output / CSV, as_csv(rows))
     paths.write_text(plan.output / JSON, strict_json(description, indent=2) + "\n")

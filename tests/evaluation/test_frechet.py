@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import scipy.linalg
 
-from osv_jax.evaluation.frechet import Sample, frechet_distance, score
+from osv_jax.evaluation.frechet import Sample, Score, difference, frechet_distance, score
 from osv_jax.evaluation.statistics import statistics
 
 
@@ -58,3 +58,17 @@ def test_without_an_interval(rng):
 def test_a_distance_is_never_said_to_be_negative(rng):
     same = sample(rng.standard_normal((10, 3)))
     assert score(same, same, True, 20).low == 0
+
+
+def test_of_a_difference_the_interval_is_without_what_two_methods_share(rng):
+    """Of means alone: (m + a)^2 - m^2, where chance moves m, the same in both, by sqrt(2 / n)."""
+    n, mean, more = 400, 5.0, 0.2
+    real, fake = rng.standard_normal((n, 1)), rng.standard_normal((n, 1)) + mean
+    worse, better = (score(sample(real), sample(fake + shift), True, 200) for shift in (more, 0.0))
+    found = difference(worse, better)
+    assert found.value == pytest.approx(worse.value - better.value)
+    assert (found.high - found.low) / 2 == pytest.approx(1.96 * 2 * more * np.sqrt(2 / n), rel=0.35)
+    assert worse.low < better.high and found.low > 0  # Told apart, though their intervals overlap.
+    swapped = difference(better, worse)
+    assert (swapped.value, swapped.low, swapped.high) == pytest.approx((-found.value, -found.high, -found.low))
+    assert difference(worse, score(sample(real), sample(fake), True)) == Score(found.value)

@@ -27,9 +27,9 @@ from osv_jax.evaluation.features import resize
 from osv_jax.evaluation.frechet import frechet_distance
 from osv_jax.evaluation.networks import load_network
 from osv_jax.evaluation.options import methods_of, read_options
-from osv_jax.evaluation.parts import save_part
+from osv_jax.evaluation.parts import load_part, save_part
 from osv_jax.evaluation.protocols import PROTOCOLS
-from osv_jax.evaluation.table import make_rows
+from osv_jax.evaluation.table import make_rows, write_tables
 from osv_jax.inference.options import Options
 from osv_jax.inference.pipeline import ImageToVideo
 from osv_jax.preparation import shards
@@ -135,6 +135,8 @@ def test_the_table_is_that_of_a_plain_loop(folder, made):
             # (Pixels may round to the next value.)
             assert row[key] == pytest.approx(value, rel=2e-3, abs=1e-9), (name, key)
         assert row["fvd_low"] <= row["fvd"] <= row["fvd_high"]
+    least = min(row["fvd"] for row in rows.values() if "fvd" in row)
+    assert [row["fvd"] - row.get("fvd_more", 0) for row in rows.values() if "fvd" in row] == pytest.approx([least] * 3)
     assert rows["real"]["motion"] == pytest.approx(np.abs(np.diff(real.astype(float), axis=1)).mean())
     # The student differs from its teacher by more than rounding does.
     assert rows["teacher, 2 steps"]["mse"] == 0 < 1e-3 < rows["student, TTS"]["mse"]
@@ -226,6 +228,20 @@ def test_finished_rows_are_not_drawn_again(folder, tmp_path, rng):
     rows, draws, plan = rows_and_draws()
     assert draws == 3 * len(METHODS) and all(row["fvd_low"] <= row["fvd"] <= row["fvd_high"] for row in rows[1:])
     assert rows_and_draws()[:2] == (rows, 0)
+    # What the best has in common with the others is not in their differences' intervals.
+    write_tables(plan, rows, [])
+    drawn = json.loads((plan.output / "table.json").read_text())["fvd_draws"]
+    best = min(rows[1:], key=lambda row: row["fvd"])
+    for row in rows[1:]:
+        of_difference = np.subtract(drawn[row["name"]], drawn[best["name"]])
+        if row is not best:
+            assert row["fvd_more"] == row["fvd"] - best["fvd"]
+            assert (row["fvd_more_high"] - row["fvd_more_low"]) / 2 == pytest.approx(1.96 * of_difference.std())
+    assert "fvd_more" not in best
+    # One was written by a version that kept no draws.
+    kept = load_part(plan.score_file(plan.methods[0]))
+    save_part(plan.score_file(plan.methods[0]), {name: kept[name] for name in kept.keys() - {"draws"}})
+    assert rows_and_draws()[:2] == (rows, 3)
     # One is damaged.
     plan.score_file(plan.methods[1]).write_bytes(b"PK")
     assert rows_and_draws()[:2] == (rows, 3)
