@@ -4,7 +4,8 @@
 
 It prepares clips of the world, trains a teacher on them and every row of both tables with equal budgets, and scores
 all on the same test clips, by the package's own programs; the command of each step is printed. Given again, the same
-command goes on: what is finished is left alone. OUTPUT receives orderings.md and orderings.json.
+command goes on: what is finished is left alone. OUTPUT receives orderings.md, orderings.json and the trainings' losses,
+orderings.png.
 
 Scoring takes most of the time: --clips=256 has so many of the test clips scored, evenly spread. Without --fvd_weights
 rows are compared by their mean squared error to the teacher, which is no measure of what the paper claims, but shows
@@ -20,6 +21,7 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
+from orderings_curves import draw
 from papers_tables import Way, as_markdown, plan_rows, results
 from programs_in_steps import Step, begin, do_all
 
@@ -29,7 +31,7 @@ from osv_jax.runtime.ranges import Range
 
 # Decoding workers of osv_jax.prepare import this file, too: what imports JAX is imported where it is used.
 ROOT = pathlib.Path(__file__).resolve().parents[1]
-FILES = ("orderings.md", "orderings.json")
+FILES = ("orderings.md", "orderings.json", "orderings.png")
 # What makes the student's step longer than it need be, and its results no better.
 _QUIET = {"picture_every": 1_000_000, "log_every": 20}
 
@@ -174,6 +176,7 @@ def main(given: Sequence[str] | None = None) -> None:
     clips = min(args.clips or size.clips[1], size.clips[1])
     steps = plan_steps(size, output)
     do_all(steps, output)
+    draw([output / step.name for step in steps if step.program == "train"], output / FILES[2])
     ways, lines = plan_rows(size.seeds)
     found = results(evaluate(size, output, ways, clips, args.fvd_weights), lines, clips)
     markdown = as_markdown(found, [step.command for step in steps])

@@ -9,6 +9,7 @@ import sys
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from osv_jax import evaluate
 from osv_jax.errors import UserError
@@ -47,8 +48,16 @@ def called(programs, monkeypatch):
         folder.mkdir()
         (folder / "table.json").write_text(json.dumps({"rows": rows, "about": {"clips": "2 of the world"}}))
 
+    def other(arguments):
+        names.append(arguments[1].split("/")[-1])
+        if "--workdir=" in arguments[1]:
+            workdir = pathlib.Path(arguments[1].partition("=")[2])
+            workdir.mkdir()
+            rows = [{"step": step, "loss_huber": 0.1 / step, "loss_disc": None} for step in (1, 2, 3)]
+            (workdir / "metrics.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
+
     for program in programs:
-        monkeypatch.setitem(programs, program, lambda arguments: names.append(arguments[1].split("/")[-1]))
+        monkeypatch.setitem(programs, program, other)
     monkeypatch.setattr(evaluate, "main", table)
     return names
 
@@ -129,6 +138,7 @@ def test_a_stopped_run_goes_on_and_a_finished_one_is_left_alone(
     markdown = (output / "orderings.md").read_text()
     assert "| 1 | OSV, 1 step + TTS |" in markdown and "- clips: 2 of the world" in markdown
     assert markdown.count("python -m osv_jax.train") == 14
+    assert np.ptp(np.asarray(Image.open(output / "orderings.png").convert("L"))) > 200
 
     del called[:]
     (output / "evaluated" / "table.json").unlink()
@@ -171,6 +181,14 @@ def test_lines_are_means_over_seeds_and_claims_hold_for_each(orderings):
     assert claim["verdict"] == "not told apart" and claim["value"] == -0.5 and claim["low"] > -10 and claim["high"] < 10
     assert claims["5 solver steps", "1 solver step"]["verdict"] == "holds"
     assert claims["no guidance", "guidance 1.5"]["value"] == 200
+
+
+def test_curves_are_running_means(orderings):
+    running_mean = importlib.import_module("orderings_curves").running_mean
+    values = [np.nan, np.nan, 3.0, 5.0, np.nan, 1.0]
+    expected = [np.nan, np.nan, 3.0, 4.0, 4.0, 3.0]
+    np.testing.assert_allclose(running_mean(values, 0.5), expected)
+    assert running_mean([2.0, 4.0], 0.05).tolist() == [2.0, 4.0]
 
 
 def test_errors_are_compared_by_their_standard_errors(orderings):
