@@ -95,6 +95,7 @@ def _steps(count: int) -> str:
 CLAIMS = (
     ("1", "teacher, 25 steps", "OSV, 1 step"),
     ("1", "OSV, 1 step + TTS", "OSV, 2 steps"),
+    ("1", "OSV, 1 step + TTS", "OSV, 1 step"),
     ("1", "OSV, 2 steps", "OSV, 1 step"),
     ("1", "OSV, 1 step", "SF-V, 1 step"),
     ("1", "SF-V, 1 step", "AnimateLCM, 1 step"),
