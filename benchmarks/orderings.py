@@ -21,7 +21,6 @@ import shlex
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any
 
-from orderings_curves import draw
 from papers_tables import Way, as_markdown, plan_rows, results
 from programs_in_steps import Step, begin, do_all
 
@@ -168,6 +167,8 @@ def main(given: Sequence[str] | None = None) -> None:
     Raises:
         UserError: on anything the user can fix.
     """
+    from orderings_curves import draw
+
     from osv_jax.runtime.finite import strict_json
 
     parser = Parser(prog="python benchmarks/orderings.py", description=__doc__)

@@ -217,7 +217,7 @@ def score(size: Size, files: Mapping[str, pathlib.Path], output: pathlib.Path, f
             features = load(stored)
             real = features if real is None else real
             found = fvd(real, features, protocol, size.bootstrap)
-            row |= {"fvd": found.value, "fvd_low": found.low, "fvd_high": found.high} if name != REAL else {}
+            row |= found.as_row("fvd") if name != REAL else {}
         rows.append(row)
         print(row, flush=True)
     return rows

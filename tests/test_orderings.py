@@ -201,6 +201,12 @@ def test_errors_are_compared_by_their_standard_errors(orderings):
     assert (claim["value"], claim["high"]) == pytest.approx((0.2, 0.2 + 1.96 * 0.1 * 2**0.5))
 
 
+def test_decoding_workers_do_not_import_jax():
+    """They import the file that was started."""
+    code = "import sys, orderings; sys.exit('jax' in sys.modules)"
+    subprocess.run([sys.executable, "-c", code], cwd=BENCHMARKS, check=True)
+
+
 def test_mistakes_are_named_before_anything_is_made(orderings, tmp_path):
     with pytest.raises(UserError, match="invalid choice: 'huge'"):
         orderings.main(["--size=huge", f"--output={tmp_path / 'x'}"])

@@ -39,6 +39,10 @@ class Score:
         interval = "" if self.low is None else f" (95 % interval {self.low:.2f} to {self.high:.2f})"
         return f"{self.value:.2f}{interval}"
 
+    def as_row(self, name: str) -> dict[str, float | None]:
+        """For a row of a table or of metrics: NAME, NAME_low and NAME_high."""
+        return {name: self.value, f"{name}_low": self.low, f"{name}_high": self.high}
+
 
 def frechet_distance(
     mean: Float[np.ndarray, " c"],

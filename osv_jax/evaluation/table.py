@@ -63,17 +63,13 @@ def make_rows(plan: Plan, progress: Callable[[Iterable[int]], Iterable[int]] = i
         row |= {"mse_std": float(part["mse"].std()), "seconds": float(np.median(part["seconds"]))}
         if plan.protocol is not None:
             scores[method.name] = _score(plan, plan.protocol, method, real, part, progress)
-            row |= _interval("fvd", scores[method.name])
+            row |= scores[method.name].as_row("fvd")
         rows.append(row)
-    best = min(scores.values(), key=lambda score: score.value, default=None)
-    for row, score in zip(rows[1:], scores.values(), strict=False):
-        if best is not None and score is not best:
-            row |= _interval("fvd_more", difference(score, best))
+    if scores:
+        best = min(scores.values(), key=lambda score: score.value)
+        for row, score in zip(rows[1:], scores.values(), strict=True):
+            row |= difference(score, best).as_row("fvd_more") if score is not best else {}
     return rows
-
-
-def _interval(name: str, score: Score) -> Row:
-    return {name: score.value, f"{name}_low": score.low, f"{name}_high": score.high}
 
 
 def _score(

@@ -98,8 +98,7 @@ class _Scorer:
         made_with = settings(self.protocol, self.network)
         real, fake = (Features(np.concatenate(part), {}, [], made_with) for part in (real_vectors, fake_vectors))
         score = fvd(real, fake, self.protocol, self.options.bootstrap, self.seed)
-        values = {"eval_fvd": score.value, "eval_fvd_low": score.low, "eval_fvd_high": score.high}
-        return {name: value for name, value in values.items() if value is not None}
+        return {name: value for name, value in score.as_row("eval_fvd").items() if value is not None}
 
 
 def _prepare(
