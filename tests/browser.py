@@ -32,6 +32,11 @@ def open_chromium(profile):
     return webdriver.Chrome(options=options, service=Service(executable_path=driver))
 
 
+def picture(element):
+    """How light its pixels are, as the browser has painted them: 0 to 255."""
+    return np.asarray(Image.open(io.BytesIO(element.screenshot_as_png)).convert("L"), np.float64)
+
+
 class Shown:
     """The page in the browser."""
 
@@ -72,6 +77,13 @@ class Shown:
             assert time.monotonic() < end, "it did not happen"
             time.sleep(0.03)
 
+    def until_near(self, seen, shades, atol=3.5):
+        """What is seen has these shades; a frame that has arrived may be painted later."""
+        try:
+            self.until(lambda: np.allclose(seen(), shades, atol=atol, rtol=0))
+        except AssertionError:
+            np.testing.assert_allclose(seen(), shades, atol=atol, rtol=0)
+
     def until_ready(self):
         self.until(lambda: (ready := self.videos("v.readyState >= 2 && !v.seeking")) and all(ready))
 
@@ -92,9 +104,6 @@ class Shown:
             spreads.append(max(times) - min(times))
             time.sleep(0.05)
         return sorted(spreads)[2]
-
-    def picture(self, selector):
-        return np.asarray(Image.open(io.BytesIO(self.one(selector).screenshot_as_png)).convert("L"), np.float64)
 
     def choose(self, view):
         self.run(f"document.querySelector('[value={view}]').click()")

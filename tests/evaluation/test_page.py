@@ -1,7 +1,6 @@
 """The page of results: what is written, and what headless Chromium makes of it."""
 
 import fnmatch
-import io
 import json
 import math
 import pathlib
@@ -12,7 +11,6 @@ import tomllib
 import browser
 import numpy as np
 import pytest
-from PIL import Image
 from selenium.webdriver import ActionChains
 from selenium.webdriver.common.by import By
 from selenium.webdriver.common.keys import Keys
@@ -169,16 +167,17 @@ def test_films_play_in_step(shown):
     shown.open(playing=True)
     assert shown.videos("v.videoWidth") == [64] * 4
     assert shown.videos("v.muted && v.playsInline") == [True] * 4
-    time.sleep(1)
-    assert shown.videos("v.paused || v.readyState < 2") == [False] * 4
-    assert shown.spread() < 0.15
+    shown.until(lambda: not any(shown.videos("v.paused || v.readyState < 2")))
+    shown.until(lambda: shown.spread() < 0.15)
+    # One is thrown out of step, and is back before all begin again; slow films leave time for that.
+    Select(shown.one(".speed")).select_by_value("0.25")
     shown.scrub(0.1)
     shown.until(lambda: 0.1 * SECONDS <= min(before := shown.videos("v.currentTime")) <= max(before) < 0.3 * SECONDS)
-    # One is thrown out of step, and is back before all begin again.
-    throw = "document.querySelectorAll('video')[1].currentTime += 0.9; setTimeout(arguments[0], 700)"
-    shown.browser.execute_async_script(throw)
-    times = shown.videos("v.currentTime")
-    assert 0.15 * SECONDS < min(times) <= max(times) < min(times) + 0.15
+    throw = "const [first, thrown] = document.querySelectorAll('video'); thrown.currentTime += 0.9;"
+    first, thrown = shown.run(f"{throw} return [first.currentTime, thrown.currentTime]")
+    assert thrown > first + 0.7
+    shown.until(lambda: shown.spread() < 0.15)
+    assert first < min(shown.videos("v.currentTime"))
 
 
 def test_films_begin_again_together(shown):
@@ -186,9 +185,10 @@ def test_films_begin_again_together(shown):
     Select(shown.one(".speed")).select_by_value("2")
     shown.scrub(0.9)
     shown.until(lambda: max(shown.videos("v.currentTime")) > 0.85 * SECONDS)
-    assert set(shown.videos("v.playbackRate > 1.5")) == {True}
+    # Three tenths less or more than the chosen speed is what a film makes up for.
+    assert min(shown.videos("v.playbackRate")) > 1.35
     shown.until(lambda: 0.05 < max(shown.videos("v.currentTime")) < 0.7 * SECONDS)
-    assert shown.spread() < 0.15
+    shown.until(lambda: shown.spread() < 0.15)
 
 
 def test_a_shorter_film_waits_for_the_longest_at_its_end(chromium, tmp_path):
@@ -197,8 +197,7 @@ def test_a_shorter_film_waits_for_the_longest_at_its_end(chromium, tmp_path):
     page.write_page(tmp_path, "Two lengths", [], [], [], {name: [f"{name}.mp4"] for name in (REAL, LAST)})
     shown = browser.Shown(chromium, tmp_path)
     shown.open(playing=True)
-    shown.until(lambda: shown.videos("v.currentTime")[1] > 0.6 * SECONDS)
-    assert shown.videos("v.ended") == [True, False]
+    shown.until(lambda: shown.videos("v.ended") == [True, False])
     shown.until(lambda: shown.videos("v.currentTime")[1] < 0.2 * SECONDS)
     shown.until(lambda: shown.videos("v.ended") == [False, False])
 
@@ -209,8 +208,7 @@ def test_the_bar_moves_all_films(shown):
         shown.scrub(fraction)
         frame = int(fraction * FRAMES)
         for name, video in zip((REAL, TEACHER, STUDENT, LAST), shown.all("video"), strict=True):
-            picture = Image.open(io.BytesIO(video.screenshot_as_png)).convert("L")
-            assert np.median(np.asarray(picture)) == pytest.approx(shade(name, frame), abs=3.5)
+            shown.until_near(lambda video=video: np.median(browser.picture(video)), shade(name, frame))
     assert shown.one(".time").text == f"{0.275 * SECONDS:.1f} / {SECONDS:.1f} s"
 
 
@@ -271,8 +269,7 @@ def test_methods_are_chosen(shown):
     Select(shown.one(".speed")).select_by_value("0.25")
     shown.one(".play").click()
     boxes[0].click()
-    shown.until_ready()
-    time.sleep(0.3)
+    shown.until(lambda: len(shown.all("video")) == 4 and shown.spread() < 0.15)
     assert min(shown.videos("v.currentTime")) > 0.5 * SECONDS
 
 
@@ -287,25 +284,30 @@ def test_two_methods_under_a_slider(shown):
     shown.scrub(0.225)
     left, right = shade(REAL, 4), shade(STUDENT, 4)
 
-    def seen(fraction):
-        picture = shown.picture(".stage")
-        return picture[5, int(fraction * picture.shape[1])]
+    def until_seen(shades):
+        """Of the stage, by fractions of its width."""
+
+        def seen():
+            picture = browser.picture(shown.one(".stage"))
+            return picture[5, [int(fraction * picture.shape[1]) for fraction in shades]]
+
+        shown.until_near(seen, list(shades.values()))
 
     def cut():
         clip = "return getComputedStyle(document.querySelectorAll('.stage > .film')[1]).clipPath"
         return shown.run(clip)
 
     middle = cut()
-    np.testing.assert_allclose([seen(0.4), seen(0.6)], [left, right], atol=3.5)
+    until_seen({0.4: left, 0.6: right})
     shown.one(".split input").send_keys(Keys.HOME)
     start = cut()
-    np.testing.assert_allclose(seen(0.1), right, atol=3.5)
+    until_seen({0.1: right})
     shown.one(".split input").send_keys(Keys.ARROW_RIGHT)
     assert len({middle, start, cut()}) == 3
     stage = shown.one(".stage")
     actions = ActionChains(shown.browser, duration=50)
     actions.move_to_element(stage).click_and_hold().move_by_offset(stage.size["width"] // 4, 10).release().perform()
-    np.testing.assert_allclose([seen(0.7), seen(0.8)], [left, right], atol=3.5)
+    until_seen({0.7: left, 0.8: right})
     assert float(shown.one(".split input").get_attribute("value")) == pytest.approx(75, abs=0.6)
     # Not after it was let go of.
     ActionChains(shown.browser, duration=50).move_to_element(stage).perform()
