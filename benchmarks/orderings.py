@@ -101,7 +101,9 @@ def _students(size: Size, output: pathlib.Path, prepared: tuple[str, ...]) -> It
     low, high = ("data.resolutions", ((0, *size.low),)), ("data.resolutions", ((0, *size.high),))
     # What all students have in common, and then all of stage 2.
     common = {"weights": output / "weights", "batch_size": 1, "ema_decay": 0.98} | dict([high])
-    own = {"lora.rank": 8, "lora.alpha": 8.0, "num_levels": 25, "solver_steps": 5, "optimizer.learning_rate": 1e-3}
+    own: dict[str, Any] = {"lora.rank": 8, "lora.alpha": 8.0, "optimizer.learning_rate": 1e-3}
+    # All levels, as in the paper; the miniature's two are those of its own grid of 17.
+    own |= {"num_levels": 25, "solver_steps": 5, "level_weights": ()}
 
     def student(name: str, config: str, steps: int, start: str, *changes: tuple[str, Any]) -> Step:
         chosen = common | {"num_steps": steps, "init_from": output / start if start else ""} | dict(changes)

@@ -90,6 +90,7 @@ def test_every_row_is_trained_by_a_configuration_that_holds(orderings, name, tmp
         clips = steps_of_all_stages * config.batch_size
         assert clips == size.student_steps, f"{student} sees more clips than others, or fewer"
         assert config.weights == str(tmp_path / "weights")
+        assert not config.get("level_weights"), "samplers begin at the highest of num_levels"
         assert not start or (start in steps[student].after and configs[start].batch_size == config.batch_size)
 
 

@@ -81,6 +81,9 @@ class AnimateLCM(Distillation):
     def check(cls, options: AnimateLCMOptions, num_frames: int) -> None:
         consistency.check(options)
 
+    def warnings(self) -> list[str]:
+        return consistency.warnings(self.options)
+
     def make_optimizers(self) -> dict[str, optax.GradientTransformation]:
         chosen, phases = self.options.optimizer, self.options.phases
         if not phases:

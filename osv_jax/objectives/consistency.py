@@ -63,6 +63,16 @@ def check(options: ConsistencyOptions) -> None:
             )
 
 
+def warnings(options: ConsistencyOptions) -> list[str]:
+    """A sentence if the student never starts from t_N, where every sampler begins."""
+    if not options.level_weights or options.num_levels in dict(options.level_weights):
+        return []
+    return [
+        f"config.level_weights={options.level_weights} leaves out the highest of config.num_levels="
+        f"{options.num_levels}, where samplers begin: the student does not learn what one step shows. () draws all."
+    ]
+
+
 def draw(key: jax.Array, batch: Batch, options: ConsistencyOptions) -> Draws:
     """The index of each clip's t_n, its noise, and a number for its guidance."""
     index_key, noise_key, guidance_key = jax.random.split(key, 3)

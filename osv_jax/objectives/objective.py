@@ -86,6 +86,10 @@ class Objective(abc.ABC):
             UserError: naming the key, its value and what is allowed.
         """
 
+    def warnings(self) -> list[str]:
+        """What is allowed of the options and seldom meant, a sentence each."""
+        return []
+
     @classmethod
     def make_networks(cls, architectures: Mapping[str, Any], **options: Any) -> Any:
         """The modules for the architectures of `components`.

@@ -36,6 +36,9 @@ class Stage2(OSV):
         super().check(options, num_frames)
         consistency.check(options)
 
+    def warnings(self) -> list[str]:
+        return consistency.warnings(self.options)
+
     def draw(self, key: jax.Array, batch: Batch) -> Draws:
         key, of_judge = self.judge.draw(key, batch.latents.shape)
         return consistency.draw(key, batch, self.options) | of_judge

@@ -173,6 +173,7 @@ def describe(
 
     frozen_sizes = ", ".join(f"{name} {size(params) / 1e6:.2f} M" for name, params in frozen.items())
     learning = ", ".join(f"{name} {size(player.params) / 1e6:.2f} M" for name, player in state.players.items())
+    warnings = "".join(f"\n  warning   {sentence}" for sentence in objective.warnings())
     sizes = ", ".join(f"{p.height} x {p.width} to step {p.end}" for p in phases_of(config))
     data = config.data
     return (
@@ -181,5 +182,5 @@ def describe(
         f"  frozen    {frozen_sizes}, {config.dtype}\n"
         f"  training  {learning}\n"
         f"{objective.parameter_table(frozen, state.players['student'].params)}\n"
-        f"  steps     {int(state.step)} of {config.num_steps} done, batch {config.batch_size}"
+        f"  steps     {int(state.step)} of {config.num_steps} done, batch {config.batch_size}{warnings}"
     )

@@ -23,6 +23,7 @@ from students import (
 from osv_jax.errors import UserError
 from osv_jax.objectives import consistency
 from osv_jax.objectives.animatelcm import AnimateLCM, AnimateLCMOptions
+from osv_jax.objectives.osv_stage2 import Stage2
 from osv_jax.objectives.players import Student, start
 
 OPTIONS = {"trainable": ("lora", "temporal_transformer"), "phases": (), "num_levels": 40}
@@ -144,3 +145,13 @@ def test_groups_learn_one_after_the_other_each_with_a_rate_and_moments_of_its_ow
 def test_phases_that_leave_a_group_without_a_time_are_refused(phases):
     with pytest.raises(UserError, match=r"config\.phases=.* must be \(first step, group, learning rate\) triples"):
         AnimateLCMOptions(phases=phases)
+
+
+@pytest.mark.parametrize("objective", [AnimateLCM, Stage2])
+def test_a_student_that_never_starts_where_samplers_do_is_told_so(toy, objective):
+    def warnings(**chosen):
+        return objective(toy[0], objective.Options(**chosen), {}).warnings()
+
+    assert warnings() == warnings(num_levels=25, level_weights=((9, 1.0), (25, 0.1))) == []
+    (sentence,) = warnings(num_levels=25, level_weights=((9, 0.5), (17, 0.5)))
+    assert "((9, 0.5), (17, 0.5)) leaves out the highest of config.num_levels=25" in sentence
