@@ -185,9 +185,13 @@ def test_stage_2_begins_with_stage_1s_student_and_discriminator(stage1, one_devi
 @pytest.mark.integration
 def test_a_run_says_where_it_starts_and_what_it_trains(stage1, tmp_path, capsys, monkeypatch):
     monkeypatch.setattr(train, "run_phase", stop)
+    config = stage2_config(stage1)
+    lowest = config.solver_steps + 1
+    config.level_weights = ((lowest, 1.0),)
     with pytest.raises(Stopped):
-        train.train(stage2_config(stage1), tmp_path / "run")
+        train.train(config, tmp_path / "run")
     output = capsys.readouterr().out
+    assert f"  warning   config.level_weights=(({lowest}, 1.0),) leaves out the highest" in output
     assert f"Starting from step 2 of {stage1}." in output
     rows = {line.split()[0]: line.split() for line in output.splitlines() if line.split()[2::2] == ["M", "M"]}
     assert list(rows) == ["lora", *groups.GROUPS]
