@@ -71,7 +71,7 @@ class Shown:
         """An expression of every video `v`."""
         return self.run(f"return [...document.querySelectorAll('video')].map((v) => {what})", *given)
 
-    def until(self, holds, seconds=20.0):
+    def until(self, holds, seconds=60.0):
         end = time.monotonic() + seconds
         while not holds():
             assert time.monotonic() < end, "it did not happen"

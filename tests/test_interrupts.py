@@ -73,14 +73,14 @@ def test_training_saves_the_step_and_goes_on_and_a_second_one_ends_it_at_once(tm
     assert told == [SAVING, f"SIGINT: step {saved} is saved. The same command continues from there."]
     assert sorted(metrics_of(workdir)) == list(range(1, saved + 1))
 
-    with toy_training(workdir, seconds=5) as program:
+    with toy_training(workdir, seconds=10) as program:
         program.wait_for(f"Resuming from step {saved}.")
-        # What follows the step that is under way takes five seconds more.
+        # What follows the step that is under way takes ten seconds more.
         program.wait_until(lambda: saved + 1 in metrics_of(workdir))
         program.press()
         program.wait_for(SAVING)
         program.press()
-        assert program.ended(4) == 130
+        assert program.ended(8) == 130
         assert program.last_lines() == [SAVING]
     assert checkpoint.latest_step(workdir) == saved
 

@@ -58,7 +58,7 @@ def picture(tmp_path_factory):
 
 def status_of(url, path):
     """What is answered to a path, exactly as it stands here."""
-    connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=20)
+    connection = http.client.HTTPConnection(urllib.parse.urlsplit(url).netloc, timeout=60)
     try:
         connection.request("GET", f"/{path}")
         return connection.getresponse().status
@@ -71,19 +71,19 @@ def upload(url, data, name="a.png"):
     form = f'--x\r\nContent-Disposition: form-data; name="files"; filename="{name}"\r\n\r\n'.encode()
     headers = {"Content-Type": "multipart/form-data; boundary=x"}
     request = urllib.request.Request(f"{url}/gradio_api/upload", form + data + b"\r\n--x--\r\n", headers)
-    with urllib.request.urlopen(request, timeout=20) as answer:
+    with urllib.request.urlopen(request, timeout=60) as answer:
         return pathlib.Path(json.load(answer)[0])
 
 
 def ask(url, values):
     """Presses the page's button with values of one's own, without a page; what the server tells at the end."""
-    with urllib.request.urlopen(f"{url}/config", timeout=20) as answer:
+    with urllib.request.urlopen(f"{url}/config", timeout=60) as answer:
         config = json.load(answer)
     (button,) = [part["id"] for part in config["components"] if part["props"].get("elem_id") == "generate"]
     (number,) = [call["id"] for call in config["dependencies"] if [button, "click"] in call["targets"]]
     body = json.dumps({"data": values, "fn_index": number, "session_hash": "mine"}).encode()
     request = urllib.request.Request(f"{url}/gradio_api/queue/join", body, {"Content-Type": "application/json"})
-    urllib.request.urlopen(request, timeout=20).close()
+    urllib.request.urlopen(request, timeout=60).close()
     with urllib.request.urlopen(f"{url}/gradio_api/queue/data?session_hash=mine", timeout=60) as answer:
         return next(line.decode() for line in answer if b"process_completed" in line)
 

@@ -26,6 +26,6 @@ def test_it_serves_the_miniature_and_its_student_to_this_machine_alone():
 def test_the_server_starts_with_that_command_line(tmp_path):
     with (
         served(*recipe(), f"--output={tmp_path}", log=tmp_path / "log.txt") as url,
-        urllib.request.urlopen(url, timeout=20) as page,
+        urllib.request.urlopen(url, timeout=60) as page,
     ):
         assert url.startswith("http://127.0.0.1:") and b"From an image to a video" in page.read()

@@ -151,7 +151,7 @@ def test_nothing_is_written_and_only_pictures_are_read(page, url, runs):
         for path in paths:
             request = urllib.request.Request(f"{url}/{path}", b"x" if method != "GET" else None, method=method)
             try:
-                answers[path] = urllib.request.urlopen(request, timeout=20).status
+                answers[path] = urllib.request.urlopen(request, timeout=60).status
             except urllib.error.HTTPError as error:
                 answers[path] = error.code
     assert set(answers.values()) <= {403, 404, 413}
