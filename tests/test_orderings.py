@@ -108,7 +108,7 @@ def test_ablations_change_one_thing(orderings, tmp_path):
         "e": {"discriminator_input": "decoded"},
         "h": {},
     }
-    assert data["resolutions"] == ((0, 32, 48),) and base["data"]["resolutions"] == ((0, 16, 24), (375, 32, 48))
+    assert data["resolutions"] == ((0, 32, 48),) and base["data"]["resolutions"] == ((0, 16, 24), (1125, 32, 48))
     assert configs["b"].init_from == "" and configs["c"].objective == configs["g"].objective == "stage1"
 
 
