@@ -56,6 +56,8 @@ def exit_status(main: Callable[[], object]) -> int:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     # It is only slower without.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
+    # Python's tracker, a process of its own, removes semaphores that Ctrl-C has left, and need not tell of it.
+    sys.warnoptions.append("ignore:resource_tracker")
     with _ending_at_second_interrupt(), _quiet_threads():
         try:
             main()

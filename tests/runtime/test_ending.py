@@ -119,9 +119,13 @@ ending.run(main)
 
 
 SLEEPING = """
-import time
+import multiprocessing, time
 from osv_jax.runtime import ending
-ending.run(lambda: (print("ready", flush=True), time.sleep(60)))
+def main():
+    left = multiprocessing.get_context("spawn").Semaphore()  # As while decoding processes are started.
+    print("ready", flush=True)
+    time.sleep(60)
+ending.run(main)
 """
 
 
