@@ -30,6 +30,8 @@ _BUCKET_WORDS = re.compile(r"Forbidden: |PERMISSION_DENIED: |UNAUTHENTICATED: ")
 
 def run(main: Callable[[], object]) -> None:
     """Runs a program and exits with its status, see `exit_status`, unless that is 0; after Ctrl-C with status 130."""
+    # The process that Python starts to remove semaphores left behind, as they are below, need not tell of them.
+    sys.warnoptions.append("ignore:resource_tracker")
     try:
         status = exit_status(main)
     except KeyboardInterrupt:
@@ -56,8 +58,6 @@ def exit_status(main: Callable[[], object]) -> int:
     logging.getLogger("asyncio").setLevel(logging.CRITICAL)
     # It is only slower without.
     warnings.filterwarnings("ignore", "Error (reading|writing) persistent compilation cache entry")
-    # Python's tracker, a process of its own, removes semaphores that Ctrl-C has left, and need not tell of it.
-    sys.warnoptions.append("ignore:resource_tracker")
     with _ending_at_second_interrupt(), _quiet_threads():
         try:
             main()
