@@ -1,6 +1,7 @@
 """What is written is what TFDS and the reader give back; the order of records; no TensorFlow."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import pickle
@@ -8,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import threading
+from typing import ClassVar
 
 import ml_dtypes
 import numpy as np
@@ -169,18 +171,20 @@ def test_resuming_in_an_epoch_with_other_workers_gives_exactly_the_rest(dataset)
         order.restore_step(state, "other", "The records", 2, 5)
 
 
-def test_the_first_record_is_read_before_any_thread_starts(dataset, monkeypatch):
+class WatchedSchema(Schema):
+    """Equal to no Schema, so that what threads of earlier tests still read ahead is not in its cache."""
+
+    opened_by: ClassVar[list[threading.Thread]] = []
+
+    def features(self):
+        self.opened_by.append(threading.current_thread())
+        return super().features()
+
+
+def test_the_first_record_is_read_before_any_thread_starts(dataset):
     """TFDS's imports can lock each other when two threads begin at once."""
-    opened_by, original = [], Schema.features
-    # Threads that earlier tests left may still read ahead, and find the cache cleared.
-    others = set(threading.enumerate()) - {threading.main_thread()}
-
-    def features(schema):
-        if threading.current_thread() not in others:
-            opened_by.append(threading.current_thread())
-        return original(schema)
-
-    monkeypatch.setattr(Schema, "features", features)
+    dataset = dataclasses.replace(dataset, schema=WatchedSchema(**vars(dataset.schema)))
+    opened_by = WatchedSchema.opened_by
     # What travels to a worker process reads there as it arrives.
     latents._features.cache_clear()
     pickle.loads(pickle.dumps(latents._ReadStep(dataset, order.Order(NUM_RECORDS, 2, 5))))
