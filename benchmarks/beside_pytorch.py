@@ -36,6 +36,7 @@ from pytorch_pairs import SIZES, Pair
 from pytorch_steps import Steps
 
 from osv_jax.planning.hlo import operations
+from osv_jax.runtime.compiler import compiler_options
 from osv_jax.runtime.ranges import COUNT, PIXELS
 
 PARTS = (
@@ -96,7 +97,7 @@ def measure(name: str, pair: Pair, runs: int, top: float, bound: float) -> Row:
     """Compiles, compares, and times in turn."""
     start = time.perf_counter()
     traced = pair.ours.trace(*pair.arguments)
-    program = traced.lower().compile()
+    program = traced.lower().compile(compiler_options())
     compiling = time.perf_counter() - start
     with torch.no_grad():
         error = difference(pair.read(program(*pair.arguments)), pair.compare(pair.theirs()))

@@ -19,6 +19,7 @@ from osv_jax.evaluation.protocols import MIN_FRAMES
 from osv_jax.models.i3d import SIDES, I3DConfig
 from osv_jax.models.layers import apply
 from osv_jax.models.videomae import VideoMAEConfig
+from osv_jax.runtime.compiler import compiler_options
 from osv_jax.runtime.finite import NotFinite, blame_weights, is_finite
 from osv_jax.runtime.mesh import batch_shardings, make_mesh, replicated
 from osv_jax.runtime.precision import matmul_precision
@@ -78,7 +79,7 @@ class FeatureNetwork:
         inputs = jax.ShapeDtypeStruct(clips.shape, clips.dtype, sharding=self._split)
         # Its own mesh, also inside a training run, which has another.
         with jax.set_mesh(mesh), matmul_precision(jnp.float32):
-            self._program = jax.jit(features).lower(self._params, inputs).compile()
+            self._program = jax.jit(features).lower(self._params, inputs).compile(compiler_options())
 
     def __call__(self, clips: Float[np.ndarray, "n f s s 3"]) -> Float[np.ndarray, "n c"]:
         """The features of up to `batch_size` clips, of values from 0 to 255.

@@ -15,6 +15,7 @@ from jaxtyping import Array, Float, Key, UInt8
 
 from osv_jax.errors import UserError
 from osv_jax.inference.clock import Clock
+from osv_jax.runtime.compiler import compiler_options
 from osv_jax.runtime.finite import blame_weights
 from osv_jax.runtime.media import to_uint8
 from osv_jax.runtime.mesh import BATCH_AXES, batch_shardings, make_mesh, replicated
@@ -105,8 +106,9 @@ class Pipeline(abc.ABC):
             start = time.perf_counter()
             # Clips stay where they are made; of a clip, every device that shares it has the whole.
             split = NamedSharding(self.devices, PartitionSpec(BATCH_AXES))
+            options = compiler_options()
             with jax.set_mesh(self.devices), matmul_precision(self.dtype_of(component)):
-                compiled = jax.jit(function, out_shardings=split).lower(params, *inputs).compile()
+                compiled = jax.jit(function, out_shardings=split).lower(params, *inputs).compile(options)
             _PROGRAMS[program] = compiled
             self.seconds["compile"] += time.perf_counter() - start
         result = _PROGRAMS[program](params, *inputs)

@@ -12,7 +12,7 @@ from jax.sharding import PartitionSpec
 from jaxtyping import Array, Float
 
 from osv_jax.models.layers import Dense, Dtype, Unused
-from osv_jax.models.products import compiled_for
+from osv_jax.models.products import at_least_float32, compiled_for
 
 ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
@@ -143,18 +143,61 @@ def _chunked_attention(q: Array, k: Array, v: Array) -> Array:
     return y.swapaxes(0, 1).reshape(batch, -1, heads, dim)[:, :length]
 
 
+@jax.custom_vjp
 def _attention_by_head(q: Array, k: Array, v: Array) -> Array:
-    def attend(q: Array, k: Array, v: Array) -> Array:
-        scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
-        weights = jnp.exp(scores - lax.stop_gradient(scores.max(-1, keepdims=True)))
-        y = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
-        return (y / weights.sum(-1, keepdims=True)).astype(v.dtype)
+    return _by_head_forward(q, k, v)[0]
 
-    batch, _, heads, dim = q.shape
-    by_head = [x.swapaxes(1, 2).reshape(batch * heads, -1, dim) for x in (q, k, v)]
-    # Scores are computed again in the backward pass, instead of kept.
-    y = lax.map(lambda head: jax.checkpoint(attend)(*head), by_head)
-    return y.reshape(batch, heads, -1, dim).swapaxes(1, 2)
+
+def _by_head_forward(q: Array, k: Array, v: Array) -> tuple[Array, tuple[Array, ...]]:
+    """Keeps the result and the logarithm of each query's sum, from which its weights follow again."""
+
+    @jax.checkpoint
+    def attend(head: tuple[Array, Array, Array]) -> tuple[Array, Array]:
+        q, k, v = head
+        scores = jnp.matmul(q, k.T, preferred_element_type=jnp.float32) * q.shape[-1] ** -0.5
+        largest = scores.max(-1, keepdims=True)
+        weights = jnp.exp(scores - largest)
+        y = jnp.matmul(weights.astype(v.dtype), v, preferred_element_type=jnp.float32)
+        total = weights.sum(-1, keepdims=True)
+        return (y / total).astype(v.dtype), largest + jnp.log(total)
+
+    y, log_sums = lax.map(attend, (_heads(q), _heads(k), _heads(v)))
+    y = _images(y, q)
+    return y, (q, k, v, y, log_sums)
+
+
+def _by_head_backward(saved: tuple[Array, ...], dy: Array) -> tuple[Array, Array, Array]:
+    q, k, v, y, log_sums = saved
+    scale = q.shape[-1] ** -0.5
+
+    # (Of a gradient of this gradient, nothing of a head's scores is kept either.)
+    @jax.checkpoint
+    def gradients(head: tuple[Array, ...]) -> tuple[Array, Array, Array]:
+        q, k, v, dy, qt, dyt, of_sum, log_sum = head
+        weights = jnp.exp(jnp.matmul(q, k.T, preferred_element_type=jnp.float32) * scale - log_sum)
+        dv = jnp.matmul(dyt, weights.astype(v.dtype))
+        d_weights = jnp.matmul(dy, v.T, preferred_element_type=jnp.float32)
+        d_scores = (weights * (d_weights - of_sum) * scale).astype(v.dtype)
+        return jnp.matmul(d_scores, k), jnp.matmul(qt, d_scores), dv
+
+    of_sums = (at_least_float32(dy) * at_least_float32(y)).sum(-1, keepdims=True)
+    queries, dys = _heads(q), _heads(dy)
+    # A product with the transposed matrix of scores takes three times as long: what would need it, the gradients of
+    # keys and values, is made transposed itself.
+    across = queries.swapaxes(1, 2), dys.swapaxes(1, 2)
+    dq, dk, dv = lax.map(gradients, (queries, _heads(k), _heads(v), dys, *across, _heads(of_sums), log_sums))
+    return _images(dq, q), _images(dk.swapaxes(1, 2), k), _images(dv.swapaxes(1, 2), v)
+
+
+_attention_by_head.defvjp(_by_head_forward, _by_head_backward)
+
+
+def _heads(x: Float[Array, "b t n d"]) -> Float[Array, "b*n t d"]:
+    return x.swapaxes(1, 2).reshape(-1, x.shape[1], x.shape[3])
+
+
+def _images(heads: Float[Array, "b*n t d"], like: Float[Array, "b t n d"]) -> Float[Array, "b t n d"]:
+    return heads.reshape(len(like), like.shape[2], *heads.shape[1:]).swapaxes(1, 2)
 
 
 def _splash_attention(q: Array, k: Array, v: Array, interpret: bool) -> Array:

@@ -20,20 +20,19 @@ from osv_jax.errors import UserError
 from osv_jax.objectives.objective import Objective
 from osv_jax.planning.hlo import Plan, analyse, operations, read_assignment
 from osv_jax.planning.topologies import devices_of, layout
-from osv_jax.runtime import checkpoint, mesh
+from osv_jax.runtime import checkpoint, compiler, mesh
 from osv_jax.runtime.precision import matmul_precision
 from osv_jax.training import setup
 from osv_jax.training.config import Phase
 
 # On CPU: XLA's default order of operations favours concurrency and holds the float32 copies of all bfloat16 weights at
-# once; and code that is built fast, without the pass that splits the sum over a parameter in two, takes a fraction of
-# the time of compilation.
+# once; and code that is built fast takes a fraction of the time of compilation.
 CPU_OPTIONS: dict[str, Any] = {
+    **compiler.CPU_OPTIONS,
     "xla_cpu_scheduler_type": "CPU_SCHEDULER_TYPE_MEMORY_OPTIMIZED",
     "xla_backend_optimization_level": 0,
     "xla_llvm_disable_expensive_passes": True,
     "xla_cpu_use_fusion_emitters": False,
-    "xla_disable_hlo_passes": "tree_reduction_rewriter",
 }
 # On GPUs there is none to time choices on. XLA's own matrix kernels (Triton's) have parameters that only a timing can
 # choose, so NVIDIA's are taken; the scheduler is that of the scripts in launch/.

@@ -17,6 +17,7 @@ from osv_jax.convert.tokenizer import Tokenizer
 from osv_jax.data.latents import encode_empty_text
 from osv_jax.diffusion.conditioning import random_noise_aug_strength
 from osv_jax.errors import UserError
+from osv_jax.runtime.compiler import compiler_options
 from osv_jax.runtime.finite import NotFinite, blame_weights, first_not_finite
 from osv_jax.runtime.media import to_float, to_uint8
 from osv_jax.runtime.precision import matmul_precision
@@ -66,12 +67,14 @@ class Encoder:
         self._split = NamedSharding(mesh, PartitionSpec("data"))
         whole = NamedSharding(mesh, PartitionSpec())
         self.params = jax.device_put({name: params[name] for name in self.networks}, whole)
-        self._decode_program = jax.jit(codec.decode_video)
+        options = compiler_options()
+        self._decode_program = jax.jit(codec.decode_video, compiler_options=options)
         video = jax.ShapeDtypeStruct((batch_size, schema.num_frames, height, width, 3), jnp.uint8, sharding=self._split)
         given = self.inputs([("", 0, "")] * batch_size, 0)
         inputs = jax.ShapeDtypeStruct(given.shape, given.dtype, sharding=self._split)
         with matmul_precision(self.dtype):
-            self._program = jax.jit(self._encode, out_shardings=self._split).lower(self.params, video, inputs).compile()
+            program = jax.jit(self._encode, out_shardings=self._split, compiler_options=options)
+            self._program = program.lower(self.params, video, inputs).compile()
 
     @property
     def dtype(self) -> Any:

@@ -22,6 +22,7 @@ from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Objective
 from osv_jax.objectives.players import TrainState
 from osv_jax.runtime import checkpoint, distributed, ending, mesh, metrics
+from osv_jax.runtime.compiler import compiler_options
 from osv_jax.runtime.finite import NotFinite
 from osv_jax.runtime.paths import Path
 from osv_jax.training.clips import LatentClips, PixelClips
@@ -214,5 +215,5 @@ def compile_step(run: Run, state: TrainState, batch: dict[str, jax.Array]) -> tu
         return state, jnp.stack([values[name] for name in names])
 
     out_shardings = (run.shardings, mesh.replicated(run.devices))
-    step = jax.jit(packed, donate_argnums=0, out_shardings=out_shardings).lower(state, run.frozen, batch).compile()
-    return names, step
+    step = jax.jit(packed, donate_argnums=0, out_shardings=out_shardings).lower(state, run.frozen, batch)
+    return names, step.compile(compiler_options())

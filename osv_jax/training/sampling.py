@@ -17,6 +17,7 @@ from osv_jax.objectives.networks import Params
 from osv_jax.objectives.objective import Objective
 from osv_jax.objectives.players import Student
 from osv_jax.runtime import media, mesh
+from osv_jax.runtime.compiler import compiler_options
 
 
 @dataclasses.dataclass(frozen=True)
@@ -78,6 +79,9 @@ class Sampler:
     def _whole(self) -> jax.sharding.NamedSharding:
         return mesh.replicated(self.devices)
 
+    def _program(self, function: Callable) -> Callable:
+        return jax.jit(function, out_shardings=self._whole, compiler_options=compiler_options())
+
     def _split(self, batch: Any) -> Any:
         """Each device takes its part of a batch that can be split, and not the whole."""
         parts = self.devices.shape["data"] * self.devices.shape["fsdp"]
@@ -93,7 +97,7 @@ class Sampler:
             batch = self.objective.batch(frozen, self._split(clips), key, self.config.data)
             return batch.cond, jax.random.normal(noise_key, batch.latents.shape)
 
-        return jax.jit(encode, out_shardings=self._whole)
+        return self._program(encode)
 
     @functools.cached_property
     def _student(self) -> Callable:
@@ -102,7 +106,7 @@ class Sampler:
             backbone = self.objective.backbone(frozen, student, cond)
             return self.objective.preview_denoiser(backbone, x.shape[1])(x, sigma)
 
-        return jax.jit(denoised, out_shardings=self._whole)
+        return self._program(denoised)
 
     @functools.cached_property
     def _teacher(self) -> Callable:
@@ -111,12 +115,12 @@ class Sampler:
             backbone = self.objective.backbone(frozen, None, cond)
             return self.objective.teacher_denoiser(backbone, x.shape[1])(x, sigma)
 
-        return jax.jit(denoised, out_shardings=self._whole)
+        return self._program(denoised)
 
     @functools.cached_property
     def _decode(self) -> Callable:
         codec = self.objective.networks.codec
-        return jax.jit(lambda vae, latents: codec.decode_video(vae, self._split(latents)), out_shardings=self._whole)
+        return self._program(lambda vae, latents: codec.decode_video(vae, self._split(latents)))
 
     @functools.cached_property
     def _decode_fast(self) -> Callable:
@@ -125,4 +129,4 @@ class Sampler:
         def decode(tiny: Params, latents: Array, memory: Memory) -> tuple[Array, Memory]:
             return codec.decode_fast(tiny, *self._split((latents, memory)))
 
-        return jax.jit(decode, out_shardings=self._whole)
+        return self._program(decode)

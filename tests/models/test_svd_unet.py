@@ -175,6 +175,21 @@ def test_heads_one_by_one_match_torch_with_their_gradients(rng):
     assert relative_error(attention.dot_product_attention(*half, "xla"), y.detach()) < 0.04
 
 
+def test_gradients_of_gradients_of_heads_one_by_one_are_those_of_all(rng, monkeypatch):
+    """As gradient penalties take them."""
+    q, k, v, direction = (x[:, :, :1] for x in (*qkv(rng, 256, batch=1), qkv(rng, 256, batch=1)[0]))
+
+    def penalty(q, k, v):
+        y, pull_back = jax.vjp(lambda *args: attention.dot_product_attention(*args, "xla"), q, k, v)
+        return sum(jnp.square(gradient).sum() for gradient in pull_back(direction)) + jnp.square(y).sum()
+
+    one_by_one = jax.jit(jax.grad(penalty, (0, 1, 2)))(q, k, v)
+    monkeypatch.setattr(attention, "_MANY_TOKENS", 1000)
+    assert "scan" not in str(jax.make_jaxpr(jax.grad(penalty))(q, k, v))
+    for actual, expected in zip(one_by_one, jax.jit(jax.grad(penalty, (0, 1, 2)))(q, k, v), strict=True):
+        assert relative_error(actual, expected) < 1e-5
+
+
 def test_queries_in_chunks_change_nothing(rng, monkeypatch):
     args = (*qkv(rng, 200), qkv(rng, 200)[0])
     whole = attend_and_differentiate("xla")(*args)
