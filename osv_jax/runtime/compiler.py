@@ -4,19 +4,20 @@ from __future__ import annotations
 
 import functools
 import os
+from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-# On a CPU, XLA's other way to multiply takes up to half as long again for networks of these kinds, and the pass that
-# splits every sum in two makes it slow as well as long to compile: docs/performance.md.
+# XLA's other way to multiply takes up to 1.6 times as long for networks of these kinds; the pass splits every sum in
+# two, which has to be compiled, and makes nothing faster: docs/performance.md.
 CPU_OPTIONS = {
     "xla_cpu_experimental_ynn_fusion_type": "",
     "xla_disable_hlo_passes": "tree_reduction_rewriter",
 }
 
 
-def compiler_options() -> dict[str, str]:
+def compiler_options() -> dict[str, Any]:
     """For `jax.jit(..., compiler_options=...)` and `lowered.compile(...)`.
 
     There are none but for CPUs, none that XLA_FLAGS sets, and none that the installed XLA does not know.
