@@ -210,4 +210,5 @@ def few_step_input(
         x0 = denoiser(x, jnp.full(len(x), t[i]))
         return add_noise(x0, fresh[:, i], jnp.full(len(x), t[i + 1]), schedule)
 
-    return jax.lax.fori_loop(0, stop, lower, noise)
+    # (Of a single time there is no noise that the round, which is traced all the same, could take.)
+    return jax.lax.fori_loop(0, stop, lower, noise) if len(times) > 1 else noise

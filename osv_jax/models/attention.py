@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+import functools
+import math
+from collections.abc import Callable, Sequence
 
 import flax.linen as nn
 import jax
@@ -121,9 +123,10 @@ def dot_product_attention(
     wants_splash = implementation == "splash" or (implementation == "auto" and platform == "tpu")
     fits_cudnn = length % 2 == 0 and keys % 2 == 0 and q.shape[3] % 8 == 0 and q.shape[3] <= 128
     if wants_cudnn and keys >= _MANY_KEYS and fits_cudnn:
-        return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+        return _on_each_device(_cudnn_attention, q, k, v, multiple=2)
     if wants_splash and keys >= _MANY_KEYS and length % 128 == 0 and keys % 128 == 0:
-        return _splash_attention(q, k, v, interpret=platform == "cpu")
+        attend = functools.partial(_splash_attention, interpret=platform == "cpu")
+        return _on_each_device(attend, q, k, v, multiple=128)
     mesh = jax.sharding.get_abstract_mesh()
     if platform == "cpu" and min(length, keys) >= _MANY_TOKENS and (mesh.empty or mesh.size == 1):
         return _attention_by_head(q, k, v)
@@ -200,20 +203,33 @@ def _images(heads: Float[Array, "b*n t d"], like: Float[Array, "b t n d"]) -> Fl
     return heads.reshape(len(like), like.shape[2], *heads.shape[1:]).swapaxes(1, 2)
 
 
+def _cudnn_attention(q: Array, k: Array, v: Array) -> Array:
+    return jax.nn.dot_product_attention(q, k, v, implementation="cudnn")
+
+
 def _splash_attention(q: Array, k: Array, v: Array, interpret: bool) -> Array:
     from jax.experimental.pallas.ops.tpu import splash_attention as splash
 
-    def attend(q: Array, k: Array, v: Array) -> Array:
-        mask = splash.MultiHeadMask([splash.FullMask((q.shape[1], k.shape[1]))] * q.shape[2])
-        kernel = splash.make_splash_mha_single_device(mask, interpret=interpret)
-        heads_first = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
-        return jax.vmap(kernel)(*heads_first).swapaxes(1, 2)
+    mask = splash.MultiHeadMask([splash.FullMask((q.shape[1], k.shape[1]))] * q.shape[2])
+    kernel = splash.make_splash_mha_single_device(mask, interpret=interpret)
+    heads_first = (x.swapaxes(1, 2) for x in (q * q.shape[-1] ** -0.5, k, v))
+    return jax.vmap(kernel)(*heads_first).swapaxes(1, 2)
 
+
+def _on_each_device(attend: Callable[..., Array], q: Array, k: Array, v: Array, multiple: int) -> Array:
+    """`attend` on each device's own part of the batch and of the queries: GSPMD cannot see into a fused kernel.
+
+    What does not split evenly every device has whole, as a single clip of a picture; of the queries, each device's
+    part is a multiple of `multiple`.
+    """
     mesh = jax.sharding.get_abstract_mesh()
-    if mesh.empty:
+    if mesh.empty or mesh.size == 1:
         return attend(q, k, v)
-    # GSPMD cannot see into a Pallas kernel: each device runs it on its own part of the batch and of the queries.
-    splits = q.shape[1] % (128 * mesh.shape["context"]) == 0
-    spec = PartitionSpec(("data", "fsdp"))
-    queries = PartitionSpec(("data", "fsdp"), "context") if splits else spec
-    return jax.shard_map(attend, mesh=mesh, in_specs=(queries, spec, spec), out_specs=queries, check_vma=False)(q, k, v)
+    axes: list[str] = []
+    for name in ("data", "fsdp"):
+        if q.shape[0] % math.prod(mesh.shape[axis] for axis in (*axes, name)) == 0:
+            axes.append(name)
+    splits = q.shape[1] % (multiple * mesh.shape["context"]) == 0
+    keys = PartitionSpec(tuple(axes) or None)
+    queries = PartitionSpec(tuple(axes) or None, "context") if splits else keys
+    return jax.shard_map(attend, mesh=mesh, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)(q, k, v)

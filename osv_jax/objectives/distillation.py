@@ -18,12 +18,12 @@ class DistillationOptions(StudentOptions):
     """The options that all few-step students have.
 
     Attributes:
-        num_levels: N of the grid of noise levels.
+        num_levels: N of the grid of noise levels, of which the highest is where samplers begin.
         huber_c: c of the pseudo-Huber distance (OSV appendix C).
         boundary: see `edm.scalings`.
     """
 
-    num_levels: int = setting(100, Range(1, 10_000, whole=True))
+    num_levels: int = setting(100, Range(2, 10_000, whole=True))
     # Its square must not vanish in float32: the gradient of the distance at 0 would be 0 / 0.
     huber_c: float = setting(1e-3, Range(1e-8))
     boundary: str = setting("svd", BOUNDARIES)

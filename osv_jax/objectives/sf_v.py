@@ -150,8 +150,13 @@ class SFV(Adversarial):
 
 
 def sm3(options: SM3Options, learning_rate: float) -> optax.GradientTransformation:
-    """SM3 with momentum, after clipping by the global norm. (`optax.sm3` has no decay of the squares.)"""
-    scaled = [optax.scale_by_sm3(options.momentum, options.b2), optax.scale_by_learning_rate(learning_rate)]
+    """SM3 with momentum, after clipping by the global norm. (`optax.sm3` has no decay of the squares.)
+
+    A step does not depend on the gradients' scale: optax's own epsilon, 1e-8 beside squares that are here those of
+    millions of parameters' gradients, would make it that of plain gradient descent.
+    """
+    rule = optax.scale_by_sm3(options.momentum, options.b2, eps=1e-30)
+    scaled = [rule, optax.scale_by_learning_rate(learning_rate)]
     return optax.chain(*[optax.clip_by_global_norm(options.max_grad_norm)] * bool(options.max_grad_norm), *scaled)
 
 

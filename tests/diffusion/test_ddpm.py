@@ -1,5 +1,7 @@
 """DDPM's schedules, parameterisation and samplers against diffusers' scheduler and the equations written out."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -106,6 +108,14 @@ def test_student_predicts_and_noises_afresh_at_four_times(noise, cond):
         if i < 3:
             x = schedule.alpha[t - 250] * x0 + schedule.sigma[t - 250] * np.stack([eps[i] for eps in fresh])
     assert relative_error(sample, x0) < 1e-4
+
+
+def test_a_student_of_one_step_is_trained_on_noise_itself(rng):
+    """It has no fresh noise, and in Algorithm 1 no round."""
+    noise, fresh = rng.standard_normal(SHAPE, np.float32), np.zeros((SHAPE[0], 0, *SHAPE[1:]), np.float32)
+    of_input = functools.partial(ddpm.few_step_input, lambda x, t: 0.5 * x, times=ddpm.few_step_times(1))
+    made = jax.jit(functools.partial(of_input, schedule=SCHEDULES["linear"]))(noise, fresh, stop=jnp.asarray(0))
+    np.testing.assert_array_equal(made, noise)
 
 
 @pytest.mark.parametrize(("times", "most"), [(ddpm.ddim_times, 500), (ddpm.few_step_times, 1000)])

@@ -200,17 +200,52 @@ def test_queries_in_chunks_change_nothing(rng, monkeypatch):
         assert relative_error(actual, expected) < 1e-5
 
 
+@pytest.mark.parametrize(
+    ("sizes", "batch", "parts"),
+    [
+        ((4, 2, 1), 8, (1, 256)),
+        ((2, 2, 2), 8, (2, 128)),
+        ((4, 2, 1), 14, (7, 256)),
+        ((2, 2, 2), 3, (3, 128)),
+        ((2, 1, 4), 2, (1, 64)),
+    ],
+)
+def test_gpus_attend_each_to_its_own_part(rng, monkeypatch, sizes, batch, parts):
+    """cuDNN's kernel cannot be run here: in its place is what it computes, given what it would be given."""
+    args = qkv(rng, 256, jnp.bfloat16, batch)
+    expected = attention.dot_product_attention(*args, "xla")
+    given = []
+
+    def kernel(q, k, v):
+        given.append((q.shape[:2], k.shape[:2]))
+        return jax.nn.dot_product_attention(q, k, v, implementation="xla")
+
+    monkeypatch.setattr(attention, "compiled_for", lambda: "gpu")
+    monkeypatch.setattr(attention, "_cudnn_attention", kernel)
+    devices = mesh.make_mesh(*sizes)
+    # As what sharded weights give: split by heads.
+    heads = jax.NamedSharding(devices, jax.P(None, None, "fsdp"))
+    with jax.set_mesh(devices):
+        y = jax.jit(attention.dot_product_attention)(*jax.device_put(args, heads))
+    assert set(given) == {(parts, (parts[0], 256))}
+    assert relative_error(y.astype(jnp.float32), expected.astype(jnp.float32)) < 0.01
+
+
 @pytest.mark.integration
-@pytest.mark.parametrize("sizes", [None, (4, 2, 1), (2, 2, 2)], ids=["one device", "mesh", "context"])
-def test_splash_kernel_agrees_with_xla(rng, sizes):
-    batch = 8 if sizes else 2
+@pytest.mark.parametrize(
+    ("sizes", "batch"),
+    [(None, 2), ((4, 2, 1), 8), ((2, 2, 2), 8), ((4, 2, 1), 3)],
+    ids=["one device", "mesh", "context", "clips that do not split"],
+)
+def test_splash_kernel_agrees_with_xla(rng, sizes, batch):
     args = (*qkv(rng, 256, batch=batch), qkv(rng, 256, batch=batch)[0])
     splash = attend_and_differentiate("splash")
     expected = attend_and_differentiate("xla")(*args)
     if sizes:
         devices = mesh.make_mesh(*sizes)
         with jax.set_mesh(devices):
-            args = jax.device_put(args, mesh.batch_shardings(devices, args))
+            shardings = mesh.batch_shardings(devices, args) if batch == 8 else mesh.replicated(devices)
+            args = jax.device_put(args, shardings)
             results, program = splash(*args), str(splash.trace(*args).jaxpr)
         assert "shard_map" in program
     else:
