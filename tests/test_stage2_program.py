@@ -217,6 +217,9 @@ def refused(config, workdir) -> str:
             ["config.discriminator_blocks is [1]", "has [0]"],
         ),
         ({"random_networks.unet.layers_per_block": 2}, ["config.random_networks is"]),
+        # No shape tells of these.
+        ({"discriminator_read": "sum"}, ["config.discriminator_read is sum", "has patches"]),
+        ({"boundary": "exact"}, ["config.boundary is exact", "has svd"]),
     ],
 )
 def test_a_run_that_does_not_fit_is_refused(stage1, changes, words, tmp_path):

@@ -25,15 +25,18 @@ def discretised_lognormal(levels: Float[np.ndarray, " n"], log_mean: float, log_
     """How probable each noise level is, ln sigma being normal: SF-V Eq. 7.
 
     A level gets the probability of the interval from the level below it; the lowest gets that of everything below it,
-    and what lies above the highest is shared out in proportion. (The paper prints log(sigma - P_mean) for
-    log(sigma) - P_mean, and a negative P_std.)
+    and what lies above the highest is shared out in proportion; it has all, if float64 has nothing for the others. (The
+    paper prints log(sigma - P_mean) for log(sigma) - P_mean, and a negative P_std.)
 
     Args:
         levels: ascending, above 0.
         log_mean, log_std: P_mean and P_std.
     """
-    below = [math.erf((math.log(level) - log_mean) / (math.sqrt(2) * log_std)) for level in levels]
-    mass = np.diff(below, prepend=-1.0)
+    # Not by 1 + erf, of which nothing is left some six deviations below the mean.
+    below = [math.erfc((log_mean - math.log(level)) / (math.sqrt(2) * log_std)) for level in levels]
+    mass = np.diff(below, prepend=0.0)
+    if not mass.any():
+        mass[-1] = 1.0
     return (mass / mass.sum()).astype(np.float32)
 
 

@@ -152,9 +152,9 @@ def check_origin(workdir: Path, config: ConfigDict) -> None:
             " from, with config.weights=OUTPUT."
         )
     keys = ["weights", "random_networks"]
-    if all("discriminator_blocks" in trained for trained in (before, now)):
-        # Of a run without a discriminator there is none to go on with.
-        keys.insert(0, "discriminator_blocks")
+    # Of a run without a discriminator there is none to go on with.
+    made_for = ("discriminator_blocks", "discriminator_read", "boundary")
+    keys = [key for key in made_for if key in before and key in now] + keys
     if any("lora" in trained.get("trainable", ()) for trained in (before, now)):
         keys.append("lora")
     for key in keys:
