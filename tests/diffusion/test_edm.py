@@ -126,3 +126,9 @@ def test_boundary_reaches_the_denoiser(rng):
     sigma = jnp.array([edm.SIGMA_MIN])
     np.testing.assert_array_equal(edm.EDMBackbone(toy_network, cond, "exact")(x, sigma), x)
     assert relative_error(edm.EDMBackbone(toy_network, cond)(x, sigma), x) > 1e-4
+
+
+@pytest.mark.parametrize(("log_mean", "log_std"), [(15.0, 1.0), (20.0, 0.01)])
+def test_noise_above_all_levels_is_the_highest(log_mean, log_std):
+    probabilities = edm.discretised_lognormal(edm.sigma_grid(4), log_mean, log_std)
+    assert probabilities[-1] > 0.99 and probabilities.sum() == pytest.approx(1)

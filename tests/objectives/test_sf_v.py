@@ -350,12 +350,6 @@ def test_r1_is_pytorch_s_double_backward_through_the_real_encoder(rng):
         assert relative_error(gradient[name][layer]["kernel"], leaf.grad.numpy()) < GRADIENT
 
 
-@pytest.mark.parametrize(("log_mean", "log_std"), [(15.0, 1.0), (20.0, 0.01)])
-def test_noise_above_all_levels_is_the_highest(log_mean, log_std):
-    probabilities = discretised_lognormal(sigma_grid(4), log_mean, log_std)
-    assert probabilities[-1] > 0.99 and probabilities.sum() == pytest.approx(1)
-
-
 @pytest.mark.parametrize("scale", [1.0, 1e-6])
 def test_sm3_by_its_rule(scale):
     """nu = min over axes of the covers, decayed; the cover of an axis is the largest nu along it (Anil et al. 2019)."""
