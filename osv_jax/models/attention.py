@@ -15,6 +15,7 @@ from jaxtyping import Array, Float
 
 from osv_jax.models.layers import Dense, Dtype, Unused
 from osv_jax.models.products import at_least_float32, compiled_for
+from osv_jax.runtime.mesh import BATCH_AXES
 
 ATTENTION_IMPLEMENTATIONS = ("auto", "xla", "cudnn", "splash")
 
@@ -226,10 +227,10 @@ def _on_each_device(attend: Callable[..., Array], q: Array, k: Array, v: Array, 
     if mesh.empty or mesh.size == 1:
         return attend(q, k, v)
     axes: list[str] = []
-    for name in ("data", "fsdp"):
+    for name in BATCH_AXES:
         if q.shape[0] % math.prod(mesh.shape[axis] for axis in (*axes, name)) == 0:
             axes.append(name)
     splits = q.shape[1] % (multiple * mesh.shape["context"]) == 0
-    keys = PartitionSpec(tuple(axes) or None)
-    queries = PartitionSpec(tuple(axes) or None, "context") if splits else keys
+    keys = PartitionSpec(tuple(axes))
+    queries = PartitionSpec(tuple(axes), "context") if splits else keys
     return jax.shard_map(attend, mesh=mesh, in_specs=(queries, keys, keys), out_specs=queries, check_vma=False)(q, k, v)
